@@ -1,0 +1,146 @@
+"""Reading checkpoints safely and loading them strictly."""
+import io
+import os
+import pickle
+from typing import Any, Dict, Iterable
+
+import torch
+from torch import nn
+
+from mmsinger.errors import ConfigError
+
+
+def load_checkpoint(path: str, key: str = 'checkpoint') -> Dict[str, Any]:
+    """Read a checkpoint to the CPU without running code from it.
+
+    Args:
+        path (str): A local path, or an address that mmengine's file backends
+            know.
+        key (str): The config key that named the path, for error messages.
+
+    Returns:
+        dict: The checkpoint as it was saved.
+
+    Raises:
+        ConfigError: If the file is missing, truncated, no checkpoint, or
+            holds objects that ``torch.load(weights_only=True)`` refuses.
+    """
+    from mmengine.fileio import exists, get
+    if not exists(path):
+        raise ConfigError(
+            f'{key}={path!r}: no such file (working directory '
+            f'{os.getcwd()}). Download the weights, or set {key} to where '
+            'they are.')
+    source = path if os.path.isfile(path) else io.BytesIO(get(path))
+    try:
+        with torch.serialization.safe_globals(_safe_globals()):
+            checkpoint = torch.load(
+                source, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f'{key}={path!r} is no torch checkpoint, is damaged, or holds '
+            'Python objects that cannot be loaded safely. If you trust it, '
+            'save it again with tensors only: '
+            "torch.save({'state_dict': …}, path). torch said: "
+            f'{_first_line(error)}') from error
+    except (RuntimeError, EOFError, OSError, KeyError) as error:
+        raise ConfigError(
+            f'{key}={path!r} cannot be read: it is truncated or damaged. '
+            f'Fetch it again. torch said: {_first_line(error)}') from error
+    if not isinstance(checkpoint, dict):
+        raise ConfigError(
+            f'{key}={path!r} holds a {type(checkpoint).__name__}, not a '
+            'dictionary of weights. Save model.state_dict() instead.')
+    return checkpoint
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _safe_globals() -> list:
+    """What mmengine puts beside the weights: histories and numpy numbers."""
+    import numpy as np
+    from mmengine.logging import HistoryBuffer
+    multiarray = np._core.multiarray if hasattr(np, '_core') else \
+        np.core.multiarray
+    dtypes = [type(np.dtype(t)) for t in (
+        np.float64, np.float32, np.int64, np.int32, np.bool_)]
+    return [HistoryBuffer, multiarray._reconstruct, multiarray.scalar,
+            np.ndarray, np.dtype, *dtypes]
+
+
+def weights_of(checkpoint: Dict[str, Any], path: str) -> Dict[str, Any]:
+    """The state dict inside a checkpoint, wherever its writer put it.
+
+    Args:
+        checkpoint (dict): As read by :func:`load_checkpoint`.
+        path (str): Where it came from, for error messages.
+
+    Returns:
+        dict[str, Tensor]: The state dict; a ``module.`` left by
+        DistributedDataParallel is removed.
+
+    Raises:
+        ConfigError: If there is no tensor in it.
+    """
+    weights = checkpoint
+    for key in ('state_dict', 'model', 'model_state_dict', 'module'):
+        if isinstance(checkpoint.get(key), dict):
+            weights = checkpoint[key]
+            break
+    weights = {k: v for k, v in weights.items() if torch.is_tensor(v)}
+    if not weights:
+        raise ConfigError(
+            f'{path!r} holds no weights; its keys are '
+            f'{list(checkpoint)[:10]}. Expected a state dict, or one under '
+            "'state_dict' or 'model'.")
+    if all(k.startswith('module.') for k in weights):
+        weights = {k[len('module.'):]: v for k, v in weights.items()}
+    return weights
+
+
+def load_strict(module: nn.Module, weights: Dict[str, torch.Tensor],
+                what: str, fix: str, ignore: Iterable[str] = ()) -> None:
+    """``load_state_dict`` that is strict and says all that does not fit.
+
+    The hooks that a backbone has for its own loading (resizing of position
+    embeddings, for instance) run as usual.
+
+    Args:
+        module (nn.Module): What to load into.
+        weights (dict[str, Tensor]): The state dict; not changed.
+        what (str): Names module and file in the error message.
+        fix (str): What the user may do about it.
+        ignore (Iterable[str]): Prefixes of keys in ``weights`` that may be
+            left over, such as ``'head.'``. Defaults to none.
+
+    Raises:
+        ConfigError: If a key is missing or left over, or a shape differs.
+    """
+    ignore = tuple(ignore)
+    weights = {k: v for k, v in weights.items() if not k.startswith(ignore)} \
+        if ignore else dict(weights)
+    try:
+        result = module.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # shapes differ
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise ConfigError(f'{what}: shapes differ.\n  '
+                          + '\n  '.join(_shorten(lines)) + f'\n{fix}'
+                          ) from error
+    problems = []
+    for title, keys in (('missing', result.missing_keys),
+                        ('unexpected', result.unexpected_keys)):
+        if keys:
+            problems.append(f'{len(keys)} {title} keys:\n    '
+                            + '\n    '.join(_shorten(keys)))
+    if problems:
+        raise ConfigError(f'{what}:\n  ' + '\n  '.join(problems)
+                          + f'\n{fix}')
+
+
+def _shorten(lines, limit: int = 20) -> list:
+    lines = list(lines)
+    if len(lines) > limit:
+        lines = lines[:limit] + [f'… and {len(lines) - limit} more']
+    return lines

@@ -1,0 +1,1 @@
+"""What surrounds the model in a run: config preparation and hooks."""

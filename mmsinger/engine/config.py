@@ -1,0 +1,154 @@
+"""From a config file to a config that a runner can be built from.
+
+``tools/train.py`` and ``tools/test.py`` go through these functions; a script
+of your own may too::
+
+    cfg = load_config('configs/singer_vitl_to_vits_ade20k.py')
+    prepare_training(cfg)
+    Runner.from_cfg(cfg).train()
+"""
+import os
+import tempfile
+from typing import Iterator, Optional, Tuple
+
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
+from mmengine.registry import init_default_scope
+
+from mmsinger.compat import onedl_config_packages
+from mmsinger.errors import ConfigError
+from mmsinger.registry import MODELS
+
+
+
+def load_config(path: str, options: Optional[dict] = None) -> Config:
+    """Read a config file; ``mmseg::`` bases work on OneDL too.
+
+    Args:
+        path (str): The config file.
+        options (dict, optional): Overrides, as from ``--cfg-options``.
+
+    Returns:
+        Config: The merged config, with a ``work_dir``.
+
+    Raises:
+        ConfigError: If the file does not exist.
+    """
+    if not os.path.isfile(path):
+        raise ConfigError(f'config {path!r}: no such file (working directory '
+                          f'{os.getcwd()}).')
+    with onedl_config_packages():
+        cfg = Config.fromfile(path)
+    if options:
+        cfg.merge_from_dict(options)
+    if cfg.get('work_dir') is None:
+        stem = os.path.splitext(os.path.basename(path))[0]
+        cfg.work_dir = os.path.join('work_dirs', stem)
+    return cfg
+
+
+def prepare_training(cfg: Config) -> None:
+    """Complete and check a config before a runner is built from it.
+
+    Adds the hooks that the distiller needs, if the config does not list them
+    (a stock config that was wrapped by one line has none of ours), and ends
+    in a :class:`ConfigError` where training could not start: a work dir that
+    is not writable, a data folder that is missing or empty.
+
+    Args:
+        cfg (Config): The config; changed in place.
+    """
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    add_required_hooks(cfg)
+    keep_workers(cfg)
+    check_work_dir(cfg.work_dir)
+    check_data_folders(cfg, ('train_dataloader', 'val_dataloader'))
+
+
+def add_required_hooks(cfg: Config) -> None:
+    """Append the hooks that ``cfg.model`` asks for and the config lacks."""
+    model_type = cfg.model.get('type')
+    model_class = MODELS.get(model_type) if isinstance(model_type, str) \
+        else model_type
+    required = getattr(model_class, 'required_hooks', ())
+    hooks = list(cfg.get('custom_hooks') or [])
+    present = {str(hook.get('type')).split('.')[-1] for hook in hooks}
+    for name in required:
+        if name not in present:
+            print_log(f'{name} is added to custom_hooks: {model_type} '
+                      'needs it', logger='current')
+            hooks.append(ConfigDict(type=f'mmsinger.{name}'))
+    cfg.custom_hooks = hooks
+
+
+def keep_workers(cfg: Config) -> None:
+    """Keep data workers alive between epochs unless the config says
+    otherwise, as mmpretrain's own ``tools/train.py`` does."""
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        loader = cfg.get(name)
+        if isinstance(loader, dict) and loader.get('num_workers', 0) > 0:
+            loader.setdefault('persistent_workers', True)
+
+
+def check_work_dir(work_dir: str) -> None:
+    """Raise :class:`ConfigError` unless files can be written there."""
+    try:
+        os.makedirs(work_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=work_dir):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f'work_dir={work_dir!r} is not writable: {error.strerror}. '
+            'Choose another one with --work-dir, or mend its permissions.'
+        ) from error
+
+
+def check_data_folders(cfg: Config, loaders: Tuple[str, ...]) -> None:
+    """Raise :class:`ConfigError` for a data folder that is missing or empty.
+
+    Only local folders that the config names are looked at; what a dataset
+    makes of them is the dataset's business.
+    """
+    for name in loaders:
+        loader = cfg.get(name)
+        if not isinstance(loader, dict) or 'dataset' not in loader:
+            continue
+        for key, dataset in _datasets(loader['dataset'], f'{name}.dataset'):
+            for path_key, path in _folders(dataset):
+                _check_folder(f'{key}.{path_key}', path)
+
+
+def _datasets(dataset: dict, key: str) -> Iterator[Tuple[str, dict]]:
+    """The innermost dataset configs (inside Repeat-, ConcatDataset, …)."""
+    inner = dataset.get('dataset')
+    if isinstance(inner, dict):
+        yield from _datasets(inner, f'{key}.dataset')
+    elif isinstance(dataset.get('datasets'), (list, tuple)):
+        for i, one in enumerate(dataset['datasets']):
+            yield from _datasets(one, f'{key}.datasets[{i}]')
+    else:
+        yield key, dataset
+
+
+def _folders(dataset: dict) -> Iterator[Tuple[str, str]]:
+    root = dataset.get('data_root') or ''
+    if root:
+        yield 'data_root', root
+    prefix = dataset.get('data_prefix') or {}
+    prefixes = prefix.items() if isinstance(prefix, dict) else [('', prefix)]
+    for name, folder in prefixes:
+        if isinstance(folder, str) and folder:
+            key = f'data_prefix.{name}' if name else 'data_prefix'
+            yield key, os.path.join(root, folder)
+
+
+def _check_folder(key: str, path: str) -> None:
+    if '://' in path:
+        return
+    if not os.path.isdir(path):
+        raise ConfigError(
+            f'{key}: no folder {path!r} (working directory {os.getcwd()}). '
+            'Point data_root to your data set.')
+    if not any(files for _, _, files in os.walk(path, followlinks=True)):
+        raise ConfigError(f'{key}: the folder {path!r} holds no files. '
+                          'Point data_root to your data set.')

@@ -1,0 +1,65 @@
+"""Errors that users see: what, where, got, valid choices, how to fix."""
+import contextlib
+import difflib
+import sys
+from typing import Iterable, Iterator
+
+
+class ConfigError(ValueError):
+    """A mistake in a config, a checkpoint or a data folder.
+
+    The message says what is wrong, which key it concerns, the value found,
+    the valid choices and how to fix it. ``tools/train.py`` and
+    ``tools/test.py`` print it without a traceback.
+    """
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on (for instance a non-finite loss).
+
+    Raised before any checkpoint is written, so that the last one stays good.
+    """
+
+
+def near_matches(word: str, choices: Iterable[str], limit: int = 3) -> str:
+    """A hint that lists the choices nearest to a misspelt word.
+
+    Args:
+        word (str): What the user wrote.
+        choices (Iterable[str]): The valid spellings.
+        limit (int): The most choices to list. Defaults to 3.
+
+    Returns:
+        str: ``" Did you mean 'a', 'b'?"`` with a leading blank, or an empty
+        string when nothing is near.
+    """
+    near = difflib.get_close_matches(str(word), list(choices), limit, 0.6)
+    if not near:
+        return ''
+    return ' Did you mean ' + ', '.join(repr(n) for n in near) + '?'
+
+
+def check_choice(key: str, value, choices: Iterable) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is one of ``choices``.
+
+    Args:
+        key (str): The config key, as the user writes it.
+        value: What the user wrote.
+        choices (Iterable): The valid values.
+    """
+    choices = tuple(choices)
+    if value not in choices:
+        hint = near_matches(value, [c for c in choices if isinstance(c, str)])
+        raise ConfigError(f'{key}={value!r} is not valid. Choose from '
+                          f'{", ".join(map(repr, choices))}.{hint}')
+
+
+@contextlib.contextmanager
+def readable_errors() -> Iterator[None]:
+    """End a command line tool with the message alone, no traceback, when the
+    mistake is the user's. Any other exception keeps its traceback."""
+    try:
+        yield
+    except (ConfigError, TrainingError) as error:
+        print(f'\n{type(error).__name__}: {error}', file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,157 @@
+"""The student alone: its weights and its config, without mmsinger.
+
+A training checkpoint holds the student under ``student.``, beside the
+projectors, the adapters and the optimizer. What leaves this module has the
+key layout of the plain mmpretrain or mmseg model and loads with
+``strict=True`` where mmsinger is not installed.
+"""
+import copy
+import os
+import tempfile
+from typing import Any, Dict, Optional
+
+import torch
+from mmengine.config import Config
+
+from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
+from mmsinger.errors import ConfigError
+from mmsinger.registry import MODELS
+
+PREFIX = 'student.'
+SUFFIX = '_student'
+
+
+def student_state_dict(state_dict: Dict[str, torch.Tensor]
+                       ) -> Dict[str, torch.Tensor]:
+    """The student's part of a distiller's state dict, in the plain layout.
+
+    Args:
+        state_dict (dict[str, Tensor]): Keys ``student.backbone.…``,
+            ``adapters.…`` and so on.
+
+    Returns:
+        dict[str, Tensor]: Keys ``backbone.…``, ``decode_head.…`` and so on;
+        empty if there is no student in it.
+    """
+    return {key[len(PREFIX):]: value for key, value in state_dict.items()
+            if key.startswith(PREFIX)}
+
+
+def is_distiller(model_cfg: dict) -> bool:
+    """Whether a model config is one of mmsinger's distillers."""
+    from mmsinger.models.distillers import BaseDistiller
+    model_type = model_cfg.get('type')
+    cls = MODELS.get(model_type) if isinstance(model_type, str) else model_type
+    return isinstance(cls, type) and issubclass(cls, BaseDistiller)
+
+
+def student_config(cfg: Config) -> Config:
+    """The config of the plain student: the same data, schedule and metrics,
+    nothing of mmsinger.
+
+    Args:
+        cfg (Config): A recipe. It is not changed.
+
+    Returns:
+        Config: ``model`` is the recipe's ``model.student``; a config that
+        has no distiller comes back as a copy.
+    """
+    plain = copy.deepcopy(cfg)
+    if not is_distiller(cfg.model):
+        return plain
+    plain.model = plain.model.student
+    plain.custom_hooks = [
+        hook for hook in plain.get('custom_hooks') or []
+        if not str(hook.get('type')).startswith('mmsinger.')
+    ]
+    for key in ('teacher', 'student', 'singer', 'fitnet'):
+        plain.pop(key, None)
+    return plain
+
+
+def save_student(weights: Dict[str, torch.Tensor], meta: Dict[str, Any],
+                 path: str) -> None:
+    """Write a student file: complete or not at all.
+
+    Args:
+        weights (dict[str, Tensor]): In the plain layout.
+        meta (dict): Of the training checkpoint; what a plain model can use
+            (classes and palette, epoch, iteration, versions) is kept.
+        path (str): Where to write.
+    """
+    kept = ('dataset_meta', 'epoch', 'iter', 'seed', 'mmengine_version')
+    content = dict(
+        meta={key: meta[key] for key in kept if key in meta},
+        state_dict={k: v.detach().cpu().clone() for k, v in weights.items()})
+    folder = os.path.dirname(os.path.abspath(path))
+    handle, temporary = tempfile.mkstemp(dir=folder, suffix='.tmp')
+    os.close(handle)
+    try:
+        torch.save(content, temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def student_path(checkpoint: str) -> str:
+    """``work_dirs/x/epoch_3.pth`` -> ``work_dirs/x/epoch_3_student.pth``."""
+    stem, extension = os.path.splitext(checkpoint)
+    return f'{stem}{SUFFIX}{extension}'
+
+
+def load_student(checkpoint: str) -> Dict[str, Any]:
+    """Read the student out of a training checkpoint or a student file.
+
+    Args:
+        checkpoint (str): Either kind of file.
+
+    Returns:
+        dict: ``state_dict`` in the plain layout, and ``meta``.
+
+    Raises:
+        ConfigError: If the file cannot be read.
+    """
+    content = load_checkpoint(checkpoint)
+    weights = weights_of(content, checkpoint)
+    return dict(state_dict=student_state_dict(weights) or weights,
+                meta=content.get('meta', {}))
+
+
+def export_student(checkpoint: str, out: Optional[str] = None,
+                   cfg: Optional[Config] = None) -> str:
+    """Write the student-only file of a training checkpoint.
+
+    Training does this by itself (``StudentCheckpointHook``); this is for
+    older checkpoints.
+
+    Args:
+        checkpoint (str): A training checkpoint.
+        out (str, optional): Where to write. Defaults to
+            ``CHECKPOINT_student.pth`` beside it.
+        cfg (Config, optional): The recipe. If given, the plain student is
+            built and the weights are loaded into it strictly before anything
+            is written. Defaults to None, no such check.
+
+    Returns:
+        str: The path written.
+
+    Raises:
+        ConfigError: If the checkpoint holds no student, or does not fit.
+    """
+    content = load_checkpoint(checkpoint)
+    weights = student_state_dict(weights_of(content, checkpoint))
+    if not weights:
+        raise ConfigError(
+            f'{checkpoint!r} holds no student: no key begins with '
+            f'{PREFIX!r}. Give a checkpoint that a distiller wrote.')
+    if cfg is not None:
+        load_strict(
+            MODELS.build(student_config(cfg).model), weights,
+            what=f'the student of {checkpoint!r} and the config',
+            fix='Give the config that the checkpoint was trained with (it is '
+            'dumped in the work dir).')
+    out = out or student_path(checkpoint)
+    save_student(weights, content.get('meta', {}), out)
+    return out
