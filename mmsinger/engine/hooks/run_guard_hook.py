@@ -1,0 +1,86 @@
+from typing import List
+
+import torch
+from mmengine.hooks import CheckpointHook, Hook
+
+from mmsinger.engine.hooks.adapter_hook import unwrap
+from mmsinger.errors import ConfigError, TrainingError
+from mmsinger.registry import HOOKS
+
+
+@HOOKS.register_module()
+class RunGuardHook(Hook):
+    """Stops a run that cannot succeed, before it costs a checkpoint.
+
+    - No training images: an error before the first step.
+    - A loss that is not finite: an error that names the losses and the files
+      of the batch. It comes before CheckpointHook has its turn, so that the
+      last checkpoint stays as it was.
+    - Weights that are not finite when a checkpoint is due: the same.
+    """
+
+    priority = 'VERY_HIGH'  # before CheckpointHook
+
+    def before_run(self, runner) -> None:
+        loader = getattr(runner, 'train_dataloader', None)
+        dataset = getattr(loader, 'dataset', None)
+        if dataset is not None and len(dataset) == 0:
+            raise ConfigError(
+                f'train_dataloader.dataset: the {type(dataset).__name__} '
+                'found no images. Check data_root, data_prefix, ann_file and '
+                'the file suffixes.')
+
+    def before_train(self, runner) -> None:
+        self._save_intervals = [
+            hook.interval for hook in runner.hooks
+            if isinstance(hook, CheckpointHook) and not hook.by_epoch]
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None,
+                         outputs=None) -> None:
+        bad = [name for name, value in (outputs or {}).items()
+               if torch.is_tensor(value) and not torch.isfinite(value).all()]
+        if bad:
+            raise TrainingError(
+                f'Iteration {runner.iter + 1}: {", ".join(bad)} is not '
+                'finite, so training was stopped. '
+                f'{_batch_files(data_batch)} Lower the learning rate or '
+                'clip gradients (optim_wrapper.clip_grad); with float16, try '
+                f'bfloat16. {_last_checkpoint(runner)}')
+        if any(self.every_n_train_iters(runner, interval)
+               for interval in self._save_intervals):
+            self._check_weights(runner)
+
+    def after_train_epoch(self, runner) -> None:
+        self._check_weights(runner)
+
+    def after_val_epoch(self, runner, metrics=None) -> None:
+        if hasattr(self, '_save_intervals'):  # part of a training run
+            self._check_weights(runner)
+
+    def _check_weights(self, runner) -> None:
+        bad: List[str] = [
+            name for name, value in unwrap(runner.model).state_dict().items()
+            if value.is_floating_point() and not torch.isfinite(value).all()]
+        if bad:
+            raise TrainingError(
+                f'Iteration {runner.iter + 1}: the weights {bad[:3]} '
+                f'({len(bad)} in all) are not finite, so training was '
+                'stopped before they were saved. Lower the learning rate or '
+                'clip gradients (optim_wrapper.clip_grad). '
+                f'{_last_checkpoint(runner)}')
+
+
+def _batch_files(data_batch) -> str:
+    samples = data_batch.get('data_samples') if isinstance(data_batch, dict) \
+        else None
+    paths = [getattr(sample, 'img_path', None) for sample in samples or []]
+    paths = [str(path) for path in paths if path]
+    return f'The batch held {", ".join(paths)}.' if paths else \
+        'The batch names no files.'
+
+
+def _last_checkpoint(runner) -> str:
+    info = runner.message_hub.runtime_info
+    if 'last_ckpt' in info:
+        return f"The last good checkpoint is {info['last_ckpt']}."
+    return 'No checkpoint had been saved yet.'

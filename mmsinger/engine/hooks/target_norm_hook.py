@@ -1,0 +1,72 @@
+import contextlib
+import random
+from typing import Iterator
+
+import numpy as np
+import torch
+from mmengine.dist import broadcast
+from mmengine.hooks import Hook
+from torch import Tensor
+
+from mmsinger.engine.hooks.adapter_hook import unwrap
+from mmsinger.registry import HOOKS
+
+
+@HOOKS.register_module()
+class TargetNormHook(Hook):
+    """Calibrates ``target_norm='standardise'`` before the first step.
+
+    Reads a fixed, evenly spaced set of training images past the sampler and
+    with random states put back afterwards, so that training sees the same
+    batches as without it. Statistics that came from a checkpoint are kept;
+    with another ``target_norm`` there is nothing to do.
+
+    Args:
+        num_images (int): Images to calibrate on. Defaults to 256.
+        batch_size (int): Images in one teacher pass. Defaults to 32.
+    """
+
+    priority = 'NORMAL'
+
+    def __init__(self, num_images: int = 256, batch_size: int = 32) -> None:
+        self.num_images = num_images
+        self.batch_size = batch_size
+
+    def before_train(self, runner) -> None:
+        model = unwrap(runner.model)
+        if not model.needs_calibration:
+            return
+        with preserved_random_states(seed=0):
+            scales = model.calibrate_target_norms(self._batches(runner))
+        for buffer in model.target_norms.buffers():
+            broadcast(buffer)
+        runner.logger.info(
+            f'Target features standardised on {self.num_images} images; '
+            'scale by teacher layer: ' +
+            ', '.join(f'{k}: {v:.4g}' for k, v in scales.items()))
+
+    def _batches(self, runner) -> Iterator[Tensor]:
+        loader = runner.train_dataloader
+        total = len(loader.dataset)
+        count = min(self.num_images, total)
+        indices = [i * total // count for i in range(count)]
+        preprocess = unwrap(runner.model).data_preprocessor
+        for start in range(0, count, self.batch_size):
+            chosen = indices[start:start + self.batch_size]
+            batch = loader.collate_fn([loader.dataset[i] for i in chosen])
+            yield preprocess(batch, True)['inputs']
+
+
+@contextlib.contextmanager
+def preserved_random_states(seed: int) -> Iterator[None]:
+    """Seed all generators inside the context, and restore them after it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -1,0 +1,14 @@
+"""Everything that a config's ``model`` can name in the scope mmsinger."""
+from mmsinger.models.adapters import SiNGERAdapter
+from mmsinger.models.conv_stem import ConvStem
+from mmsinger.models.distillers import (BaseDistiller, FitNetDistiller,
+                                        SiNGERDistiller)
+from mmsinger.models.losses import (FeatureMSELoss, GramInformationLoss,
+                                    OutlierSuppressionLoss)
+from mmsinger.models.teacher import FrozenTeacher
+
+__all__ = [
+    'BaseDistiller', 'ConvStem', 'FeatureMSELoss', 'FitNetDistiller',
+    'FrozenTeacher', 'GramInformationLoss', 'OutlierSuppressionLoss', 'SiNGERAdapter',
+    'SiNGERDistiller'
+]

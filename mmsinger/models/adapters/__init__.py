@@ -1,0 +1,10 @@
+from mmsinger.models.adapters.nullspace import (Nullspace, left_nullspace,
+                                                left_singular_directions,
+                                                linearised_ffn,
+                                                subspace_energy)
+from mmsinger.models.adapters.singer_adapter import SiNGERAdapter
+
+__all__ = [
+    'Nullspace', 'SiNGERAdapter', 'left_nullspace',
+    'left_singular_directions', 'linearised_ffn', 'subspace_energy'
+]

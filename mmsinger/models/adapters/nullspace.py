@@ -1,0 +1,258 @@
+"""The left-nullspace of a transformer block's linearised FFN (section 3.2).
+
+Pure functions in the paper's row-vector convention: a token f of D channels
+goes through a linear map as ``f W``, so that a direction u is invisible to W
+where ``u^T W`` is (near) zero. W is computed and decomposed in float64: its
+small singular values are what matters here.
+"""
+import warnings
+from typing import List, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from mmsinger.errors import ConfigError, check_choice
+
+SELECTIONS = ('smallest', 'threshold')
+
+
+class Nullspace(NamedTuple):
+    """Directions that a linear map hardly sees.
+
+    Attributes:
+        basis (Tensor): Unit rows, shape (rank, D), float64. Orthonormal,
+            except for random rows.
+        singular_values (Tensor): Of the rows that are singular directions,
+            shape (rank - num_random, ).
+        num_random (int): How many of the last rows are random padding.
+    """
+    basis: Tensor
+    singular_values: Tensor
+    num_random: int
+
+
+def linearised_ffn(block: nn.Module,
+                   fold_layer_scale: bool = False,
+                   fold_norm: bool = False) -> Tensor:
+    """The FFN of a transformer block as one linear map (section 3.2).
+
+    - Plain MLP (mmpretrain's and mmseg's ``TransformerEncoderLayer``, timm's
+      ``Block``): the activation is dropped,
+      ``W = W_fc1^T W_fc2^T`` of shape (D, D).
+    - SwiGLU, ``fc3(silu(fc1 x) * (fc2 x))`` (DINOv2-g, EVA-02): the map is
+      bilinear, and its Jacobian is a sum of two terms,
+      ``W_fc1^T diag(.) W_fc3^T + W_fc2^T diag(.) W_fc3^T``, whose diagonals
+      depend on the token. A direction is safe for every token only if neither
+      the gate nor the value sees it, hence both terms side by side with unit
+      diagonals: ``W = [W_fc1^T W_fc3^T | W_fc2^T W_fc3^T]``, shape (D, 2 D).
+
+    Biases, and a norm inside the FFN, are left out.
+
+    Args:
+        block (nn.Module): A block whose FFN is called ``ffn`` or ``mlp``.
+        fold_layer_scale (bool): Scale the output channels by the block's
+            LayerScale, if it has one. Defaults to False, as in the paper.
+        fold_norm (bool): Scale the input channels by the weight of the norm
+            before the FFN. Defaults to False, as in the paper.
+
+    Returns:
+        Tensor: W, shape (D, D) or (D, 2 D), float64, on the weights' device.
+
+    Raises:
+        ConfigError: If the FFN is of an unknown kind or its weights are not
+            finite.
+    """
+    ffn = _find_ffn(block)
+    branches, output = _ffn_weights(ffn, block)
+    weight = torch.cat(
+        [(output @ branch).T for branch in branches], dim=1)  # (D, D or 2 D)
+    if fold_layer_scale:
+        gamma = _layer_scale(block, ffn)
+        if gamma is not None:
+            weight = weight * gamma.double().repeat(len(branches))
+    if fold_norm:
+        norm = getattr(block, 'ln2', None) or getattr(block, 'norm2', None)
+        if getattr(norm, 'weight', None) is not None:
+            weight = weight * norm.weight.detach().double()[:, None]
+    if not torch.isfinite(weight).all():
+        raise ConfigError(
+            f'The FFN weights of a {type(block).__name__} are not finite '
+            '(NaN or infinite values). Check the teacher checkpoint.')
+    return weight
+
+
+def left_singular_directions(weight: Tensor) -> Tuple[Tensor, Tensor]:
+    """Singular values of W and its left singular directions.
+
+    The sign of each direction is fixed (its largest entry is positive), so
+    that runs can be compared.
+
+    Args:
+        weight (Tensor): W, shape (D, M) with M >= D.
+
+    Returns:
+        tuple[Tensor, Tensor]: Directions as columns (D, D) and singular
+        values (D, ) in descending order, float64 on the CPU.
+
+    Raises:
+        ConfigError: If W is no matrix, M < D, or it is not finite.
+    """
+    if weight.dim() != 2 or weight.shape[1] < weight.shape[0]:
+        raise ConfigError('A linearised FFN has shape (D, M) with M >= D, got '
+                          f'{tuple(weight.shape)}.')
+    if not torch.isfinite(weight).all():
+        raise ConfigError('A linearised FFN has NaN or infinite entries. '
+                          'Check the teacher checkpoint.')
+    directions, values, _ = torch.linalg.svd(
+        weight.detach().double().cpu(), full_matrices=False)
+    largest = directions.abs().argmax(dim=0, keepdim=True)
+    signs = directions.gather(0, largest).sign()
+    return directions * signs, values
+
+
+def left_nullspace(weight: Optional[Tensor],
+                   rank: int,
+                   selection: str = 'smallest',
+                   threshold: float = 0.05,
+                   seed: int = 0,
+                   decomposition: Optional[Tuple[Tensor, Tensor]] = None
+                   ) -> Nullspace:
+    """Directions u of unit length with ``u^T W`` near zero (section 3.2).
+
+    Args:
+        weight (Tensor | None): W, shape (D, M). May be None if
+            ``decomposition`` is given.
+        rank (int): How many directions, at most D.
+        selection (str): ``'smallest'``: the ``rank`` smallest singular
+            directions, the smallest first (the paper). ``'threshold'``: among
+            those with a singular value below ``threshold``, the ones nearest
+            to it first, padded with random unit rows where there are too few
+            (the official code). Defaults to ``'smallest'``.
+        threshold (float): For ``'threshold'``. An absolute singular value.
+            Defaults to 0.05.
+        seed (int): Of the random padding. Defaults to 0.
+        decomposition (tuple[Tensor, Tensor], optional): What
+            :func:`left_singular_directions` returned, to save a second SVD.
+
+    Returns:
+        Nullspace: The basis and its singular values.
+
+    Raises:
+        ConfigError: If the rank is not in [1, D] or the selection is unknown.
+    """
+    check_choice('adapter.selection', selection, SELECTIONS)
+    directions, values = decomposition or left_singular_directions(weight)
+    check_rank(rank, len(values))
+    if selection == 'smallest':
+        chosen = torch.arange(len(values) - 1, len(values) - 1 - rank, -1)
+    else:
+        chosen = (values < threshold).nonzero().flatten()[:rank]
+    basis = directions[:, chosen].T
+    num_random = rank - len(chosen)
+    if num_random:
+        warnings.warn(
+            f'Only {len(chosen)} of {rank} adapter directions have a singular '
+            f'value below threshold={threshold}; {num_random} random ones are '
+            'added. Lower adapter.rank, raise adapter.threshold, or set '
+            "adapter.selection='smallest'.")
+        basis = torch.cat([basis, random_rows(num_random, len(values), seed)])
+    return Nullspace(basis.contiguous(), values[chosen], num_random)
+
+
+def random_rows(rank: int, dim: int, seed: int) -> Tensor:
+    """Random unit rows, shape (rank, dim), float64."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(rank, dim, generator=generator, dtype=torch.float64)
+    return nn.functional.normalize(rows, dim=-1)
+
+
+def check_rank(rank: int, dim: int) -> None:
+    """Raise :class:`ConfigError` unless ``rank`` is an int in [1, dim]."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or \
+            not 1 <= rank <= dim:
+        raise ConfigError(
+            f'adapter.rank={rank!r} is not valid: the teacher has {dim} '
+            f'channels, so rank is an integer between 1 and {dim} (the paper '
+            'uses 16).')
+
+
+def subspace_energy(rows: Tensor,
+                    directions: Tensor,
+                    share: float = 0.25) -> Tuple[float, float]:
+    """E_safe and E_prob: where an adapter matrix's energy lies (Table 5a).
+
+    Args:
+        rows (Tensor): The matrix as rows in R^D, shape (r, D): the
+            up-projection, or the transposed down-projection.
+        directions (Tensor): Left singular directions of W as columns (D, D),
+            in descending order of their singular values.
+        share (float): Part of the directions that count as safe (smallest)
+            and as problematic (largest). Defaults to 0.25, with which random
+            rows score 0.25 in both.
+
+    Returns:
+        tuple[float, float]: E_safe and E_prob, each in [0, 1]; NaN for a zero
+        matrix.
+    """
+    dim = directions.shape[0]
+    count = max(1, round(share * dim))
+    energy = (rows.detach().double().cpu() @ directions).square().sum(dim=0)
+    total = energy.sum()
+    return ((energy[-count:].sum() / total).item(),
+            (energy[:count].sum() / total).item())
+
+
+def _find_ffn(block: nn.Module) -> nn.Module:
+    for name in ('ffn', 'mlp'):
+        ffn = getattr(block, name, None)
+        if isinstance(ffn, nn.Module):
+            return ffn
+    children = [name for name, _ in block.named_children()]
+    raise ConfigError(
+        f'A {type(block).__name__} has no FFN that SiNGER can linearise: '
+        f"expected a module 'ffn' or 'mlp', it has {children}. Supported are "
+        "mmpretrain's and mmseg's transformer layers and timm's blocks.")
+
+
+def _ffn_weights(ffn: nn.Module,
+                 block: nn.Module) -> Tuple[List[Tensor], Tensor]:
+    """Input branches, each (H, D), and the output matrix (D, H), float64."""
+
+    def get(name: str) -> Tensor:
+        return getattr(ffn, name).weight.detach().double()
+
+    if hasattr(ffn, 'w12') and hasattr(ffn, 'w3'):  # mmpretrain's SwiGLUFFN
+        return list(get('w12').chunk(2)), get('w3')
+    if hasattr(ffn, 'w1') and hasattr(ffn, 'w2') and hasattr(ffn, 'w3'):
+        return [get('w1'), get('w2')], get('w3')  # DINOv2's own SwiGLU
+    if hasattr(ffn, 'fc1_g') and hasattr(ffn, 'fc1_x'):  # timm's SwiGLU
+        return [get('fc1_g'), get('fc1_x')], get('fc2')
+    linears = [m for m in ffn.modules() if isinstance(m, nn.Linear)]
+    weights = [m.weight.detach().double() for m in linears]
+    if len(weights) == 2 and \
+            weights[0].shape[0] == 2 * weights[1].shape[1]:  # timm's GluMlp
+        return list(weights[0].chunk(2)), weights[1]
+    fits = len(weights) >= 2 and all(
+        a.shape[0] == b.shape[1] for a, b in zip(weights, weights[1:]))
+    if not fits or weights[0].shape[1] != weights[-1].shape[0]:
+        shapes = [tuple(w.shape) for w in weights]
+        raise ConfigError(
+            f'The FFN {type(ffn).__name__} of a {type(block).__name__} is of '
+            f'an unknown kind: its linear layers have shapes {shapes}. '
+            'Supported are MLPs D -> H -> D and SwiGLU.')
+    hidden = weights[0]
+    for weight in weights[1:-1]:
+        hidden = weight @ hidden
+    return [hidden], weights[-1]
+
+
+def _layer_scale(block: nn.Module, ffn: nn.Module) -> Optional[Tensor]:
+    for owner, name in ((block, 'gamma_2'), (block, 'ls2'), (ffn, 'gamma2')):
+        scale = getattr(owner, name, None)
+        if isinstance(scale, Tensor):  # BEiT keeps a bare parameter
+            return scale.detach()
+        for attribute in ('gamma', 'weight', 'scale'):
+            value = getattr(scale, attribute, None)
+            if isinstance(value, Tensor):
+                return value.detach()
+    return None

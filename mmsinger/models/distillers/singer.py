@@ -1,0 +1,231 @@
+"""SiNGER: distil refined teacher features (arXiv 2509.20986)."""
+from typing import Any, Dict, List, Optional
+
+import torch
+from torch import Tensor, nn
+
+from mmsinger.errors import ConfigError, check_choice, near_matches
+from mmsinger.models.adapters import (SiNGERAdapter, left_singular_directions,
+                                      linearised_ffn, subspace_energy)
+from mmsinger.models.adapters.nullspace import SELECTIONS
+from mmsinger.models.adapters.singer_adapter import INITS
+from mmsinger.models.distillers.base import BaseDistiller
+from mmsinger.models.losses import outlier_threshold
+from mmsinger.models.target_norm import TargetNorm
+from mmsinger.models.taps import BlockTaps
+from mmsinger.models.tokens import Tokens
+from mmsinger.registry import MODELS
+
+# The keys of ``adapter``, by who reads them.
+_BUILD_KEYS = ('rank', 'gain')
+_FFN_KEYS = ('fold_layer_scale', 'fold_norm')
+_INIT_KEYS = ('init', 'selection', 'threshold', 'seed')
+
+
+@MODELS.register_module()
+class SiNGERDistiller(BaseDistiller):
+    """Singular Nullspace-Guided Energy Reallocation (sections 3.1 to 3.3).
+
+    Each distilled teacher layer gets a :class:`SiNGERAdapter` on its patch
+    tokens. The student learns the refined features (L_KD), the largest norms
+    of which are pulled down (L_outlier) while the next teacher block must
+    hardly notice (L_info). Losses are means over the distilled layers, named
+    ``distill.loss_kd``, ``distill.loss_outlier``, ``distill.loss_info``.
+
+    The adapters are called ``adapters`` in ``paramwise_cfg``::
+
+        optim_wrapper = dict(paramwise_cfg=dict(custom_keys={
+            'adapters': dict(lr_mult=0.1)}))
+
+    Args:
+        adapter (dict, optional): ``rank`` (16), ``gain`` (1.0), ``init``
+            (``'nullspace'``), ``selection`` (``'smallest'``), ``threshold``
+            (0.05), ``seed`` (0), ``fold_layer_scale`` (False), ``fold_norm``
+            (False); see :class:`SiNGERAdapter`, :func:`left_nullspace` and
+            :func:`linearised_ffn`. Defaults to the values in parentheses.
+        loss_outlier (dict, optional): Defaults to ``dict(
+            type='mmsinger.OutlierSuppressionLoss', quantile=0.95,
+            loss_weight=0.01)``.
+        loss_info (dict, optional): Defaults to ``dict(
+            type='mmsinger.GramInformationLoss', loss_weight=1.0)``.
+        last_layer (str): Which distilled layer has no next block, so that its
+            own FFN and its own tokens take that place. ``'final'``: the
+            teacher's final block alone. ``'listed'``: the last of ``layers``
+            whatever follows it (the official code). Defaults to ``'final'``.
+        **kwargs: See :class:`BaseDistiller`.
+
+    Raises:
+        ConfigError: If a value is not valid or the models do not fit
+            together.
+    """
+
+    required_hooks = BaseDistiller.required_hooks + ('SiNGERAdapterHook', )
+
+    def __init__(self,
+                 adapter: Optional[dict] = None,
+                 loss_outlier: Optional[dict] = None,
+                 loss_info: Optional[dict] = None,
+                 last_layer: str = 'final',
+                 target_norm: Optional[str] = None,
+                 **kwargs) -> None:
+        super().__init__(target_norm=target_norm, **kwargs)
+        check_choice('last_layer', last_layer, ('final', 'listed'))
+        self.last_layer = self.layers[-1] if last_layer == 'listed' \
+            else len(self.teacher.blocks) - 1
+        self.adapter_cfg = _check_adapter_keys(dict(adapter or {}))
+        dim = self.teacher.blocks.dim
+        self.adapters = nn.ModuleDict({
+            str(layer): SiNGERAdapter(dim, **_pick(
+                self.adapter_cfg, _BUILD_KEYS))
+            for layer in self.layers
+        })
+        for layer in self.tapped_teacher_layers:
+            if str(layer) not in self.target_norms:
+                self.target_norms[str(layer)] = TargetNorm(dim, target_norm)
+        self.loss_outlier = MODELS.build(
+            {'type': 'mmsinger.OutlierSuppressionLoss',
+             **(loss_outlier or {})})
+        self.loss_info = MODELS.build(
+            {'type': 'mmsinger.GramInformationLoss', **(loss_info or {})})
+        # Set for one step by SiNGERAdapterHook, which then reads the results.
+        self.track_inlier_variance = False
+        self.inlier_variance: Dict[int, Tensor] = {}
+
+    @property
+    def tapped_teacher_layers(self) -> List[int]:
+        """The distilled blocks and, of intermediate ones, the next block."""
+        following = [layer + 1 for layer in self.layers
+                     if layer != self.last_layer]
+        return sorted({*self.layers, *following})
+
+    # -- adapters ----------------------------------------------------------
+
+    @property
+    def needs_adapters(self) -> bool:
+        """Whether :meth:`initialise_adapters` is still to be called."""
+        return not all(a.initialised for a in self.adapters.values())
+
+    def initialise_adapters(self) -> List[Dict[str, object]]:
+        """Start the adapters from the teacher's weights (section 3.2).
+
+        Returns:
+            list[dict]: For each layer: ``layer``, ``block`` whose FFN was
+            linearised, ``init``, ``rank``, ``singular_values`` kept,
+            ``num_random``, ``e_safe`` and ``e_prob`` of the up-projection
+            (Table 5a).
+
+        Raises:
+            ConfigError: If the teacher's FFN cannot be linearised.
+        """
+        if not self.teacher.loaded:
+            raise RuntimeError('The adapters start from the teacher, which '
+                               'has no weights yet: call init_weights().')
+        infos = []
+        for layer in self.layers:
+            block = layer if layer == self.last_layer else layer + 1
+            weight = linearised_ffn(
+                self.teacher.blocks.modules[block],
+                **_pick(self.adapter_cfg, _FFN_KEYS))
+            decomposition = left_singular_directions(weight)
+            adapter = self.adapters[str(layer)]
+            info = adapter.initialise(
+                decomposition, **_pick(self.adapter_cfg, _INIT_KEYS))
+            e_safe, e_prob = subspace_energy(adapter.up, decomposition[0])
+            infos.append(dict(layer=layer, block=block, **info,
+                              e_safe=e_safe, e_prob=e_prob))
+        return infos
+
+    def _check_ready(self) -> None:
+        super()._check_ready()
+        if self.needs_adapters:
+            raise RuntimeError(
+                'The adapters have not been initialised. Add '
+                "dict(type='mmsinger.SiNGERAdapterHook') to custom_hooks, or "
+                'call initialise_adapters() after init_weights().')
+
+    # -- losses ------------------------------------------------------------
+
+    def distill(self, taps: BlockTaps, student_tokens: Dict[int, Tokens]
+                ) -> Dict[str, Tensor]:
+        """L_KD, L_outlier and L_info, see :meth:`BaseDistiller.distill`."""
+        kd, outlier, info = [], [], []
+        previous = None
+        for layer in self.layers:
+            tokens = self.teacher_tokens(taps, layer)
+            refined = tokens.with_patches(
+                self.adapters[str(layer)](tokens.patches))
+            kd.append(self.kd_loss(layer, student_tokens[layer], refined))
+            outlier.append(self.loss_outlier(refined.patches))
+            info.append(self._info_loss(taps, layer, tokens, refined,
+                                        previous))
+            previous = refined
+            if self.track_inlier_variance:
+                self.inlier_variance[layer] = inlier_variance_ratio(
+                    tokens.patches, refined.patches,
+                    self.loss_outlier.quantile)
+        count = len(self.layers)
+        return dict(loss_kd=sum(kd) / count,
+                    loss_outlier=sum(outlier) / count,
+                    loss_info=sum(info) / count)
+
+    def _info_loss(self, taps: BlockTaps, layer: int, tokens: Tokens,
+                   refined: Tokens, previous: Optional[Tokens]) -> Tensor:
+        if layer == self.last_layer:
+            reference = tokens
+            if self.loss_info.last == 'previous' and previous is not None:
+                reference = previous
+            return self.loss_info(refined.values, reference.values,
+                                  num_prefix=tokens.num_prefix)
+        restored = self.target_norms[str(layer)].restore(refined.values)
+        following = self.target_norms[str(layer + 1)]
+        return self.loss_info(
+            following.normalise(taps.rerun(layer + 1, restored)),
+            following.normalise(taps.tokens(layer + 1).values),
+            num_prefix=tokens.num_prefix, is_last=False)
+
+
+@torch.no_grad()
+def inlier_variance_ratio(original: Tensor, refined: Tensor,
+                          quantile: float) -> Tensor:
+    """Variance of refined over original tokens that are no outliers.
+
+    About 1 while refinement leaves them alone; an adapter that collapses
+    shrinks them, and the KD loss then looks best when it is worst.
+
+    Args:
+        original (Tensor): Patch tokens F, shape (B, P, D).
+        refined (Tensor): F_hat, shape (B, P, D).
+        quantile (float): Tokens whose original norm is above their image's
+            quantile are left out.
+
+    Returns:
+        Tensor: A scalar, on the tokens' device.
+    """
+    norms = torch.linalg.vector_norm(original.float(), dim=-1)
+    inliers = (norms <= outlier_threshold(norms, quantile)).unsqueeze(-1)
+    count = inliers.sum()
+
+    def variance(tokens: Tensor) -> Tensor:
+        tokens = tokens.float() * inliers
+        mean = tokens.sum(dim=(0, 1)) / count
+        return ((tokens - mean) * inliers).square().sum() / count
+
+    return variance(refined) / variance(original).clamp(min=1e-12)
+
+
+def _check_adapter_keys(cfg: Dict[str, Any]) -> Dict[str, Any]:
+    known = _BUILD_KEYS + _FFN_KEYS + _INIT_KEYS
+    for key in cfg:
+        if key not in known:
+            raise ConfigError(
+                f'model.adapter.{key}: no such key.'
+                f'{near_matches(key, known)} Its keys are '
+                f'{", ".join(known)}.')
+    for key, choices in (('init', INITS), ('selection', SELECTIONS)):
+        if key in cfg:
+            check_choice(f'model.adapter.{key}', cfg[key], choices)
+    return cfg
+
+
+def _pick(cfg: Dict[str, Any], keys) -> Dict[str, Any]:
+    return {key: cfg[key] for key in keys if key in cfg}

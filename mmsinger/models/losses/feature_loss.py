@@ -1,0 +1,31 @@
+from torch import Tensor, nn
+
+from mmsinger.registry import MODELS
+
+
+@MODELS.register_module()
+class FeatureMSELoss(nn.Module):
+    """L_KD: mean squared error between two sets of tokens (section 3.1).
+
+    Computed in float32, also under autocast. The gradient reaches both
+    arguments: in SiNGER the target depends on the adapter.
+
+    Args:
+        loss_weight (float): Defaults to 1.0.
+    """
+
+    def __init__(self, loss_weight: float = 1.0) -> None:
+        super().__init__()
+        self.loss_weight = loss_weight
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """
+        Args:
+            pred (Tensor): Projected student tokens, shape (B, N, D).
+            target (Tensor): (Refined) teacher tokens, shape (B, N, D).
+
+        Returns:
+            Tensor: A scalar, times ``loss_weight``.
+        """
+        error = nn.functional.mse_loss(pred.float(), target.float())
+        return self.loss_weight * error

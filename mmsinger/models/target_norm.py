@@ -1,0 +1,78 @@
+"""Standardising the features that a student is to match."""
+from typing import List, Optional
+
+import torch
+from torch import Tensor, nn
+
+from mmsinger.errors import check_choice
+
+MODES = (None, 'standardise', 'layernorm')
+
+
+class TargetNorm(nn.Module):
+    """Brings one teacher layer's tokens to a common scale.
+
+    Raw block outputs have a large mean and norm; a student learns them slowly
+    or not at all. Statistics are robust, so that artifacts hardly move them.
+
+    Args:
+        dim (int): Channels D of the teacher.
+        mode (str, optional): ``'standardise'``: subtract the channels' median
+            and divide by the median norm of what is left over sqrt(D); the
+            whole method (adapter, outlier and Gram losses) then works in that
+            space, where a typical token has the norm sqrt(D).
+            ``'layernorm'``: the KD target alone passes a layer norm without
+            weights. None: raw features, the paper. Defaults to None.
+    """
+
+    def __init__(self, dim: int, mode: Optional[str] = None) -> None:
+        super().__init__()
+        check_choice('target_norm', mode, MODES)
+        self.mode = mode
+        if mode == 'standardise':
+            self.register_buffer('centre', torch.zeros(dim))
+            self.register_buffer('scale', torch.full((), float('nan')))
+
+    def calibrate(self, tokens: List[Tensor]) -> None:
+        """Set centre and scale from a calibration pass.
+
+        Args:
+            tokens (list[Tensor]): Patch tokens, each of shape (n, D).
+        """
+        values = torch.cat(tokens).float()
+        self.centre.copy_(values.median(dim=0).values)
+        norms = (values - self.centre).norm(dim=-1)
+        self.scale.copy_(
+            (norms.median() / values.shape[1]**0.5).clamp(min=1e-6))
+        self.calibrated = True
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether :meth:`calibrate` is still to be called."""
+        return self.mode == 'standardise' and not getattr(
+            self, 'calibrated', False)
+
+    def normalise(self, tokens: Tensor) -> Tensor:
+        """Raw tokens (B, N, D) to the space that the method works in."""
+        if self.mode == 'standardise':
+            return (tokens.float() - self.centre) / self.scale
+        return tokens
+
+    def restore(self, tokens: Tensor) -> Tensor:
+        """Back to raw tokens (B, N, D), as the next teacher block expects."""
+        if self.mode == 'standardise':
+            return tokens * self.scale + self.centre
+        return tokens
+
+    def target(self, tokens: Tensor) -> Tensor:
+        """Normalised (refined) tokens (B, N, D) to the KD target."""
+        if self.mode == 'layernorm':
+            return nn.functional.layer_norm(tokens.float(),
+                                            tokens.shape[-1:])
+        return tokens
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if prefix + 'scale' in state_dict:
+            self.calibrated = bool(
+                torch.isfinite(state_dict[prefix + 'scale']))

@@ -1,0 +1,225 @@
+"""The frozen teacher: a backbone that is only ever read."""
+from typing import NamedTuple, Optional, Sequence, Tuple, Union
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
+from mmsinger.errors import ConfigError
+from mmsinger.models.taps import (BlockTaps, Blocks, fixed_input_size,
+                                  find_blocks, patch_stride)
+from mmsinger.registry import MODELS
+
+
+class Normalisation(NamedTuple):
+    """Per-channel mean and std that images were normalised with, in pixel
+    units of 0 to 255; None stands for not normalised."""
+    mean: Optional[Tuple[float, ...]]
+    std: Optional[Tuple[float, ...]]
+
+
+class FrozenTeacher(nn.Module):
+    """A pretrained backbone that gives features and never changes.
+
+    Its parameters do not require gradients, it is in evaluation mode whatever
+    ``train()`` is called with (dropout and drop path off), and
+    :class:`BaseDistiller` keeps it out of ``state_dict()`` and
+    ``parameters()``. A copy of a distiller (an EMA model, say) shares it.
+
+    Args:
+        backbone (dict): Config of the backbone alone; no head is built or
+            run, no label is needed. Write the scope, as in
+            ``type='mmpretrain.VisionTransformer'``.
+        checkpoint (str, optional): Its weights, from any file that holds
+            them under ``prefix``. None leaves them random, with a warning:
+            for tests only. An ``init_cfg`` of type Pretrained in ``backbone``
+            means the same. Defaults to None.
+        prefix (str): What the backbone's keys begin with in the checkpoint,
+            for instance ``'backbone.'``. Defaults to ``''``.
+        ignore_keys (Sequence[str]): Prefixes of keys, after ``prefix``, that
+            the checkpoint may hold beside the backbone, for instance
+            ``['head.']``. Any other left-over key is an error. Defaults to
+            none.
+        mean (Sequence[float], optional): The teacher's own normalisation,
+            in RGB unless ``swap_channels``, 0 to 255. Defaults to None, the
+            student's.
+        std (Sequence[float], optional): See ``mean``.
+        swap_channels (bool): Reverse the channel order before the teacher,
+            for a student that is fed BGR. ``mean`` and ``std`` are in the
+            teacher's order. Defaults to False.
+        input_size (int | tuple[int, int], optional): Resize images to this
+            (H, W) for the teacher. Defaults to None: the student's size, or
+            the only one that the backbone takes; sizes that its patches do
+            not divide are rounded to the nearest that they do.
+
+    Raises:
+        ConfigError: If a value is not valid or the backbone is no vision
+            transformer.
+    """
+
+    def __init__(self,
+                 backbone: dict,
+                 checkpoint: Optional[str] = None,
+                 prefix: str = '',
+                 ignore_keys: Sequence[str] = (),
+                 mean: Optional[Sequence[float]] = None,
+                 std: Optional[Sequence[float]] = None,
+                 swap_channels: bool = False,
+                 input_size: Union[int, Sequence[int], None] = None) -> None:
+        super().__init__()
+        if not isinstance(backbone, dict) or 'type' not in backbone:
+            raise ConfigError(
+                'teacher.backbone must be a config with a type, got '
+                f'{backbone!r}. For instance dict(type='
+                "'mmpretrain.VisionTransformer', arch='l', patch_size=16).")
+        if (mean is None) != (std is None):
+            raise ConfigError('teacher.mean and teacher.std belong together: '
+                              f'got mean={mean}, std={std}.')
+        backbone = dict(backbone)
+        init_cfg = backbone.get('init_cfg')
+        if checkpoint is None and isinstance(init_cfg, dict) and \
+                init_cfg.get('type') == 'Pretrained':
+            checkpoint = init_cfg['checkpoint']
+            prefix = prefix or init_cfg.get('prefix') or ''
+        backbone.pop('init_cfg', None)
+        self.backbone = MODELS.build(backbone)
+        self.blocks: Blocks = find_blocks(self.backbone, 'teacher')
+        self.checkpoint = checkpoint
+        self.prefix = f'{prefix}.' if prefix and prefix[-1] != '.' else prefix
+        self.ignore_keys = [ignore_keys] if isinstance(ignore_keys, str) \
+            else list(ignore_keys)
+        self.normalisation = None if mean is None else Normalisation(
+            tuple(mean), tuple(std))
+        self.swap_channels = swap_channels
+        if isinstance(input_size, int):
+            input_size = (input_size, input_size)
+        self.input_size = tuple(input_size) if input_size is not None \
+            else fixed_input_size(self.backbone)
+        self.loaded = checkpoint is None
+        self.requires_grad_(False)
+        self.train(False)
+
+    def load_weights(self) -> None:
+        """Load the checkpoint, strictly.
+
+        Raises:
+            ConfigError: If the file is missing or damaged, nothing in it
+                begins with the prefix, or a key is missing, left over, or of
+                another shape.
+        """
+        if self.checkpoint is None:
+            print_log('teacher.checkpoint is None: the teacher has random '
+                      'weights, so nothing useful will be distilled.',
+                      logger='current', level=30)
+            return
+        key = 'teacher.checkpoint'
+        weights = weights_of(load_checkpoint(self.checkpoint, key),
+                             self.checkpoint)
+        found = {k[len(self.prefix):]: v for k, v in weights.items()
+                 if k.startswith(self.prefix)}
+        if not found:
+            tops = sorted({k.split('.')[0] + '.' for k in weights})
+            raise ConfigError(
+                f'teacher.prefix={self.prefix!r}: no key of '
+                f'{self.checkpoint!r} begins with it. They begin with '
+                f'{tops[:10]}; set teacher.prefix to one of these, or to '
+                "'' if the file holds the backbone alone.")
+        module = self.backbone
+        timm_model = getattr(module, 'timm_model', None)
+        if timm_model is not None and \
+                not any(k.startswith('timm_model.') for k in found):
+            module = timm_model
+        load_strict(
+            module, found,
+            what=f'{key}={self.checkpoint!r} does not fit '
+            f'teacher.backbone ({type(self.backbone).__name__})',
+            fix=self._loading_hint(found), ignore=self.ignore_keys)
+        self.loaded = True
+        print_log(f'Teacher {type(self.backbone).__name__} loaded from '
+                  f'{self.checkpoint}', logger='current')
+
+    def _loading_hint(self, found: dict) -> str:
+        own = {k.split('.')[0] for k in self.backbone.state_dict()}
+        if any(k.startswith('backbone.') for k in found):
+            return ("The file's keys begin with 'backbone.': set "
+                    "teacher.prefix='backbone.'.")
+        if any(k.startswith('blocks.') for k in found) and 'layers' in own:
+            return ('The file has timm keys (blocks.…) and the backbone has '
+                    "mmpretrain's (layers.…): use type="
+                    "'mmpretrain.TIMMBackbone', or convert the file with "
+                    'mmsinger.converters.timm_to_mmpretrain.')
+        return ('Make teacher.backbone the architecture that the file was '
+                'saved from; list left-over heads in teacher.ignore_keys, '
+                "for instance ['head.'].")
+
+    def forward(self, images: Tensor, layers: Sequence[int],
+                normalisation: Normalisation) -> BlockTaps:
+        """Run the backbone up to the deepest of some blocks.
+
+        Args:
+            images (Tensor): As the student receives them, (B, 3, H, W).
+            layers (Sequence[int]): Indices of the blocks to record.
+            normalisation (Normalisation): What the images were normalised
+                with.
+
+        Returns:
+            BlockTaps: The recorded outputs, raw (before any final norm),
+            without gradients. Blocks can be run again through it.
+        """
+        if not self.loaded:
+            raise RuntimeError(
+                'The teacher has no weights yet. Call init_weights() on the '
+                'distiller first; a Runner does.')
+        with torch.no_grad(), BlockTaps(self.blocks, layers, stop=True) \
+                as taps:
+            taps.run(self.backbone, self.prepare(images, normalisation))
+        return taps
+
+    def prepare(self, images: Tensor, normalisation: Normalisation) -> Tensor:
+        """Images as the teacher expects them: channel order, normalisation,
+        size.
+
+        Args:
+            images (Tensor): As the student receives them, (B, 3, H, W).
+            normalisation (Normalisation): What they were normalised with, in
+                their own channel order.
+
+        Returns:
+            Tensor: Shape (B, 3, H', W').
+        """
+        if self.normalisation not in (None, normalisation):
+            if normalisation.mean is not None:
+                images = images * _channels(normalisation.std, images) \
+                    + _channels(normalisation.mean, images)
+            if self.swap_channels:
+                images = images.flip(1)
+            images = (images - _channels(self.normalisation.mean, images)) \
+                / _channels(self.normalisation.std, images)
+        elif self.swap_channels:
+            images = images.flip(1)
+        size = self.input_size or self._divisible(images.shape[-2:])
+        if tuple(images.shape[-2:]) != tuple(size):
+            images = nn.functional.interpolate(
+                images, size=tuple(size), mode='bilinear',
+                align_corners=False, antialias=True)
+        return images
+
+    def _divisible(self, size: Tuple[int, int]) -> Tuple[int, int]:
+        stride = patch_stride(self.blocks.patch_embed)
+        return tuple(max(1, round(length / step)) * step
+                     for length, step in zip(size, stride))
+
+    def train(self, mode: bool = True) -> 'FrozenTeacher':
+        """Stay in evaluation mode."""
+        super().train(False)
+        return self
+
+    def __deepcopy__(self, memo) -> 'FrozenTeacher':
+        return self
+
+
+def _channels(values: Sequence[float], like: Tensor) -> Tensor:
+    # Python numbers through full(), not tensor(): no copy from host memory
+    return torch.stack([like.new_full((), value) for value in values]
+                       ).view(1, -1, 1, 1)

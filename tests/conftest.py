@@ -1,0 +1,19 @@
+"""Shared fixtures. mmsinger comes before anything that imports torchvision."""
+import os
+
+os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')
+
+import mmsinger  # noqa: E402, F401
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        '--parity-dir', action='append', default=[], metavar='DIR',
+        help='check official_*.npz files of this folder too')
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
