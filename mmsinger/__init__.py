@@ -3,8 +3,14 @@
 Importing it makes torchvision importable beside a CPU-only torch (see
 :mod:`mmsinger.compat`); everything else is loaded when it is needed.
 """
-from mmsinger import compat as _compat
 from mmsinger.version import __version__
+
+try:
+    from mmsinger import compat as _compat
+except (ImportError, OSError) as error:
+    raise ImportError(
+        f'mmsinger needs torch, whose import failed: {error}. '
+        '`python tools/check_env.py` names the fix.') from error
 
 _compat.define_missing_torchvision_operators()
 
