@@ -1,0 +1,83 @@
+# make demo     install, then the main job on the built-in data
+# make test     install, then the tests      (make test ARGS="-k nullspace")
+# make install  only the virtual environment .venv
+# make teacher  train the demo's teacher anew
+# make clean    remove what builds and tests leave
+#
+# For a GPU, name the torch that fits it once; it is kept from then on:
+#   make install TORCH="torch torchvision --index-url URL"
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0 torchvision==0.28.0
+EXTRAS := onedl,test,demo
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Stands from before the environment is made until all is installed: where it
+# is found, an installation was interrupted, and starts anew. An environment
+# that was not made here has none, and is only added to.
+UNFINISHED := $(VENV)/.unfinished
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PYTHONUNBUFFERED = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install test demo teacher clean FORCE
+
+help:
+	@sed -n '/^# make/,/^$$/s/^# \{0,1\}//p' Makefile
+
+install: $(STAMP)
+
+ifneq ($(origin TORCH),file)
+$(STAMP): FORCE
+endif
+
+$(STAMP): setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "$(PYTHON) is missing or older than 3.10, which the OneDL" \
+	         "packages need. Name another: make install PYTHON=python3.11" \
+	         >&2; exit 1; }
+	@if [ -e $(UNFINISHED) ] || \
+	    { [ -e $(VENV) ] && ! $(BIN)/python -c '' 2> /dev/null; }; then \
+	    echo "== $(VENV) is incomplete (interrupted?): making it anew"; \
+	    touch $(UNFINISHED); \
+	    find $(VENV) -mindepth 1 ! -path $(UNFINISHED) -delete; \
+	fi
+	@if [ ! -e $(BIN)/python ]; then \
+	    echo "== Making the virtual environment $(VENV)"; \
+	    mkdir -p $(VENV) && touch $(UNFINISHED) && \
+	    $(PYTHON) -m venv $(VENV); \
+	fi
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || \
+	    $(BIN)/python -m ensurepip
+	@if [ '$(origin TORCH)' = file ] && \
+	    $(BIN)/python -m pip show -qq torchvision; then \
+	    echo "== 1 of 2: torch and torchvision are there, and are kept"; \
+	else \
+	    echo "== 1 of 2: $(TORCH)"; \
+	    $(BIN)/python -m pip install $(foreach word,$(TORCH),'$(word)'); \
+	fi
+	@echo "== 2 of 2: mmsinger[$(EXTRAS)]" \
+	    "(building onedl-mmcv is quiet for a minute or two)"
+	$(BIN)/python -m pip install -e '.[$(EXTRAS)]'
+	$(BIN)/python tools/check_env.py
+	@rm -f $(UNFINISHED)
+	@touch $@
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: install
+	$(BIN)/python tools/demo.py $(ARGS)
+
+# Writes the teacher that ships in mmsinger/assets.
+teacher: install
+	$(BIN)/python tools/train.py configs/demo/digits_teacher.py $(ARGS)
+	$(BIN)/python tools/publish_teacher.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .coverage
+	find configs mmsinger tests tools -name __pycache__ -prune \
+	    -exec rm -rf {} +
