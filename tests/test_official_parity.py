@@ -201,10 +201,3 @@ def test_official_layer_map():
         assert map_layers(case['teacher_layers'], case['teacher_depth'],
                           case['student_depth'],
                           'official') == case['student_layers']
-
-
-def test_official_layer_map_of_recorded_runs(reference):
-    assert map_layers(
-        reference.layers, reference.meta['teacher']['depth'],
-        reference.meta['student']['depth'],
-        'official') == reference.student_layers

@@ -1,0 +1,10 @@
+# DeiT-III-L/16, ImageNet-1k, in mmpretrain's key layout
+teacher = dict(
+    backbone=dict(
+        type='mmpretrain.DeiT3', arch='l', img_size=224, patch_size=16,
+        out_type='raw'),
+    checkpoint='checkpoints/deit3_l16_in1k.pth',
+    prefix='backbone.',
+    ignore_keys=['head.'],
+    mean=[123.675, 116.28, 103.53],
+    std=[58.395, 57.12, 57.375])
