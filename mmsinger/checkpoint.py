@@ -9,13 +9,16 @@ from torch import nn
 
 from mmsinger.errors import ConfigError
 
+SHIPPED = 'mmsinger://'
+
 
 def load_checkpoint(path: str, key: str = 'checkpoint') -> Dict[str, Any]:
     """Read a checkpoint to the CPU without running code from it.
 
     Args:
-        path (str): A local path, or an address that mmengine's file backends
-            know.
+        path (str): A local path, an address that mmengine's file backends
+            know, or ``mmsinger://NAME`` for a file that ships with the
+            package.
         key (str): The config key that named the path, for error messages.
 
     Returns:
@@ -26,6 +29,9 @@ def load_checkpoint(path: str, key: str = 'checkpoint') -> Dict[str, Any]:
             holds objects that ``torch.load(weights_only=True)`` refuses.
     """
     from mmengine.fileio import exists, get
+    if path.startswith(SHIPPED):
+        path = os.path.join(os.path.dirname(os.path.abspath(__file__)),
+                            'assets', path[len(SHIPPED):])
     if not exists(path):
         raise ConfigError(
             f'{key}={path!r}: no such file (working directory '

@@ -105,6 +105,7 @@ class BaseDistiller(BaseModel):
             loss_kd or dict(type='mmsinger.FeatureMSELoss'))
         if task_loss_weight == 0:
             self._freeze_what_features_do_not_reach()
+        self._register_load_state_dict_pre_hook(self._accept_plain_student)
 
     # -- what a method implements ------------------------------------------
 
@@ -141,6 +142,21 @@ class BaseDistiller(BaseModel):
         teacher."""
         super().init_weights()
         self.teacher.load_weights()
+
+    def _accept_plain_student(self, state_dict: Dict[str, Tensor],
+                              prefix: str, *_) -> None:
+        """Let ``load_from`` take a checkpoint of the plain student too: its
+        keys lack ``student.``, and would all be passed over."""
+        if any(k.startswith(f'{prefix}student.') for k in state_dict):
+            return
+        plain = [name for name in self.student.state_dict()
+                 if prefix + name in state_dict]
+        for name in plain:
+            state_dict[f'{prefix}student.{name}'] = \
+                state_dict.pop(prefix + name)
+        if plain:
+            print_log(f'{len(plain)} tensors of a plain checkpoint go to the '
+                      'student', logger='current')
 
     def _resolve_layers(self, layers: Sequence[Layer]) -> List[int]:
         if isinstance(layers, (int, str)) or not len(layers):
