@@ -62,3 +62,36 @@ def run_tool(tool, *args, cwd, check=True, **kwargs):
     if check:
         assert result.returncode == 0, result.stdout[-6000:]
     return result
+
+
+def vit(name='VisionTransformer', **kwargs):
+    """A small backbone of mmpretrain's ViT family: 4 blocks of width 32."""
+    arch = dict(embed_dims=32, num_layers=4, num_heads=4,
+                feedforward_channels=64)
+    return {**dict(type=f'mmpretrain.{name}', arch=arch, img_size=32,
+                   patch_size=8), **kwargs}
+
+
+def seg_vit(**kwargs):
+    """The same of mmseg's VisionTransformer."""
+    return {**dict(type='mmseg.VisionTransformer', img_size=32, patch_size=8,
+                   embed_dims=32, num_layers=4, num_heads=4, mlp_ratio=2),
+            **kwargs}
+
+
+def timm_vit(model_name, **kwargs):
+    """The same of timm, in mmpretrain's TIMMBackbone."""
+    return {**dict(type='mmpretrain.TIMMBackbone', model_name=model_name,
+                   embed_dim=32, depth=4, num_heads=4, img_size=32,
+                   patch_size=8), **kwargs}
+
+
+def build(cfg):
+    """A model, in evaluation mode, whose parameters are no special case: no
+    zero biases, unit norms or LayerScales that hide an effect."""
+    model = MODELS.build(dict(cfg))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.eval()
+    return model
