@@ -127,13 +127,15 @@ def load_strict(module: nn.Module, weights: Dict[str, torch.Tensor],
     ignore = tuple(ignore)
     weights = {k: v for k, v in weights.items() if not k.startswith(ignore)} \
         if ignore else dict(weights)
+    # What a backbone's own hooks raise where a shape is beyond resizing can
+    # be anything; load_state_dict itself raises a RuntimeError.
     try:
         result = module.load_state_dict(weights, strict=False)
-    except RuntimeError as error:  # shapes differ
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines()]
         raise ConfigError(f'{what}: shapes differ.\n  '
-                          + '\n  '.join(_shorten(lines)) + f'\n{fix}'
-                          ) from error
+                          + '\n  '.join(_shorten(lines[1:] or lines))
+                          + f'\n{fix}') from error
     problems = []
     for title, keys in (('missing', result.missing_keys),
                         ('unexpected', result.unexpected_keys)):
