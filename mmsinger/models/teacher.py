@@ -188,7 +188,9 @@ class FrozenTeacher(nn.Module):
         Returns:
             Tensor: Shape (B, 3, H', W').
         """
-        if self.normalisation not in (None, normalisation):
+        # Equal numbers in opposite channel orders are not the same thing.
+        if self.normalisation is not None and (
+                self.swap_channels or self.normalisation != normalisation):
             if normalisation.mean is not None:
                 images = images * _channels(normalisation.std, images) \
                     + _channels(normalisation.mean, images)
