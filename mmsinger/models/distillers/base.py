@@ -1,4 +1,5 @@
 """What all feature distillation methods share."""
+import copy
 import inspect
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -220,23 +221,25 @@ class BaseDistiller(BaseModel):
     def _parameters_reached(self) -> set:
         """Identities of the student parameters that the distilled features
         depend on, from one small forward pass."""
-        backbone = self.student_backbone
-        blocks = self._student_blocks
-        modes = {m: m.training for m in backbone.modules()}
+        # On a copy: EVA-02 for one keeps buffers of the last image's size
+        backbone = copy.deepcopy(self.student_backbone)
+        backbone.eval()
+        blocks = find_blocks(backbone, 'student')
         size = fixed_input_size(backbone) or \
             tuple(2 * step for step in patch_stride(blocks.patch_embed))
-        parameters = [p for p in backbone.parameters() if p.requires_grad]
         with torch.random.fork_rng(devices=[]), torch.enable_grad(), \
                 BlockTaps(blocks, self.student_layers, stop=True) as taps:
-            backbone.eval()
             taps.run(backbone, torch.randn(
                 1, in_channels(blocks.patch_embed), *size))
             total = sum(taps.tokens(layer).values.sum()
                         for layer in set(self.student_layers))
-        for module, mode in modes.items():
-            module.training = mode
-        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
-        return {id(p) for p, g in zip(parameters, gradients) if g is not None}
+        pairs = [(original, parameter) for original, parameter in zip(
+            self.student_backbone.parameters(), backbone.parameters())
+            if parameter.requires_grad]
+        gradients = torch.autograd.grad(
+            total, [parameter for _, parameter in pairs], allow_unused=True)
+        return {id(original) for (original, _), gradient
+                in zip(pairs, gradients) if gradient is not None}
 
     # -- running -----------------------------------------------------------
 
