@@ -73,6 +73,9 @@ class TargetNorm(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if prefix + 'scale' in state_dict:
+        # A centre of another width was not loaded: mmengine only warns then.
+        if self.mode == 'standardise' and prefix + 'scale' in state_dict:
+            centre = state_dict.get(prefix + 'centre')
             self.calibrated = bool(
-                torch.isfinite(state_dict[prefix + 'scale']))
+                torch.isfinite(state_dict[prefix + 'scale'])) and \
+                centre is not None and centre.shape == self.centre.shape

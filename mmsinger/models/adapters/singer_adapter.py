@@ -105,7 +105,11 @@ class SiNGERAdapter(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if prefix + 'down' in state_dict and prefix + 'up' in state_dict:
+        # Of another rank they were not loaded: mmengine only warns then.
+        loaded = [name for name, own in (('down', self.down), ('up', self.up))
+                  if prefix + name in state_dict
+                  and state_dict[prefix + name].shape == own.shape]
+        if len(loaded) == 2:
             self.initialised = True
 
     def extra_repr(self) -> str:
