@@ -17,4 +17,5 @@ custom_hooks = [
     dict(type='mmsinger.TargetNormHook'),
     dict(type='mmsinger.StudentCheckpointHook'),
     dict(type='mmsinger.RunGuardHook'),
+    dict(type='mmsinger.RandomStateHook'),
 ]

@@ -1,10 +1,11 @@
 from mmsinger.engine.hooks.adapter_hook import SiNGERAdapterHook
+from mmsinger.engine.hooks.random_state_hook import RandomStateHook
 from mmsinger.engine.hooks.run_guard_hook import RunGuardHook
 from mmsinger.engine.hooks.student_checkpoint_hook import \
     StudentCheckpointHook
 from mmsinger.engine.hooks.target_norm_hook import TargetNormHook
 
 __all__ = [
-    'RunGuardHook', 'SiNGERAdapterHook', 'StudentCheckpointHook',
-    'TargetNormHook'
+    'RandomStateHook', 'RunGuardHook', 'SiNGERAdapterHook',
+    'StudentCheckpointHook', 'TargetNormHook'
 ]

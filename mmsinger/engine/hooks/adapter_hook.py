@@ -3,6 +3,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from torch import nn
 
+from mmsinger.models import SiNGERDistiller
 from mmsinger.registry import HOOKS
 
 
@@ -21,6 +22,9 @@ class SiNGERAdapterHook(Hook):
     the adapter shrinks legitimate features: the KD loss then falls while the
     student gets worse.
 
+    With another model than :class:`SiNGERDistiller` it does nothing, so that
+    recipes can share one list of hooks.
+
     Args:
         interval (int): Iterations between two measurements. Defaults to 50.
         min_variance_ratio (float): Warn below it. Defaults to 0.5.
@@ -36,6 +40,8 @@ class SiNGERAdapterHook(Hook):
 
     def before_train(self, runner) -> None:
         model = unwrap(runner.model)
+        if not isinstance(model, SiNGERDistiller):
+            return
         if not model.needs_adapters:
             runner.logger.info('SiNGER adapters: kept as loaded from the '
                                'checkpoint')
@@ -54,13 +60,15 @@ class SiNGERAdapterHook(Hook):
             broadcast(parameter.data)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        unwrap(runner.model).track_inlier_variance = \
-            self.every_n_train_iters(runner, self.interval)
+        model = unwrap(runner.model)
+        if isinstance(model, SiNGERDistiller):
+            model.track_inlier_variance = \
+                self.every_n_train_iters(runner, self.interval)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None,
                          outputs=None) -> None:
         model = unwrap(runner.model)
-        if not model.track_inlier_variance:
+        if not getattr(model, 'track_inlier_variance', False):
             return
         for layer, ratio in model.inlier_variance.items():
             value = ratio.item()

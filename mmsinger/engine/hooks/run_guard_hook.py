@@ -21,16 +21,13 @@ class RunGuardHook(Hook):
 
     priority = 'VERY_HIGH'  # before CheckpointHook
 
-    def before_run(self, runner) -> None:
-        loader = getattr(runner, 'train_dataloader', None)
-        dataset = getattr(loader, 'dataset', None)
-        if dataset is not None and len(dataset) == 0:
+    def before_train(self, runner) -> None:
+        dataset = runner.train_dataloader.dataset
+        if len(dataset) == 0:
             raise ConfigError(
                 f'train_dataloader.dataset: the {type(dataset).__name__} '
                 'found no images. Check data_root, data_prefix, ann_file and '
                 'the file suffixes.')
-
-    def before_train(self, runner) -> None:
         self._save_intervals = [
             hook.interval for hook in runner.hooks
             if isinstance(hook, CheckpointHook) and not hook.by_epoch]

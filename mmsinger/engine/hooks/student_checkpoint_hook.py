@@ -4,7 +4,7 @@ from typing import Dict, List, Optional, Set, Tuple
 from mmengine.dist import is_main_process, master_only
 from mmengine.hooks import Hook
 
-from mmsinger.export import (SUFFIX, save_student, student_config,
+from mmsinger.export import (SUFFIX, is_distiller, save_student, student_config,
                              student_path, student_state_dict)
 from mmsinger.registry import HOOKS
 
@@ -29,6 +29,8 @@ class StudentCheckpointHook(Hook):
 
     @master_only
     def before_train(self, runner) -> None:
+        if not is_distiller(runner.cfg.model):
+            return
         self._seen = set(map(_version, self._checkpoints(runner)))
         name = os.path.basename(runner.cfg.filename or 'config.py')
         stem = os.path.splitext(name)[0]
@@ -37,8 +39,9 @@ class StudentCheckpointHook(Hook):
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         if is_main_process():
-            self._pending = (student_state_dict(checkpoint['state_dict']),
-                             checkpoint.get('meta', {}))
+            weights = student_state_dict(checkpoint['state_dict'])
+            if weights:  # none in a plain model's own training
+                self._pending = weights, checkpoint.get('meta', {})
 
     def after_train_iter(self, runner, *args, **kwargs) -> None:
         self._write(runner)

@@ -34,7 +34,7 @@ class TargetNormHook(Hook):
 
     def before_train(self, runner) -> None:
         model = unwrap(runner.model)
-        if not model.needs_calibration:
+        if not getattr(model, 'needs_calibration', False):
             return
         with preserved_random_states(seed=0):
             scales = model.calibrate_target_norms(self._batches(runner))
