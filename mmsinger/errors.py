@@ -54,6 +54,26 @@ def check_choice(key: str, value, choices: Iterable) -> None:
                           f'{", ".join(map(repr, choices))}.{hint}')
 
 
+def check_keys(key: str, given: Iterable[str], known: Iterable[str],
+               owner: str = '') -> None:
+    """Raise :class:`ConfigError` for a key that nobody reads.
+
+    Args:
+        key (str): Where the keys stand, as the user writes it:
+            ``'model.adapter'``.
+        given (Iterable[str]): The keys that the user wrote.
+        known (Iterable[str]): The valid ones.
+        owner (str): Whose keys they are, for the message. Defaults to ``''``.
+    """
+    known = tuple(known)
+    for name in given:
+        if name not in known:
+            raise ConfigError(
+                f'{key}.{name}: {f"{owner} has " if owner else ""}no such '
+                f'key.{near_matches(name, known)} Its keys are '
+                f'{", ".join(known)}.')
+
+
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
     """End a command line tool with the message alone, no traceback, when the
@@ -61,5 +81,17 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except (ConfigError, TrainingError) as error:
-        print(f'\n{type(error).__name__}: {error}', file=sys.stderr)
+        first = _as_first_raised(error)
+        print(f'\n{type(first).__name__}: {first}', file=sys.stderr)
         sys.exit(1)
+
+
+def _as_first_raised(error: Exception) -> Exception:
+    """Some registries raise what comes out of a constructor anew, with the
+    class in front; this is the error under it."""
+    first, current = error, error
+    while current is not None:
+        if isinstance(current, (ConfigError, TrainingError)):
+            first = current
+        current = current.__cause__ or current.__context__
+    return first

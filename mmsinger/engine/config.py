@@ -7,18 +7,21 @@ of your own may too::
     prepare_training(cfg)
     Runner.from_cfg(cfg).train()
 """
+import difflib
+import inspect
 import os
 import tempfile
 from typing import Iterator, Optional, Tuple
 
 from mmengine.config import Config, ConfigDict
+from mmengine.config.utils import ConfigParsingError
 from mmengine.logging import print_log
 from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
 
 from mmsinger.compat import onedl_config_packages
 from mmsinger.errors import ConfigError
 from mmsinger.registry import MODELS
-
 
 
 def load_config(path: str, options: Optional[dict] = None) -> Config:
@@ -32,19 +35,65 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
         Config: The merged config, with a ``work_dir``.
 
     Raises:
-        ConfigError: If the file does not exist.
+        ConfigError: If the file cannot be read, or an option does not fit.
     """
     if not os.path.isfile(path):
         raise ConfigError(f'config {path!r}: no such file (working directory '
                           f'{os.getcwd()}).')
-    with onedl_config_packages():
-        cfg = Config.fromfile(path)
+    try:
+        with onedl_config_packages():
+            cfg = Config.fromfile(path)
+    except (ConfigParsingError, FileNotFoundError, KeyError,
+            SyntaxError) as error:
+        raise ConfigError(f'config {path!r} cannot be read: '
+                          f'{error.args[0] if error.args else error}'
+                          ) from error
     if options:
-        cfg.merge_from_dict(options)
+        check_options(cfg, options)
+        try:
+            cfg.merge_from_dict(options)
+        except (KeyError, IndexError, TypeError) as error:
+            raise ConfigError(
+                f'--cfg-options {" ".join(options)}: cannot be set in '
+                f'{path!r}: {error.args[0] if error.args else error}'
+            ) from error
     if cfg.get('work_dir') is None:
         stem = os.path.splitext(os.path.basename(path))[0]
         cfg.work_dir = os.path.join('work_dirs', stem)
     return cfg
+
+
+def check_options(cfg: Config, options: dict) -> None:
+    """Raise :class:`ConfigError` for overrides whose path is misspelt.
+
+    Merging makes whatever is not there, so that ``train_dataloadr.batch_size``
+    would be set and never read. A part of the path that is not in the config
+    is taken for a mistake where another key is nearly the same.
+
+    Args:
+        cfg (Config): The config before the merge.
+        options (dict): Overrides by dotted path.
+    """
+    settings = set(inspect.signature(Runner.__init__).parameters)
+    for option in options:
+        *parents, _ = option.split('.')
+        node, known = cfg, settings
+        for i, name in enumerate(parents or [option]):
+            if not isinstance(node, dict) and not isinstance(node, Config):
+                break
+            if name in node:
+                node, known = node[name], ()
+                continue
+            if name not in known:
+                near = difflib.get_close_matches(
+                    name, {*node.keys(), *known}, 1, 0.85)
+                if near:
+                    right = '.'.join([*parents[:i], near[0]])
+                    raise ConfigError(
+                        f'--cfg-options {option}: the config has no '
+                        f'{".".join([*parents[:i], name])!r}. Did you mean '
+                        f'{right!r}?')
+            break
 
 
 def prepare_training(cfg: Config) -> None:
@@ -53,7 +102,8 @@ def prepare_training(cfg: Config) -> None:
     Adds the hooks that the distiller needs, if the config does not list them
     (a stock config that was wrapped by one line has none of ours), and ends
     in a :class:`ConfigError` where training could not start: a work dir that
-    is not writable, a data folder that is missing or empty.
+    is not writable, a data folder that is missing or empty, a teacher
+    checkpoint that is not there.
 
     Args:
         cfg (Config): The config; changed in place.
@@ -63,6 +113,7 @@ def prepare_training(cfg: Config) -> None:
     keep_workers(cfg)
     check_work_dir(cfg.work_dir)
     check_data_folders(cfg, ('train_dataloader', 'val_dataloader'))
+    check_teacher_file(cfg.model)
 
 
 def add_required_hooks(cfg: Config) -> None:
@@ -101,6 +152,19 @@ def check_work_dir(work_dir: str) -> None:
             f'work_dir={work_dir!r} is not writable: {error.strerror}. '
             'Choose another one with --work-dir, or mend its permissions.'
         ) from error
+
+
+def check_teacher_file(model: dict) -> None:
+    """Raise :class:`ConfigError` if the teacher's weights are a local path
+    without a file. What is in it shows when it is loaded."""
+    teacher = model.get('teacher')
+    path = teacher.get('checkpoint') if isinstance(teacher, dict) else None
+    if isinstance(path, str) and '://' not in path and \
+            not os.path.isfile(path):
+        raise ConfigError(
+            f'model.teacher.checkpoint={path!r}: no such file (working '
+            f'directory {os.getcwd()}). Download the weights, or set '
+            'model.teacher.checkpoint to where they are.')
 
 
 def check_data_folders(cfg: Config, loaders: Tuple[str, ...]) -> None:

@@ -8,11 +8,12 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from mmsinger.errors import ConfigError, check_choice, near_matches
+from mmsinger.errors import ConfigError, check_choice, check_keys
 from mmsinger.models.layer_map import LAYER_MAPS, map_layers
 from mmsinger.models.taps import (BlockTaps, Layer, fixed_input_size,
                                   find_blocks, in_channels, patch_stride,
                                   resolve_layer)
+from mmsinger.models.target_norm import MODES as TARGET_NORMS
 from mmsinger.models.target_norm import TargetNorm
 from mmsinger.models.teacher import FrozenTeacher, Normalisation
 from mmsinger.models.tokens import Tokens, align_tokens
@@ -62,7 +63,8 @@ class BaseDistiller(BaseModel):
     # Hooks that a run needs; ``tools/train.py`` adds the ones that a config
     # does not list.
     required_hooks: Tuple[str, ...] = (
-        'TargetNormHook', 'StudentCheckpointHook', 'RunGuardHook')
+        'TargetNormHook', 'StudentCheckpointHook', 'RunGuardHook',
+        'RandomStateHook')
 
     def __init__(self,
                  student: dict,
@@ -79,6 +81,9 @@ class BaseDistiller(BaseModel):
         if task_loss_weight < 0:
             raise ConfigError('task_loss_weight must not be negative, got '
                               f'{task_loss_weight}.')
+        check_choice('layer_map', layer_map, LAYER_MAPS)
+        check_choice('target_norm', target_norm, TARGET_NORMS)
+        kd = build_loss('loss_kd', loss_kd, 'mmsinger.FeatureMSELoss')
         student_model = build_student(student, data_preprocessor)
         super().__init__(data_preprocessor=getattr(
             student_model, 'data_preprocessor', None) or data_preprocessor)
@@ -102,8 +107,7 @@ class BaseDistiller(BaseModel):
             str(layer): TargetNorm(dim, target_norm)
             for layer in self.layers
         })
-        self.loss_kd = MODELS.build(
-            loss_kd or dict(type='mmsinger.FeatureMSELoss'))
+        self.loss_kd = kd
         if task_loss_weight == 0:
             self._freeze_what_features_do_not_reach()
         self._register_load_state_dict_pre_hook(self._accept_plain_student)
@@ -172,7 +176,6 @@ class BaseDistiller(BaseModel):
 
     def _resolve_student_layers(self, layers: Optional[Sequence[Layer]],
                                 layer_map: str) -> List[int]:
-        check_choice('layer_map', layer_map, LAYER_MAPS)
         blocks = self._student_blocks
         if layers is None:
             return map_layers(self.layers, len(self.teacher.blocks),
@@ -392,18 +395,51 @@ def reject_unknown_keys(unknown: Dict[str, Any], cls: type) -> None:
     ancestry takes, listing near matches."""
     if not unknown:
         return
-    known = []
+    known = set()
     for ancestor in cls.__mro__:
         if ancestor is BaseModel:
             break
-        known += [name for name, p in inspect.signature(
-            ancestor.__init__).parameters.items()
-            if name != 'self' and p.kind is not p.VAR_KEYWORD]
-    key = next(iter(unknown))
-    known = sorted(set(known))
-    raise ConfigError(f'model.{key}: {cls.__name__} has no such key.'
-                      f'{near_matches(key, known)} Its keys are '
-                      f'{", ".join(known)}.')
+        known.update(argument_names(ancestor))
+    check_keys('model', unknown, sorted(known), cls.__name__)
+
+
+def argument_names(cls: type) -> List[str]:
+    """What a constructor takes by name."""
+    return [name for name, p in inspect.signature(
+        cls.__init__).parameters.items()
+        if name != 'self' and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+
+
+def build_loss(key: str, cfg: Optional[dict], default: str) -> nn.Module:
+    """Build one of the distiller's losses.
+
+    Args:
+        key (str): Its config key, for error messages.
+        cfg (dict, optional): Its config; ``type`` may be left out.
+        default (str): The type then.
+
+    Returns:
+        nn.Module: The loss.
+
+    Raises:
+        ConfigError: If its class does not take one of the keys.
+    """
+    if cfg is not None and not isinstance(cfg, dict):
+        raise ConfigError(f'model.{key} must be a dict, got {cfg!r}. For '
+                          f'instance dict(type={default!r}, loss_weight=1.0).')
+    cfg = {'type': default, **(cfg or {})}
+    cls = MODELS.get(cfg['type']) if isinstance(cfg['type'], str) \
+        else cfg['type']
+    if cls is None:
+        raise ConfigError(f"model.{key}.type={cfg['type']!r}: there is no "
+                          'such loss. Write its scope too, as in '
+                          f'{default!r}.')
+    if inspect.isclass(cls) and issubclass(cls, nn.Module) and not any(
+            p.kind is p.VAR_KEYWORD for p in
+            inspect.signature(cls.__init__).parameters.values()):
+        check_keys(f'model.{key}', cfg,
+                   ['type', '_scope_', *argument_names(cls)], cls.__name__)
+    return MODELS.build(cfg)
 
 
 def build_student(cfg: dict, data_preprocessor: Optional[dict]) -> nn.Module:
@@ -431,13 +467,7 @@ def build_teacher(cfg: dict) -> FrozenTeacher:
         got = sorted(cfg) if isinstance(cfg, dict) else repr(cfg)
         raise ConfigError(
             f'teacher must be dict(backbone=…, checkpoint=…), got {got}.')
-    known = [name for name in inspect.signature(
-        FrozenTeacher.__init__).parameters if name != 'self']
-    for key in cfg:
-        if key not in known:
-            raise ConfigError(
-                f'teacher.{key}: no such key.{near_matches(key, known)} Its '
-                f'keys are {", ".join(known)}.')
+    check_keys('model.teacher', cfg, argument_names(FrozenTeacher))
     return FrozenTeacher(**cfg)
 
 

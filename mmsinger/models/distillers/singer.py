@@ -4,12 +4,12 @@ from typing import Any, Dict, List, Optional
 import torch
 from torch import Tensor, nn
 
-from mmsinger.errors import ConfigError, check_choice, near_matches
+from mmsinger.errors import check_choice, check_keys
 from mmsinger.models.adapters import (SiNGERAdapter, left_singular_directions,
                                       linearised_ffn, subspace_energy)
 from mmsinger.models.adapters.nullspace import SELECTIONS
 from mmsinger.models.adapters.singer_adapter import INITS
-from mmsinger.models.distillers.base import BaseDistiller
+from mmsinger.models.distillers.base import BaseDistiller, build_loss
 from mmsinger.models.losses import outlier_threshold
 from mmsinger.models.target_norm import TargetNorm
 from mmsinger.models.taps import BlockTaps
@@ -68,11 +68,17 @@ class SiNGERDistiller(BaseDistiller):
                  last_layer: str = 'final',
                  target_norm: Optional[str] = None,
                  **kwargs) -> None:
-        super().__init__(target_norm=target_norm, **kwargs)
+        # Mistakes are found before the models are built, which takes long.
         check_choice('last_layer', last_layer, ('final', 'listed'))
+        adapter_cfg = _check_adapter_keys(dict(adapter or {}))
+        outlier = build_loss(
+            'loss_outlier', loss_outlier, 'mmsinger.OutlierSuppressionLoss')
+        info = build_loss(
+            'loss_info', loss_info, 'mmsinger.GramInformationLoss')
+        super().__init__(target_norm=target_norm, **kwargs)
         self.last_layer = self.layers[-1] if last_layer == 'listed' \
             else len(self.teacher.blocks) - 1
-        self.adapter_cfg = _check_adapter_keys(dict(adapter or {}))
+        self.adapter_cfg = adapter_cfg
         dim = self.teacher.blocks.dim
         self.adapters = nn.ModuleDict({
             str(layer): SiNGERAdapter(dim, **_pick(
@@ -82,11 +88,7 @@ class SiNGERDistiller(BaseDistiller):
         for layer in self.tapped_teacher_layers:
             if str(layer) not in self.target_norms:
                 self.target_norms[str(layer)] = TargetNorm(dim, target_norm)
-        self.loss_outlier = MODELS.build(
-            {'type': 'mmsinger.OutlierSuppressionLoss',
-             **(loss_outlier or {})})
-        self.loss_info = MODELS.build(
-            {'type': 'mmsinger.GramInformationLoss', **(loss_info or {})})
+        self.loss_outlier, self.loss_info = outlier, info
         # Set for one step by SiNGERAdapterHook, which then reads the results.
         self.track_inlier_variance = False
         self.inlier_variance: Dict[int, Tensor] = {}
@@ -215,12 +217,7 @@ def inlier_variance_ratio(original: Tensor, refined: Tensor,
 
 def _check_adapter_keys(cfg: Dict[str, Any]) -> Dict[str, Any]:
     known = _BUILD_KEYS + _FFN_KEYS + _INIT_KEYS
-    for key in cfg:
-        if key not in known:
-            raise ConfigError(
-                f'model.adapter.{key}: no such key.'
-                f'{near_matches(key, known)} Its keys are '
-                f'{", ".join(known)}.')
+    check_keys('model.adapter', cfg, known)
     for key, choices in (('init', INITS), ('selection', SELECTIONS)):
         if key in cfg:
             check_choice(f'model.adapter.{key}', cfg[key], choices)
