@@ -236,13 +236,10 @@ class BaseDistiller(BaseModel):
                 1, in_channels(blocks.patch_embed), *size))
             total = sum(taps.tokens(layer).values.sum()
                         for layer in set(self.student_layers))
-        pairs = [(original, parameter) for original, parameter in zip(
+        total.backward()  # not autograd.grad(): checkpointing refuses it
+        return {id(original) for original, copied in zip(
             self.student_backbone.parameters(), backbone.parameters())
-            if parameter.requires_grad]
-        gradients = torch.autograd.grad(
-            total, [parameter for _, parameter in pairs], allow_unused=True)
-        return {id(original) for (original, _), gradient
-                in zip(pairs, gradients) if gradient is not None}
+            if copied.grad is not None}
 
     # -- running -----------------------------------------------------------
 
