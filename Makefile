@@ -14,9 +14,9 @@ EXTRAS := onedl,test,demo
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Stands from before the environment is made until all is installed: where it
-# is found, an installation was interrupted, and starts anew. An environment
-# that was not made here has none, and is only added to.
+# Holds the process that makes the environment, from before it is made until
+# all is installed: where the process is gone, it was interrupted, and all
+# starts anew. An environment that was not made here is only added to.
 UNFINISHED := $(VENV)/.unfinished
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -35,19 +35,25 @@ $(STAMP): FORCE
 endif
 
 $(STAMP): setup.py pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	    echo "$(PYTHON) is missing or older than 3.10, which the OneDL" \
-	         "packages need. Name another: make install PYTHON=python3.11" \
-	         >&2; exit 1; }
+	@if kill -0 "$$(cat $(UNFINISHED) 2> /dev/null)" 2> /dev/null; then \
+	    echo "Process $$(cat $(UNFINISHED)) is installing into $(VENV): let" \
+	         "it finish first. If it is no make, remove $(VENV)." >&2; \
+	    exit 1; \
+	fi
 	@if [ -e $(UNFINISHED) ] || \
 	    { [ -e $(VENV) ] && ! $(BIN)/python -c '' 2> /dev/null; }; then \
 	    echo "== $(VENV) is incomplete (interrupted?): making it anew"; \
-	    touch $(UNFINISHED); \
+	    echo $$PPID > $(UNFINISHED); \
 	    find $(VENV) -mindepth 1 ! -path $(UNFINISHED) -delete; \
 	fi
+	@[ -e $(BIN)/python ] || \
+	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "$(PYTHON) is missing or older than 3.10, which the OneDL" \
+	         "packages need. Name another: make install PYTHON=python3.11" \
+	         >&2; exit 1; }
 	@if [ ! -e $(BIN)/python ]; then \
 	    echo "== Making the virtual environment $(VENV)"; \
-	    mkdir -p $(VENV) && touch $(UNFINISHED) && \
+	    mkdir -p $(VENV) && echo $$PPID > $(UNFINISHED) && \
 	    $(PYTHON) -m venv $(VENV); \
 	fi
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || \
