@@ -1,8 +1,10 @@
 """Reading checkpoints safely and loading them strictly."""
+import contextlib
 import io
 import os
 import pickle
-from typing import Any, Dict, Iterable
+from typing import Any, ContextManager, Dict, Iterable, Union
+from urllib.parse import urlparse
 
 import torch
 from torch import nn
@@ -16,9 +18,10 @@ def load_checkpoint(path: str, key: str = 'checkpoint') -> Dict[str, Any]:
     """Read a checkpoint to the CPU without running code from it.
 
     Args:
-        path (str): A local path, an address that mmengine's file backends
-            know, or ``mmsinger://NAME`` for a file that ships with the
-            package.
+        path (str): A local path, an http(s) address (kept in torch's cache
+            of checkpoints), or an address that mmengine's file backends
+            know. ``.safetensors`` files hold the state dict alone; anything
+            else is what ``torch.save`` wrote.
         key (str): The config key that named the path, for error messages.
 
     Returns:
@@ -28,18 +31,13 @@ def load_checkpoint(path: str, key: str = 'checkpoint') -> Dict[str, Any]:
         ConfigError: If the file is missing, truncated, no checkpoint, or
             holds objects that ``torch.load(weights_only=True)`` refuses.
     """
-    from mmengine.fileio import exists, get
-    if path.startswith(SHIPPED):
-        path = os.path.join(os.path.dirname(os.path.abspath(__file__)),
-                            'assets', path[len(SHIPPED):])
-    if not exists(path):
-        raise ConfigError(
-            f'{key}={path!r}: no such file (working directory '
-            f'{os.getcwd()}). Download the weights, or set {key} to where '
-            'they are.')
-    source = path if os.path.isfile(path) else io.BytesIO(get(path))
+    path = os.fspath(path)
+    source = _fetch(path, key)
+    if path.lower().endswith('.safetensors'):
+        return _load_safetensors(source, path, key)
+    # Damaged bytes make the unpickler raise nearly anything.
     try:
-        with torch.serialization.safe_globals(_safe_globals()):
+        with _safe_globals():
             checkpoint = torch.load(
                 source, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
@@ -49,10 +47,11 @@ def load_checkpoint(path: str, key: str = 'checkpoint') -> Dict[str, Any]:
             'save it again with tensors only: '
             "torch.save({'state_dict': …}, path). torch said: "
             f'{_first_line(error)}') from error
-    except (RuntimeError, EOFError, OSError, KeyError) as error:
+    except Exception as error:
         raise ConfigError(
-            f'{key}={path!r} cannot be read: it is truncated or damaged. '
-            f'Fetch it again. torch said: {_first_line(error)}') from error
+            f'{key}={path!r} cannot be read: it is truncated, damaged or no '
+            f'torch checkpoint. Fetch it again{_into(source, path)}. '
+            f'torch said: {_first_line(error)}') from error
     if not isinstance(checkpoint, dict):
         raise ConfigError(
             f'{key}={path!r} holds a {type(checkpoint).__name__}, not a '
@@ -60,20 +59,100 @@ def load_checkpoint(path: str, key: str = 'checkpoint') -> Dict[str, Any]:
     return checkpoint
 
 
+def _fetch(path: str, key: str) -> Union[str, io.BytesIO]:
+    """A local path, or the content of a remote file."""
+    from mmengine.fileio import exists, get
+    if os.path.isfile(path):
+        return path
+    if os.path.isdir(path):
+        raise ConfigError(f'{key}={path!r} is a folder. Set {key} to a '
+                          'checkpoint file in it.')
+    try:
+        if path.startswith(('http://', 'https://')):
+            return _download(path)
+        if exists(path):
+            return io.BytesIO(get(path))
+    except Exception as error:
+        raise ConfigError(
+            f'{key}={path!r} cannot be fetched: {_first_line(error)}. '
+            f'Download it by other means and set {key} to the local file.'
+        ) from error
+    raise ConfigError(
+        f'{key}={path!r}: no such file (working directory '
+        f'{os.getcwd()}). Download the weights, or set {key} to where '
+        'they are.')
+
+
+def _download(address: str) -> str:
+    """Where torch.hub and mmengine keep downloaded checkpoints too."""
+    folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
+    target = os.path.join(folder, os.path.basename(urlparse(address).path))
+    if not os.path.isfile(target):
+        os.makedirs(folder, exist_ok=True)
+        # Written under another name first: safe with several processes.
+        torch.hub.download_url_to_file(address, target)
+    return target
+
+
+def _load_safetensors(source: Union[str, io.BytesIO], path: str, key: str
+                      ) -> Dict[str, Any]:
+    try:
+        from safetensors.torch import load, load_file
+    except ImportError as error:
+        raise ConfigError(
+            f'{key}={path!r} needs the package safetensors: '
+            '`pip install safetensors`.') from error
+    try:
+        if isinstance(source, str):
+            return load_file(source)
+        return load(source.getvalue())
+    except Exception as error:
+        raise ConfigError(
+            f'{key}={path!r} cannot be read: it is truncated, damaged or no '
+            f'safetensors file. Fetch it again{_into(source, path)}. '
+            f'safetensors said: {_first_line(error)}') from error
+
+
+def _into(source: Union[str, io.BytesIO], path: str) -> str:
+    """Names the cached copy of a download, which has to go first."""
+    if isinstance(source, str) and source != path:
+        return f' (first delete the cached copy {source})'
+    return ''
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line.rstrip('.')
 
 
-def _safe_globals() -> list:
-    """What mmengine puts beside the weights: histories and numpy numbers."""
+def _safe_globals() -> ContextManager:
+    """Allow what mmengine puts beside the weights: histories and numpy
+    numbers."""
     import numpy as np
     from mmengine.logging import HistoryBuffer
+    from mmengine.utils import digit_version
+    if digit_version(torch.__version__) < digit_version('2.6.0'):
+        return contextlib.nullcontext()  # plain weights alone can be read
     multiarray = np._core.multiarray if hasattr(np, '_core') else \
         np.core.multiarray
     dtypes = [type(np.dtype(t)) for t in (
         np.float64, np.float32, np.int64, np.int32, np.bool_)]
-    return [HistoryBuffer, multiarray._reconstruct, multiarray.scalar,
-            np.ndarray, np.dtype, *dtypes]
+    return torch.serialization.safe_globals([
+        HistoryBuffer, (_history_method, 'builtins.getattr'),
+        np.ndarray, np.dtype, *dtypes,
+        # numpy 1 and numpy 2 call the same functions by different names
+        *((getattr(multiarray, name), f'numpy.{core}.multiarray.{name}')
+          for name in ('_reconstruct', 'scalar') for core in ('core', '_core'))
+    ])
+
+
+def _history_method(owner: Any, name: str) -> Any:
+    """Stands in for ``getattr``, with which histories refer to their methods
+    and other files could reach anything."""
+    from mmengine.logging import HistoryBuffer
+    if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
+        return getattr(owner, name)
+    raise pickle.UnpicklingError(f'getattr({owner!r}, {name!r}) is not safe')
 
 
 def weights_of(checkpoint: Dict[str, Any], path: str) -> Dict[str, Any]:
@@ -95,7 +174,8 @@ def weights_of(checkpoint: Dict[str, Any], path: str) -> Dict[str, Any]:
         if isinstance(checkpoint.get(key), dict):
             weights = checkpoint[key]
             break
-    weights = {k: v for k, v in weights.items() if torch.is_tensor(v)}
+    weights = {k: v for k, v in weights.items()
+               if isinstance(k, str) and torch.is_tensor(v)}
     if not weights:
         raise ConfigError(
             f'{path!r} holds no weights; its keys are '
