@@ -54,9 +54,11 @@ def resample_patches(patches: Tensor, grid: Grid, target: Grid) -> Tensor:
     batch, _, channels = patches.shape
     image = patches.transpose(1, 2).reshape(batch, channels, *grid)
     smaller = target[0] < grid[0] or target[1] < grid[1]
+    # Antialiasing has no half precision on the CPU
+    precise = torch.promote_types(patches.dtype, torch.float32)
     image = nn.functional.interpolate(  # (B, C, h, w) -> (B, C, h', w')
-        image, size=target, mode='bilinear', align_corners=False,
-        antialias=smaller)
+        image.to(precise), size=target, mode='bilinear', align_corners=False,
+        antialias=smaller).to(patches.dtype)
     return image.flatten(2).transpose(1, 2)  # (B, C, h', w') -> (B, P', C)
 
 
