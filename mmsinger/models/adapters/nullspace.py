@@ -69,7 +69,9 @@ def linearised_ffn(block: nn.Module,
     if fold_layer_scale:
         gamma = _layer_scale(block, ffn)
         if gamma is not None:
-            weight = weight * gamma.double().repeat(len(branches))
+            # one factor a channel, or a single one
+            gamma = gamma.double().expand(output.shape[0])
+            weight = weight * gamma.repeat(len(branches))
     if fold_norm:
         norm = getattr(block, 'ln2', None) or getattr(block, 'norm2', None)
         if getattr(norm, 'weight', None) is not None:
