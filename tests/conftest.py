@@ -6,6 +6,12 @@ os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')
 import mmsinger  # noqa: E402, F401
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# The same examples in every run, and no time limit on a busy machine.
+settings.register_profile('mmsinger', derandomize=True, deadline=None,
+                          database=None, max_examples=50)
+settings.load_profile('mmsinger')
 
 
 def pytest_addoption(parser):

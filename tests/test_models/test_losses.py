@@ -1,0 +1,459 @@
+"""The three losses (sections 3.1 and 3.3), each on its own."""
+import contextlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from mmengine.registry import DefaultScope
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mmsinger.errors import ConfigError
+from mmsinger.models.adapters import SiNGERAdapter
+from mmsinger.models.distillers.singer import inlier_variance_ratio
+from mmsinger.models.losses import (FeatureMSELoss, GramInformationLoss,
+                                    OutlierSuppressionLoss, cosine_gram,
+                                    outlier_threshold)
+
+seeds = st.integers(0, 2**31 - 1)
+batches = st.integers(1, 3)
+dims = st.integers(1, 8)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rotation(dim, seed=0):
+    return torch.linalg.qr(randn(dim, dim, seed=seed).double())[0].float()
+
+
+def gradient(function, tokens):
+    tokens = tokens.detach().clone().requires_grad_()
+    value = function(tokens)
+    value.backward()
+    return value.detach(), tokens.grad
+
+
+def between_tokens(quantile, count):
+    """Whether the quantile lies clearly between two order statistics: on one
+    of them, rounding decides whether that token counts as above it."""
+    position = quantile * (count - 1)
+    return abs(position - round(position)) > 1e-3
+
+
+# -- L_outlier ----------------------------------------------------------------
+
+
+def outlier_by_hand(patches, quantile):
+    """Token by token, in the dtype of the patches."""
+    terms = []
+    for image in patches:
+        norms = [token.norm() for token in image]
+        ordered = sorted(float(n) for n in norms)
+        position = quantile * (len(ordered) - 1)
+        low = math.floor(position)
+        high = min(low + 1, len(ordered) - 1)
+        q = ordered[low] + (position - low) * (ordered[high] - ordered[low])
+        terms += [(norm - q)**2 for norm in norms if float(norm) > q]
+    if not terms:
+        return 0 * patches.sum()
+    return sum(terms) / len(terms)
+
+
+@given(batches, st.integers(2, 25), dims, st.floats(0.02, 0.98), seeds,
+       st.sampled_from([1e-2, 1., 1e3]))
+def test_outlier_loss_by_hand(batch, count, dim, quantile, seed, scale):
+    assume(between_tokens(quantile, count))
+    patches = scale * randn(batch, count, dim, seed=seed)
+    loss = OutlierSuppressionLoss(quantile, loss_weight=1.0)
+    value, grad = gradient(loss, patches)
+    expected, expected_grad = gradient(
+        lambda p: outlier_by_hand(p, quantile), patches.double())
+    assert value.dtype == torch.float32 and value.shape == ()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-3,
+                                         abs=1e-9 * scale**2)
+    torch.testing.assert_close(
+        grad.double() / scale, expected_grad / scale, rtol=1e-3, atol=1e-5)
+
+
+@given(batches, st.integers(1, 40), st.floats(0.01, 0.99), seeds)
+def test_outlier_threshold_is_the_quantile(batch, count, quantile, seed):
+    norms = randn(batch, count, seed=seed).abs().requires_grad_()
+    threshold = outlier_threshold(norms, quantile)
+    assert threshold.shape == (batch, 1) and not threshold.requires_grad
+    np.testing.assert_allclose(
+        threshold[:, 0].numpy(),
+        np.quantile(norms.detach().double().numpy(), quantile, axis=1),
+        rtol=1e-4, atol=1e-6)
+
+
+def test_outlier_gradient_pulls_outliers_only_along_themselves():
+    """2 (norm - q) / count, in the token's own direction; the quantile is a
+    constant, so that inliers feel nothing."""
+    patches = randn(2, 30, 6)
+    patches[0, 4] *= 20
+    patches[1, 7] *= 30
+    _, grad = gradient(OutlierSuppressionLoss(0.97, 1.0), patches)
+    norms = patches.norm(dim=-1)
+    q = np.quantile(norms.numpy(), 0.97, axis=1, keepdims=True)
+    above = norms > torch.tensor(q)
+    assert above.nonzero().tolist() == [[0, 4], [1, 7]]
+    expected = torch.zeros_like(patches)
+    for b, p in ((0, 4), (1, 7)):
+        expected[b, p] = 2 * (norms[b, p] - q[b, 0]) / 2 \
+            * patches[b, p] / norms[b, p]
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
+    assert not grad[~above].any()
+
+
+def test_outlier_quantiles_are_per_image():
+    """An image of large tokens does not hide the outlier of another."""
+    quiet, loud = randn(1, 30, 6), 100 * randn(1, 30, 6, seed=1)
+    quiet[0, 3] *= 20
+    _, grad = gradient(OutlierSuppressionLoss(0.97, 1.0),
+                       torch.cat([quiet, loud]))
+    assert grad[0, 3].abs().max() > 0
+
+
+def test_outlier_loss_is_a_mean_over_the_patches_above():
+    """Not over all patches, nor a mean of the images' means: twice the same
+    image costs the same."""
+    loss = OutlierSuppressionLoss(0.93, 1.0)
+    patches = randn(1, 30, 6)
+    assert loss(patches.repeat(2, 1, 1)).item() == \
+        pytest.approx(loss(patches).item())
+    assert loss(3 * patches).item() == \
+        pytest.approx(9 * loss(patches).item(), rel=1e-4)
+
+
+def test_outlier_loss_falls_with_its_outlier():
+    patches = randn(1, 40, 6)
+    values = []
+    for factor in (50, 20, 5):
+        patches[0, 3] = factor
+        values.append(OutlierSuppressionLoss(0.95)(patches).item())
+    assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize('patches', [
+    torch.ones(2, 9, 4), torch.zeros(2, 9, 4), torch.ones(2, 1, 4),
+    -3 * torch.eye(4)[None]
+], ids=['equal', 'zero', 'single', 'equal-norms'])
+def test_outlier_loss_of_equal_norms_is_zero(patches):
+    value, grad = gradient(OutlierSuppressionLoss(0.95), patches)
+    assert value.item() == pytest.approx(0, abs=1e-9)
+    assert torch.isfinite(grad).all()
+    assert grad.abs().max() < 1e-5
+
+
+def test_outlier_loss_does_not_hide_a_nan():
+    patches = randn(2, 9, 4)
+    patches[0, 3, 1] = math.nan
+    assert torch.isnan(OutlierSuppressionLoss()(patches))
+
+
+@pytest.mark.parametrize('quantile', [
+    0, 1, 0.0, 1.0, -0.1, 1.5, 95, math.nan, '0.95', None, True
+], ids=repr)
+def test_bad_quantile(quantile):
+    with pytest.raises(ConfigError) as caught:
+        OutlierSuppressionLoss(quantile=quantile)
+    message = str(caught.value)
+    assert f'loss_outlier.quantile={quantile!r}' in message
+    assert 'between 0 and 1' in message and '0.95' in message
+
+
+# -- L_info -------------------------------------------------------------------
+
+
+def gram_by_hand(tokens):
+    count = tokens.shape[1]
+    return torch.stack([torch.stack([torch.stack([
+        image[i] @ image[j] / (image[i].norm() * image[j].norm())
+        for j in range(count)]) for i in range(count)]) for image in tokens])
+
+
+def gram_loss_by_hand(pred, target):
+    difference = gram_by_hand(pred) - gram_by_hand(target)
+    return sum(d**2 for d in difference.flatten()) / difference.numel()
+
+
+@given(batches, st.integers(1, 5), st.integers(2, 6), st.integers(0, 3),
+       seeds)
+def test_gram_loss_by_hand(batch, count, dim, prefix, seed):
+    pred = randn(batch, prefix + count, dim, seed=seed)
+    target = randn(batch, prefix + count, dim, seed=seed + 1)
+    loss = GramInformationLoss()
+    value, grad = gradient(
+        lambda p: loss(p, target, num_prefix=prefix), pred)
+    expected, expected_grad = gradient(
+        lambda p: gram_loss_by_hand(p[:, prefix:],
+                                    target.double()[:, prefix:]),
+        pred.double())
+    assert value.dtype == torch.float32 and value.shape == ()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-9)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-3,
+                               atol=1e-5 * max(1, grad.abs().max().item()))
+    assert not grad[:, :prefix].any()  # prefix tokens do not take part
+
+
+@given(batches, st.integers(1, 9), dims, seeds)
+def test_gram_matrix_holds_cosines(batch, count, dim, seed):
+    gram = cosine_gram(randn(batch, count, dim, seed=seed))
+    assert gram.shape == (batch, count, count)
+    assert gram.dtype == torch.float32
+    torch.testing.assert_close(gram, gram.transpose(1, 2))
+    torch.testing.assert_close(gram.diagonal(dim1=1, dim2=2),
+                               torch.ones(batch, count))
+    assert gram.abs().max() <= 1 + 1e-5
+
+
+@given(batches, st.integers(1, 9), dims, seeds)
+def test_gram_loss_ignores_lengths_and_rotations(batch, count, dim, seed):
+    pred = randn(batch, count, dim, seed=seed)
+    target = randn(batch, count, dim, seed=seed + 1)
+    loss = GramInformationLoss()
+    reference = loss(pred, target).item()
+    lengths = 10 * torch.rand(
+        batch, count, 1, generator=torch.Generator().manual_seed(seed)) + 0.1
+    turn = rotation(dim, seed)
+    for other in (loss(pred * lengths, target), loss(pred, target * lengths),
+                  loss(pred @ turn, target @ turn), loss(pred @ turn, target),
+                  loss(target, pred)):
+        assert other.item() == pytest.approx(reference, rel=1e-4, abs=1e-7)
+    # but not directions
+    if dim > 1 and count > 1:
+        changed = pred.clone()
+        changed[:, 0] *= -1
+        assert loss(changed, pred).item() > 1e-6
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(), dict(is_last=False), dict(num_prefix=2)], ids=str)
+@pytest.mark.parametrize('intermediate', ['gram', 'mse'])
+def test_info_loss_of_agreeing_tokens_is_zero(intermediate, kwargs):
+    tokens = randn(2, 9, 4)
+    value, grad = gradient(
+        lambda t: GramInformationLoss(intermediate)(t, tokens, **kwargs),
+        tokens)
+    assert value.item() == 0
+    assert not grad.any()
+
+
+def test_official_intermediate_loss_is_an_mse_of_all_tokens():
+    pred, target = randn(2, 9, 4), randn(2, 9, 4, seed=1)
+    official = GramInformationLoss(intermediate='mse')
+    mse = sum((a - b)**2 for a, b in zip(
+        pred.flatten().tolist(), target.flatten().tolist())) / pred.numel()
+    # prefix tokens included
+    for num_prefix in (0, 3):
+        assert official(pred, target, num_prefix=num_prefix, is_last=False
+                        ).item() == pytest.approx(mse, rel=1e-5)
+    # the last layer stays a Gram loss
+    assert official(pred, target, num_prefix=1).item() == pytest.approx(
+        GramInformationLoss()(pred, target, num_prefix=1).item())
+    # and the paper's intermediate loss is one too
+    assert GramInformationLoss()(pred, target, is_last=False).item() == \
+        pytest.approx(GramInformationLoss()(pred, target).item())
+
+
+def test_last_is_kept_for_the_distiller():
+    assert GramInformationLoss().last == 'self'
+    assert GramInformationLoss(last='previous').last == 'previous'
+
+
+@pytest.mark.parametrize('key, value, choices', [
+    ('intermediate', 'gramm', "'gram', 'mse'"),
+    ('last', 'sefl', "'self', 'previous'")])
+def test_bad_info_options(key, value, choices):
+    with pytest.raises(ConfigError) as caught:
+        GramInformationLoss(**{key: value})
+    message = str(caught.value)
+    assert f'loss_info.{key}={value!r}' in message
+    assert choices in message and 'Did you mean' in message
+
+
+# -- L_KD ---------------------------------------------------------------------
+
+
+@given(batches, st.integers(1, 9), dims, seeds)
+def test_feature_loss_by_hand(batch, count, dim, seed):
+    pred = randn(batch, count, dim, seed=seed)
+    target = randn(batch, count, dim, seed=seed + 1)
+    value, grad = gradient(lambda p: FeatureMSELoss()(p, target), pred)
+    expected = sum((a - b)**2 for a, b in zip(
+        pred.flatten().tolist(), target.flatten().tolist())) / pred.numel()
+    assert value.dtype == torch.float32 and value.shape == ()
+    assert value.item() == pytest.approx(expected, rel=1e-4)
+    torch.testing.assert_close(grad, 2 * (pred - target) / pred.numel())
+
+
+def test_feature_loss_reaches_both_sides():
+    """In SiNGER the target depends on the adapter."""
+    pred, target = randn(2, 9, 4).requires_grad_(), \
+        randn(2, 9, 4, seed=1).requires_grad_()
+    FeatureMSELoss()(pred, target).backward()
+    torch.testing.assert_close(pred.grad, -target.grad)
+    assert pred.grad.abs().max() > 0
+
+
+# -- what all share -----------------------------------------------------------
+
+LOSSES = {
+    'kd': (FeatureMSELoss, 2),
+    'outlier': (OutlierSuppressionLoss, 1),
+    'info': (GramInformationLoss, 2),
+    'info-official': (lambda **kw: GramInformationLoss('mse', **kw), 2),
+}
+
+
+def evaluate(name, *tokens, **kwargs):
+    make, arity = LOSSES[name]
+    loss = make(**kwargs)
+    if name == 'info-official':
+        return loss(*tokens[:arity], is_last=False)
+    return loss(*tokens[:arity])
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_loss_weight(name):
+    tokens = randn(2, 30, 6), randn(2, 30, 6, seed=1)
+    single = evaluate(name, *tokens, loss_weight=1.0)
+    assert single.item() > 0
+    assert evaluate(name, *tokens, loss_weight=0.3).item() == \
+        pytest.approx(0.3 * single.item())
+    assert evaluate(name, *tokens, loss_weight=0).item() == 0
+
+
+def test_default_weights():
+    assert OutlierSuppressionLoss().loss_weight == 0.01
+    assert OutlierSuppressionLoss().quantile == 0.95
+    assert FeatureMSELoss().loss_weight == 1
+    assert GramInformationLoss().loss_weight == 1
+
+
+@pytest.mark.parametrize('autocast', [False, True], ids=['plain', 'autocast'])
+@pytest.mark.parametrize('dtype', [
+    torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('name', LOSSES)
+def test_losses_are_computed_in_float32(name, dtype, autocast):
+    """Nothing but the rounding of the inputs themselves is lost."""
+    exact = 10 * randn(2, 40, 16), 10 * randn(2, 40, 16, seed=1)
+    rounded = [t.to(dtype).requires_grad_() for t in exact]
+    context = torch.autocast('cpu', torch.bfloat16) if autocast \
+        else contextlib.nullcontext()
+    with context:
+        value = evaluate(name, *rounded)
+    assert value.dtype == torch.float32
+    value.backward()
+    assert rounded[0].grad.dtype == dtype
+    assert torch.isfinite(rounded[0].grad).all()
+
+    same = [t.detach().float().requires_grad_() for t in rounded]
+    reference = evaluate(name, *same)
+    reference.backward()
+    assert value.item() == pytest.approx(reference.item(), rel=1e-5)
+    torch.testing.assert_close(rounded[0].grad, same[0].grad.to(dtype))
+    # and the rounding costs no more than bfloat16 has
+    assert value.item() == pytest.approx(
+        evaluate(name, *exact).item(), rel=3e-2)
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_norms_beyond_the_range_of_float16(name):
+    """Artifact tokens reach norms whose squares overflow float16."""
+    tokens = [randn(1, 30, 64, seed=s).half() for s in (0, 1)]
+    for t in tokens:
+        t[0, 5] = 2e4
+    assert torch.isfinite(evaluate(name, *tokens))
+    assert evaluate(name, *tokens).dtype == torch.float32
+
+
+@pytest.mark.parametrize('name', LOSSES)
+@pytest.mark.parametrize('case', ['zero-token', 'all-zero', 'single'])
+def test_degenerate_tokens_have_finite_gradients(name, case):
+    pred, target = randn(2, 9, 4), randn(2, 9, 4, seed=1)
+    if case == 'zero-token':
+        pred[0, 2] = 0
+    elif case == 'all-zero':
+        pred.zero_()
+    else:
+        pred, target = pred[:, :1], target[:, :1]
+    value, grad = gradient(lambda p: evaluate(name, p, target), pred)
+    assert torch.isfinite(value)
+    assert torch.isfinite(grad).all()
+
+
+def fake_run(function, *shapes):
+    """Run on tensors without data: whatever needs a value (``.item()``,
+    ``if``, boolean indexing) raises."""
+    with FakeTensorMode():
+        tokens = [torch.empty(shape, requires_grad=True) for shape in shapes]
+        result = function(*tokens)
+        if result.requires_grad:
+            result.backward()
+            assert tokens[0].grad.shape == tokens[0].shape
+    return result
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_nothing_depends_on_data(name):
+    result = fake_run(lambda a, b: evaluate(name, a, b),
+                      (2, 30, 6), (2, 30, 6))
+    assert result.shape == ()
+
+
+def test_neither_do_adapter_and_collapse_measure():
+    adapter = SiNGERAdapter(6, 2)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tokens = torch.empty(2, 30, 6)
+        refined = adapter(tokens)
+        assert refined.shape == tokens.shape
+        assert inlier_variance_ratio(tokens, refined, 0.95).shape == ()
+
+
+@pytest.mark.parametrize('function', [
+    lambda t, _: t[t.norm(dim=-1) > 1].sum(),
+    lambda t, _: t.sum() * t.sum().item(),
+    lambda t, _: t.sum() if (t > 0).any() else t.mean(),
+], ids=['boolean-index', 'item', 'if'])
+def test_the_check_itself_finds_data_dependence(function):
+    with pytest.raises(Exception, match='nonzero|_local_scalar_dense'):
+        fake_run(function, (2, 30, 6), (2, 30, 6))
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_losses_compile_to_one_graph(name):
+    tokens = randn(2, 30, 6), randn(2, 30, 6, seed=1)
+    compiled = torch.compile(lambda a, b: evaluate(name, a, b),
+                             fullgraph=True, backend='eager')
+    assert compiled(*tokens).item() == \
+        pytest.approx(evaluate(name, *tokens).item())
+
+
+@pytest.mark.parametrize('scope', ['mmseg', 'mmpretrain', 'mmengine'])
+@pytest.mark.parametrize('name, cfg', [
+    ('kd', dict(type='mmsinger.FeatureMSELoss', loss_weight=2.0)),
+    ('outlier', dict(type='mmsinger.OutlierSuppressionLoss', quantile=0.9,
+                     loss_weight=2.0)),
+    ('info', dict(type='mmsinger.GramInformationLoss', last='previous',
+                  loss_weight=2.0)),
+])
+def test_built_from_any_config(scope, name, cfg):
+    """As another package's model would: from its registry, in its scope."""
+    if scope == 'mmseg':
+        from mmseg.registry import MODELS
+    elif scope == 'mmpretrain':
+        from mmpretrain.registry import MODELS
+    else:
+        MODELS = MMENGINE_MODELS
+    with DefaultScope.overwrite_default_scope(scope):
+        loss = MODELS.build(cfg)
+    assert type(loss).__name__ == cfg['type'].split('.')[1]
+    assert loss.loss_weight == 2
+    tokens = randn(2, 30, 6), randn(2, 30, 6, seed=1)
+    assert loss(*tokens[:LOSSES[name][1]]).item() > 0
