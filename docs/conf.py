@@ -1,0 +1,5 @@
+"""Sphinx: ``sphinx-build docs build/docs`` (extra ``docs``)."""
+project = 'mmsinger'
+extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon']
+source_suffix = {'.md': 'markdown'}
+html_theme = 'alabaster'
