@@ -250,7 +250,8 @@ def _check_missing(facts, det):
             (install(REQUIREMENTS[PROVIDERS['mmseg'][family][0]]), ),
             error=False)
     if 'numpy' not in facts.distributions:
-        yield Finding('numpy is not installed.', (install('numpy'), ))
+        wanted = 'numpy<2' if family == OPENMMLAB else 'numpy'
+        yield Finding('numpy is not installed.', (install(wanted), ))
     if 'mmsinger' in facts.import_errors:
         yield Finding(
             f'mmsinger cannot be imported: {facts.import_errors["mmsinger"]}',
@@ -341,8 +342,9 @@ def _check_torchvision_operators(facts):
     kept_step = f'torchvision=={_dotted(release(torchvision)[:2])}.*' == wanted
     if kept_step:
         why = 'it was compiled for another build of torch (CUDA or CPU)'
-        fix = (f'pip install --force-reinstall torch=={_dotted(release(torch))}'
-               f' torchvision=={_dotted(release(torchvision))} '
+        fix = ('pip install --force-reinstall '
+               f'torch=={_dotted(release(torch))} '
+               f'torchvision=={_dotted(release(torchvision))} '
                '--index-url URL   # the URL that '
                'https://pytorch.org/get-started/locally names for your '
                'platform, CPU or CUDA')

@@ -1,6 +1,7 @@
 """Where an installed mmsinger keeps its recipes and tools.
 
-    python "$(python -c 'import mmsinger.paths as p; print(p.tools())')/train.py" CONFIG
+    TOOLS=$(python -c 'import mmsinger.paths as p; print(p.tools())')
+    python "$TOOLS/train.py" CONFIG
 """
 import os
 
