@@ -28,8 +28,8 @@ class RunGuardHook(Hook):
                 f'train_dataloader.dataset: the {type(dataset).__name__} '
                 'found no images. Check data_root, data_prefix, ann_file and '
                 'the file suffixes.')
-        self._save_intervals = [
-            hook.interval for hook in runner.hooks
+        self._savers = [
+            hook for hook in runner.hooks
             if isinstance(hook, CheckpointHook) and not hook.by_epoch]
 
     def after_train_iter(self, runner, batch_idx, data_batch=None,
@@ -43,24 +43,26 @@ class RunGuardHook(Hook):
                 f'{_batch_files(data_batch)} Lower the learning rate or '
                 'clip gradients (optim_wrapper.clip_grad); with float16, try '
                 f'bfloat16. {_last_checkpoint(runner)}')
-        if any(self.every_n_train_iters(runner, interval)
-               for interval in self._save_intervals):
-            self._check_weights(runner)
+        if any(self.every_n_train_iters(runner, hook.interval,
+                                        hook.save_begin)
+               or (hook.save_last and self.is_last_train_iter(runner))
+               for hook in self._savers):
+            self._check_weights(runner, runner.iter + 1)
 
     def after_train_epoch(self, runner) -> None:
-        self._check_weights(runner)
+        self._check_weights(runner, runner.iter)
 
     def after_val_epoch(self, runner, metrics=None) -> None:
-        if hasattr(self, '_save_intervals'):  # part of a training run
-            self._check_weights(runner)
+        if hasattr(self, '_savers'):  # part of a training run
+            self._check_weights(runner, runner.iter)
 
-    def _check_weights(self, runner) -> None:
+    def _check_weights(self, runner, iteration: int) -> None:
         bad: List[str] = [
             name for name, value in unwrap(runner.model).state_dict().items()
             if value.is_floating_point() and not torch.isfinite(value).all()]
         if bad:
             raise TrainingError(
-                f'Iteration {runner.iter + 1}: the weights {bad[:3]} '
+                f'Iteration {iteration}: the weights {bad[:3]} '
                 f'({len(bad)} in all) are not finite, so training was '
                 'stopped before they were saved. Lower the learning rate or '
                 'clip gradients (optim_wrapper.clip_grad). '
