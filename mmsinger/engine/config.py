@@ -180,6 +180,8 @@ def check_data_folders(cfg: Config, loaders: Tuple[str, ...]) -> None:
         for key, dataset in _datasets(loader['dataset'], f'{name}.dataset'):
             for path_key, path in _folders(dataset):
                 _check_folder(f'{key}.{path_key}', path)
+                if path_key == 'data_prefix.img_path':
+                    _check_suffix(key, path, dataset)
 
 
 def _datasets(dataset: dict, key: str) -> Iterator[Tuple[str, dict]]:
@@ -204,6 +206,20 @@ def _folders(dataset: dict) -> Iterator[Tuple[str, str]]:
         if isinstance(folder, str) and folder:
             key = f'data_prefix.{name}' if name else 'data_prefix'
             yield key, os.path.join(root, folder)
+
+
+def _check_suffix(key: str, path: str, dataset: dict) -> None:
+    """mmengine ends in "need at least one array to concatenate" where no
+    image has the suffix that a dataset lists."""
+    suffix = dataset.get('img_suffix')
+    if not suffix or '://' in path or dataset.get('ann_file'):
+        return
+    if not any(name.endswith(suffix) for _, _, names
+               in os.walk(path, followlinks=True) for name in names):
+        raise ConfigError(
+            f'{key}: no file in {path!r} ends with img_suffix={suffix!r}. '
+            f'Set {key}.img_suffix to what the images end with, or point '
+            'data_root to your data set.')
 
 
 def _check_folder(key: str, path: str) -> None:
