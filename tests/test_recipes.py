@@ -1,0 +1,221 @@
+"""Every recipe parses, builds at full size, and takes a step when cut."""
+import functools
+import glob
+import os
+
+import pytest
+import samples
+import tiny
+import torch
+from mmengine.registry import init_default_scope
+
+from mmsinger.engine.config import load_config
+from mmsinger.models.distillers import SiNGERDistiller
+from mmsinger.models.distillers.base import build_teacher
+from mmsinger.registry import MODELS
+
+CONFIGS = os.path.join(tiny.ROOT, 'configs')
+RECIPES = sorted(glob.glob(os.path.join(CONFIGS, 'singer_*.py')))
+TEACHERS = sorted(glob.glob(os.path.join(CONFIGS, '_base_', 'teachers',
+                                         '*.py')))
+
+NARROW = dict(_delete_=True, embed_dims=32, num_layers=24, num_heads=4,
+              feedforward_channels=64)
+# --cfg-options that cut a recipe's models; depth and layers stay
+TEACHER_CUT = {
+    'model.teacher.backbone.arch': NARROW,
+    'model.teacher.checkpoint': None,
+    'model.adapter.rank': 8,
+}
+STUDENT_CUT = {
+    'mmseg': {
+        'model.student.backbone.img_size': (64, 64),
+        'model.student.backbone.embed_dims': 48,
+        'model.student.neck.in_channels': [48] * 4,
+        'model.student.neck.out_channels': 48,
+        'model.student.decode_head.in_channels': [48] * 4,
+        'model.student.data_preprocessor.size': (64, 64),
+    },
+    'mmpretrain': {
+        'model.student.backbone.img_size': 64,
+        'model.student.backbone.arch': dict(
+            _delete_=True, embed_dims=48, num_layers=12, num_heads=4,
+            feedforward_channels=96),
+    },
+}
+HEAD_CUT = {
+    'UPerHead': {
+        'model.student.decode_head.channels': 32,
+        'model.student.auxiliary_head.in_channels': 48,
+        'model.student.auxiliary_head.channels': 32,
+    },
+    'VPDDepthHead': {
+        'model.student.decode_head.embed_dim': 16,
+        'model.student.decode_head.feature_dim': 128,
+    },
+}
+
+
+def name_of(path):
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def load(path, options=None):
+    cfg = load_config(path, options)
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    return cfg
+
+
+def test_the_recipes_of_the_specification_are_there():
+    assert {name_of(path) for path in RECIPES} >= {
+        'singer_vitl_to_vits_ade20k', 'singer_vitl_to_vits_in1k',
+        'singer_vitl_to_vitt_in1k', 'singer_vitl_to_vits_nyu',
+        'singer_vitl_to_vits_in1k_official'
+    }
+
+
+@pytest.mark.parametrize('path', RECIPES, ids=name_of)
+def test_recipe_is_short(path):
+    with open(path) as file:
+        lines = file.read().splitlines()
+    assert len(lines) <= 25
+    assert lines[0].startswith('#')
+
+
+@pytest.mark.parametrize('path', RECIPES, ids=name_of)
+def test_recipe_builds_at_full_size(path, monkeypatch):
+    cfg = load(path)
+    # mmseg's ViT calls item() on a linspace, which a meta tensor has not
+    monkeypatch.setattr(torch, 'linspace', functools.partial(
+        torch.linspace, device='cpu'))
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    assert isinstance(model, SiNGERDistiller)
+    assert len(model.teacher.blocks) == 24
+    assert model.teacher.blocks.dim == 1024
+    assert 290e6 < sum(p.numel() for p in model.teacher.parameters()) < 310e6
+    assert model.layers == [17, 23]
+    assert model.student_layers[-1] == 11
+    millions = sum(p.numel() for p in model.student_backbone.parameters()
+                   ) / 1e6
+    expected = 5.5 if 'vitt' in name_of(path) else 22
+    assert millions == pytest.approx(expected, rel=0.06)
+    assert model.student_backbone is not model.student
+
+
+def cut(path):
+    """A recipe with its models cut through options."""
+    plain = load_config(path)
+    options = {**TEACHER_CUT, **STUDENT_CUT[plain.default_scope]}
+    head = plain.model.student.get('decode_head')
+    if head is not None:
+        options.update(HEAD_CUT[head.type])
+    return load(path, options)
+
+
+@pytest.mark.parametrize('path', RECIPES, ids=name_of)
+def test_recipe_takes_a_step(path):
+    cfg = cut(path)
+    with_task = cfg.model.get('task_loss_weight', 1) > 0
+    model = samples.build(cfg)
+    losses, moved, optimizer = samples.one_step(model, cfg)
+    distilled = {name for name in losses if name.startswith('distill.')}
+    assert distilled == {'distill.loss_kd', 'distill.loss_outlier',
+                         'distill.loss_info'}
+    own = {name for name in losses
+           if 'loss' in name and name not in distilled} - {'loss'}
+    assert bool(own) == with_task
+    assert all(torch.isfinite(value).all() for value in losses.values())
+    assert moved['student'] > 0
+    assert moved['projectors'] > 0
+    assert moved['adapters'] > 0
+    base = cfg.optim_wrapper.optimizer.lr
+    factor = cfg.optim_wrapper.paramwise_cfg.custom_keys.adapters.lr_mult
+    rates = {id(p): group['lr'] for group in optimizer.param_groups
+             for p in group['params']}
+    for parameter in model.adapters.parameters():
+        assert rates[id(parameter)] == pytest.approx(base * factor)
+
+
+def test_ade20k_recipe_is_the_papers():
+    model = load(os.path.join(CONFIGS, 'singer_vitl_to_vits_ade20k.py')).model
+    assert model.layers == (17, 23)
+    assert (model.adapter.rank, model.adapter.init) == (16, 'nullspace')
+    assert (model.loss_outlier.quantile, model.loss_outlier.loss_weight) == \
+        (0.95, 0.01)
+    assert model.loss_info.loss_weight == 1.0
+
+
+@pytest.mark.parametrize('student', ['vits', 'vitt'])
+def test_pretraining_is_the_papers(student):
+    cfg = load(os.path.join(CONFIGS, f'singer_vitl_to_{student}_in1k.py'))
+    check_pretraining(cfg)
+    assert cfg.model.task_loss_weight == 0
+
+
+def check_pretraining(cfg):
+    assert cfg.train_cfg.max_epochs == 100
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == \
+        ('AdamW', 1e-3, 1e-4)
+    assert cfg.optim_wrapper.clip_grad.max_norm > 0
+    warmup, cosine = cfg.param_scheduler
+    assert (warmup.type, warmup.end) == ('LinearLR', 5)
+    assert (cosine.type, cosine.begin, cosine.end, cosine.eta_min) == \
+        ('CosineAnnealingLR', 5, 100, 1e-7)
+    assert cfg.auto_scale_lr.base_batch_size == 512
+    assert cfg.train_dataloader.dataset.type == 'ImageNet'
+
+
+def test_official_preset():
+    cfg = cut(os.path.join(CONFIGS, 'singer_vitl_to_vits_in1k_official.py'))
+    check_pretraining(cfg)
+    model = MODELS.build(cfg.model)
+    assert model.adapter_cfg['selection'] == 'threshold'
+    assert model.adapter_cfg['threshold'] == 0.05
+    assert model.loss_outlier.quantile == 0.97
+    assert model.loss_outlier.loss_weight == 0.01
+    assert model.loss_kd.loss_weight == 1.0
+    assert model.loss_info.loss_weight == 1.0
+    assert (model.loss_info.intermediate, model.loss_info.last) == \
+        ('mse', 'previous')
+    assert model.task_loss_weight == 0
+    assert model.last_layer == 23
+    assert model.student_layers == [8, 11]
+    assert model.tapped_teacher_layers == [17, 18, 23]
+
+
+def test_official_preset_has_the_official_rank():
+    cfg = load(os.path.join(CONFIGS, 'singer_vitl_to_vits_in1k_official.py'))
+    assert cfg.model.adapter.rank == 64
+    assert cfg.model.layer_map == 'official'
+
+
+@pytest.mark.parametrize('path', TEACHERS, ids=name_of)
+def test_teacher_base_builds_and_runs(path):
+    init_default_scope('mmseg')  # its types must name their scope
+    cfg = load_config(path)
+    assert cfg.teacher.checkpoint
+    with torch.device('meta'):
+        full = build_teacher(cfg.teacher)
+    depth = len(full.blocks)
+    backbone = cfg.teacher.backbone
+    if backbone.type.endswith('TIMMBackbone'):
+        backbone.update(embed_dim=32, num_heads=4)
+    else:
+        if 'conv_type' not in backbone.get('patch_cfg', {}):
+            backbone.img_size = 4 * backbone.patch_size
+        cfg.merge_from_dict({'teacher.backbone.arch': dict(
+            NARROW, num_layers=depth)})
+    cfg.teacher.checkpoint = None
+    teacher = build_teacher(cfg.teacher)
+    assert len(teacher.blocks) == depth
+    layers = [depth // 2, depth - 1]
+    from mmsinger.models.teacher import Normalisation
+    taps = teacher(torch.randn(2, 3, 56, 56), layers,
+                   Normalisation(None, None))
+    for layer in layers:
+        values, grid = taps.tokens(layer)
+        assert values.shape == (2, 1 + grid[0] * grid[1], 32)
+        assert torch.isfinite(values).all()
+    assert not any(p.requires_grad for p in teacher.parameters())

@@ -1,0 +1,146 @@
+"""Any stock config is wrapped by one line."""
+import os
+
+import pytest
+import samples
+import tiny
+import torch
+from mmengine.config.utils import MODULE2PACKAGE
+
+from mmsinger.engine.config import add_required_hooks, load_config
+from mmsinger.export import student_config
+from mmsinger.models.distillers import SiNGERDistiller
+from mmsinger.models.teacher import FrozenTeacher
+from mmsinger.registry import MODELS
+
+CONFIGS = os.path.join(tiny.ROOT, 'configs')
+SEG = 'mmseg::vit/vit_deit-s16_upernet_8xb2-80k_ade20k-512x512.py'
+MAE = 'mmpretrain::vision_transformer/vit-base-p16_32xb128-mae_in1k.py'
+DEIT = 'mmpretrain::deit/deit-small_4xb256_in1k.py'
+STOCK = {'seg': (SEG, 'vit_l16_in21k'), 'mae': (MAE, 'vit_l16_timm'),
+         'deit': (DEIT, 'deit3_l16_in1k')}
+
+NARROW = dict(_delete_=True, embed_dims=32, num_layers=24, num_heads=4,
+              feedforward_channels=64)
+COMMON = {'model.teacher.checkpoint': None}
+TEACHER_CUT = {
+    'vit_l16_in21k': {'model.teacher.backbone.arch': NARROW},
+    'deit3_l16_in1k': {'model.teacher.backbone.arch': NARROW},
+    'vit_l16_timm': {'model.teacher.backbone.embed_dim': 32,
+                     'model.teacher.backbone.num_heads': 4},
+}
+SMALL = dict(_delete_=True, embed_dims=48, num_layers=12, num_heads=4,
+             feedforward_channels=96)
+CLASSIFIER_CUT = {
+    'model.student.backbone.arch': SMALL,
+    'model.student.backbone.img_size': 64,
+    'model.student.head.in_channels': 48,
+}
+STUDENT_CUT = {
+    'seg': {
+        'model.student.pretrained': None,  # a file that users have
+        'model.student.backbone.img_size': (64, 64),
+        'model.student.backbone.embed_dims': 48,
+        'model.student.decode_head.in_channels': [48] * 4,
+        'model.student.decode_head.channels': 32,
+        'model.student.auxiliary_head.in_channels': 48,
+        'model.student.auxiliary_head.channels': 32,
+        'model.student.data_preprocessor.size': (64, 64),
+    },
+    'mae': CLASSIFIER_CUT,
+    'deit': CLASSIFIER_CUT,
+}
+
+
+def wrap(folder, stock, teacher):
+    """The form that the documentation gives."""
+    path = folder / 'wrapped.py'
+    path.write_text(f"""\
+_base_ = ['{stock}', '{CONFIGS}/_base_/teachers/{teacher}.py', \
+'{CONFIGS}/_base_/distillers/singer.py']
+model = dict(_delete_=True, type='mmsinger.SiNGERDistiller', \
+student=_base_.model, teacher=_base_.teacher, **_base_.singer)
+""")
+    return str(path)
+
+
+def load(folder, name, cut=True):
+    stock, teacher = STOCK[name]
+    path = wrap(folder, stock, teacher)
+    options = {**COMMON, **TEACHER_CUT[teacher], **STUDENT_CUT[name]}
+    return load_config(path, options if cut else None)
+
+
+@pytest.mark.parametrize('name', STOCK)
+def test_student_is_the_stock_model(tmp_path, name):
+    before = dict(MODULE2PACKAGE)
+    cfg = load(tmp_path, name, cut=False)
+    assert MODULE2PACKAGE == before
+    stock = tmp_path / 'stock.py'
+    stock.write_text(f"_base_ = ['{STOCK[name][0]}']\n")
+    plain = load_config(str(stock))
+    assert cfg.model.student == plain.model
+    assert cfg.model.layers == (17, 23)
+    for key in ('train_dataloader', 'optim_wrapper', 'train_cfg',
+                'param_scheduler', 'default_hooks'):
+        assert cfg[key] == plain[key], key
+
+
+@pytest.mark.parametrize('name', STOCK)
+def test_wrapped_config_trains(tmp_path, name):
+    cfg = load(tmp_path, name)
+    add_required_hooks_in_scope(cfg)
+    model = samples.build(cfg)
+    assert isinstance(model, SiNGERDistiller)
+    assert isinstance(model.teacher, FrozenTeacher)
+    assert model.student_layers == [8, 11]
+    data = model.data_preprocessor(samples.batch(cfg), True)
+    names = {name for name in model(**data, mode='loss') if 'loss' in name}
+    distilled = {'distill.loss_kd', 'distill.loss_outlier',
+                 'distill.loss_info'}
+    assert distilled < names
+    assert not any(name.startswith('distill.') for name in names - distilled)
+    losses, moved, _ = samples.one_step(model, cfg)
+    assert all(torch.isfinite(value).all() for value in losses.values())
+    assert all(moved[part] > 0
+               for part in ('student', 'projectors', 'adapters'))
+
+
+def add_required_hooks_in_scope(cfg):
+    from mmengine.registry import init_default_scope
+    init_default_scope(cfg.default_scope)
+    add_required_hooks(cfg)
+
+
+@pytest.mark.parametrize('name', STOCK)
+def test_the_hooks_that_it_needs_are_added(tmp_path, name):
+    cfg = load(tmp_path, name)
+    own = [hook.type for hook in cfg.get('custom_hooks') or []]
+    add_required_hooks_in_scope(cfg)
+    types = [hook.type for hook in cfg.custom_hooks]
+    assert types[:len(own)] == own
+    assert set(types[len(own):]) == {
+        f'mmsinger.{hook}' for hook in SiNGERDistiller.required_hooks}
+    add_required_hooks(cfg)
+    assert [hook.type for hook in cfg.custom_hooks] == types  # once is enough
+
+
+def test_the_stock_hooks_stay(tmp_path):
+    cfg = load(tmp_path, 'mae')
+    add_required_hooks_in_scope(cfg)
+    assert cfg.custom_hooks[0].type == 'EMAHook'
+
+
+@pytest.mark.parametrize('name', STOCK)
+def test_the_plain_student_config_is_the_stock_one(tmp_path, name):
+    """What is dumped as NAME_student.py builds without mmsinger."""
+    cfg = load(tmp_path, name)
+    add_required_hooks_in_scope(cfg)
+    plain = student_config(cfg)
+    assert 'mmsinger' not in plain.pretty_text.replace(str(tmp_path), '')
+    model_cfg = plain.model.copy()
+    if plain.get('data_preprocessor') is not None:
+        model_cfg.setdefault('data_preprocessor', plain.data_preprocessor)
+    student = MODELS.build(model_cfg)
+    model = samples.build(cfg)
+    student.load_state_dict(model.student.state_dict(), strict=True)
