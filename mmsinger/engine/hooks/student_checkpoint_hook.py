@@ -31,7 +31,13 @@ class StudentCheckpointHook(Hook):
     def before_train(self, runner) -> None:
         if not is_distiller(runner.cfg.model):
             return
-        self._seen = set(map(_version, self._checkpoints(runner)))
+        existing = self._checkpoints(runner)
+        self._seen = set(map(_version, existing))
+        for folder in {os.path.dirname(path) for path in existing}:
+            for name in os.listdir(folder):  # of the run that is resumed
+                path = os.path.join(folder, name)
+                if os.path.isfile(student_path(path)):
+                    self._written[path] = student_path(path)
         name = os.path.basename(runner.cfg.filename or 'config.py')
         stem = os.path.splitext(name)[0]
         path = os.path.join(runner.work_dir, f'{stem}{SUFFIX}.py')

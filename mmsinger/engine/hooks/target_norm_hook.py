@@ -38,10 +38,11 @@ class TargetNormHook(Hook):
             return
         with preserved_random_states(seed=0):
             scales = model.calibrate_target_norms(self._batches(runner))
+        count = min(self.num_images, len(runner.train_dataloader.dataset))
         for buffer in model.target_norms.buffers():
             broadcast(buffer)
         runner.logger.info(
-            f'Target features standardised on {self.num_images} images; '
+            f'Target features standardised on {count} images; '
             'scale by teacher layer: ' +
             ', '.join(f'{k}: {v:.4g}' for k, v in scales.items()))
 
