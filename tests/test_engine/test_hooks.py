@@ -1,0 +1,551 @@
+"""The hooks of a training run, in a Runner on eight small scenes."""
+import copy
+import gc
+import glob
+import logging
+import os
+import random
+import uuid
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from yapf.yapflib import yapf_api
+
+from mmsinger.checkpoint import load_checkpoint
+from mmsinger.engine.config import load_config, prepare_training
+from mmsinger.engine.hooks import (RandomStateHook, RunGuardHook,
+                                   SiNGERAdapterHook, StudentCheckpointHook,
+                                   TargetNormHook)
+from mmsinger.errors import ConfigError, TrainingError
+from mmsinger.registry import MODELS
+from tiny import SEG_CONFIG, workplace
+
+ALL_HOOKS = [f'mmsinger.{hook.__name__}' for hook in (
+    RandomStateHook, RunGuardHook, SiNGERAdapterHook, StudentCheckpointHook,
+    TargetNormHook)]
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    gc.collect()
+    gc.freeze()  # mmengine collects garbage whenever it builds a data set
+    yield workplace(tmp_path_factory.mktemp('hooks'))
+    gc.unfreeze()
+
+
+@pytest.fixture(scope='module')
+def tiny_config():
+    return load_config(SEG_CONFIG)
+
+
+@pytest.fixture
+def make(place, tiny_config, tmp_path, monkeypatch, caplog):
+    """Builds a runner; dotted keys override tests/configs/tiny_seg.py."""
+    monkeypatch.chdir(place)
+    # formatting the dumped config takes longer than the training
+    monkeypatch.setattr(yapf_api, 'FormatCode', lambda text, **_: (text, 1))
+
+    def build(max_iters=2, hooks=(), validate=False, **options):
+        cfg = copy.deepcopy(tiny_config)
+        cfg.merge_from_dict(dict(
+            {'train_cfg.max_iters': max_iters,
+             'default_hooks.checkpoint.interval': 100,
+             'default_hooks.checkpoint.save_last': False,
+             'work_dir': str(tmp_path)}, **options))
+        cfg.experiment_name = uuid.uuid4().hex
+        cfg.visualizer.name = cfg.experiment_name
+        if not validate:
+            cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+            cfg.default_hooks.checkpoint.save_best = None
+        prepare_training(cfg)
+        runner = Runner.from_cfg(cfg)
+        for hook in hooks:
+            runner.register_hook(hook, hook.priority)
+        runner.logger.addHandler(caplog.handler)  # it does not propagate
+        return runner
+
+    yield build
+    init_default_scope('mmengine')
+
+
+class Spy(Hook):
+    """Calls functions at points of a run: Spy(before_train=f)."""
+
+    def __init__(self, priority='NORMAL', **points):
+        self.priority = priority
+        for name, function in points.items():
+            setattr(self, name, function)
+
+
+class Batches(Spy):
+    """Keeps what the model is fed with."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.seen.append((
+            [sample.img_path for sample in data_batch['data_samples']],
+            torch.stack([x.float() for x in data_batch['inputs']])))
+
+
+def poison_loss(at):
+    """The loss of that iteration is not a number."""
+
+    def before_train_iter(runner, batch_idx, data_batch=None):
+        model = runner.model
+        if runner.iter + 1 == at:
+            original = model.loss
+            model.loss = lambda *args: {
+                k: v * float('nan') if k == 'distill.loss_kd' else v
+                for k, v in original(*args).items()}
+
+    return Spy(before_train_iter=before_train_iter)
+
+
+def poison_weights(at):
+    """The step of that iteration leaves a weight that is not a number."""
+
+    def after_train_iter(runner, *args, **kwargs):
+        if runner.iter + 1 == at:
+            with torch.no_grad():
+                runner.model.projectors['3'].weight[0, 0] = float('inf')
+
+    return Spy(priority='HIGHEST', after_train_iter=after_train_iter)
+
+
+def files(folder, pattern='*.pth'):
+    return sorted(os.path.basename(p)
+                  for p in glob.glob(os.path.join(str(folder), pattern)))
+
+
+# -- adapters ----------------------------------------------------------------
+
+
+def test_adapters_start_before_the_first_step(make, caplog):
+    states = []
+
+    def look(runner, *args, **kwargs):
+        states.append([a.up.abs().sum().item()
+                       for a in runner.model.adapters.values()])
+
+    make(1, hooks=[Spy('HIGHEST', before_train=look),
+                   Spy('LOWEST', before_train=look)]).train()
+    assert states[0] == [0, 0] and all(v > 0 for v in states[1])
+    text = caplog.text
+    for layer, block in ((1, 2), (3, 3)):
+        assert f"SiNGER adapter of layer {layer}: init='nullspace' on the " \
+            f'FFN of block {block}, rank 4, singular values kept' in text
+    assert text.count('E_safe 1.0000') == 2
+    assert text.count('E_prob 0.0000') == 2
+
+
+def test_adapters_do_not_depend_on_the_seed(make):
+    ups = []
+    for seed in (1, 2):
+        runner = make(1, hooks=[Spy('LOWEST', before_train=lambda r: ups.append(
+            copy.deepcopy(r.model.adapters.state_dict())))],
+            **{'randomness.seed': seed, 'model.adapter.init': 'random'})
+        runner.train()
+    assert all(torch.equal(ups[0][key], ups[1][key]) for key in ups[0])
+
+
+@pytest.mark.parametrize('how', ['resume', 'load_from'])
+def test_adapters_of_a_checkpoint_are_kept(make, tmp_path, caplog, how):
+    make(2, **{'default_hooks.checkpoint.interval': 2}).train()
+    saved = load_checkpoint(str(tmp_path / 'iter_2.pth'))['state_dict']
+    caplog.clear()
+    started = []
+    runner = make(3, hooks=[Spy('LOWEST', before_train=lambda r: started.append(
+        copy.deepcopy(r.model.adapters.state_dict())))],
+        load_from=str(tmp_path / 'iter_2.pth'), resume=how == 'resume')
+    runner.train()
+    assert all(torch.equal(value, saved[f'adapters.{key}'])
+               for key, value in started[0].items())
+    assert 'kept as loaded from the checkpoint' in caplog.text
+    assert 'SiNGER adapter of layer' not in caplog.text
+
+
+def test_adapters_of_another_rank_are_started(make, tmp_path, caplog):
+    make(1, **{'default_hooks.checkpoint.interval': 1}).train()
+    caplog.clear()
+    runner = make(1, load_from=str(tmp_path / 'iter_1.pth'),
+                  **{'model.adapter.rank': 6})
+    runner.train()
+    assert 'SiNGER adapter of layer 1' in caplog.text
+    assert all(a.up.abs().sum() > 0 for a in runner.model.adapters.values())
+
+
+def test_a_plain_students_checkpoint_starts_the_adapters(make, tmp_path,
+                                                         caplog):
+    make(1, **{'default_hooks.checkpoint.interval': 1}).train()
+    caplog.clear()
+    weights = []
+    runner = make(1, load_from=str(tmp_path / 'iter_1_student.pth'),
+                  hooks=[Spy('LOWEST', before_train=lambda r: weights.append(
+                      copy.deepcopy(r.model.student.state_dict())))])
+    runner.train()
+    assert 'SiNGER adapter of layer 1' in caplog.text
+    file = load_checkpoint(str(tmp_path / 'iter_1_student.pth'))
+    assert all(torch.equal(weights[0][key], value)
+               for key, value in file['state_dict'].items())
+
+
+@pytest.fixture
+def collapsing(make):
+
+    def build(ratios, **kwargs):
+        """A run whose measured variance ratios are these."""
+        values = iter(ratios)
+
+        def report(runner, *args, **kwargs):
+            model = runner.model
+            if model.track_inlier_variance:
+                assert set(model.inlier_variance) == {1, 3}
+                model.inlier_variance[1] = torch.tensor(next(values))
+
+        return make(len(ratios), hooks=[Spy('VERY_HIGH',
+                                            after_train_iter=report)],
+                    **kwargs)
+
+    return build
+
+
+def test_collapse_is_reported_once(collapsing, caplog):
+    runner = collapsing([0.9, 0.51, 0.49, 0.3, 0.2])
+    hook, = (h for h in runner.hooks if isinstance(h, SiNGERAdapterHook))
+    hook.interval = 1
+    runner.train()
+    warnings = [r.getMessage() for r in caplog.records
+                if r.levelno == logging.WARNING
+                and 'shrinks ordinary tokens' in r.getMessage()]
+    assert len(warnings) == 1
+    assert 'Iteration 3: the adapter of layer 1' in warnings[0]
+    assert '0.49' in warnings[0] and 'lr_mult' in warnings[0]
+    history = runner.message_hub.get_scalar(
+        'train/distill.inlier_variance_1').data[0]
+    assert history[-5:] == pytest.approx([0.9, 0.51, 0.49, 0.3, 0.2])
+
+
+def test_collapse_is_reported_again_after_a_recovery(collapsing, caplog):
+    runner = collapsing([0.4, 0.9, 0.4])
+    hook, = (h for h in runner.hooks if isinstance(h, SiNGERAdapterHook))
+    hook.interval = 1
+    runner.train()
+    assert caplog.text.count('shrinks ordinary tokens') == 2
+
+
+def test_no_report_while_refinement_is_sound(make, caplog):
+    runner = make(3)
+    hook, = (h for h in runner.hooks if isinstance(h, SiNGERAdapterHook))
+    hook.interval = 2
+    runner.train()
+    assert 'shrinks ordinary tokens' not in caplog.text
+    for layer in (1, 3):  # one measurement in three iterations
+        assert len(runner.message_hub.get_scalar(
+            f'train/distill.inlier_variance_{layer}').data[0]) == 1
+
+
+# -- target norms ------------------------------------------------------------
+
+
+def generators():
+    return (random.getstate(), np.random.get_state()[1].tolist(),
+            torch.get_rng_state().tolist())
+
+
+def test_calibration_leaves_random_states_alone(make, caplog):
+    states = []
+    look = lambda runner: states.append(generators())  # noqa: E731
+    runner = make(1, hooks=[Spy('HIGHEST', before_train=look),
+                            Spy('LOWEST', before_train=look)],
+                  **{'model.target_norm': 'standardise'})
+    runner.train()
+    assert states[0] == states[1]
+    assert 'Target features standardised on 256 images' not in caplog.text
+    assert 'Target features standardised on 8 images' in caplog.text
+
+
+def test_calibration_does_not_change_the_batches(make):
+    seen = []
+    for mode in (None, 'standardise'):
+        batches = Batches()
+        make(4, hooks=[batches], **{'model.target_norm': mode}).train()
+        seen.append(batches.seen)
+    assert len(seen[0]) == 4
+    for (paths, inputs), (other_paths, other_inputs) in zip(*seen):
+        assert paths == other_paths
+        assert torch.equal(inputs, other_inputs)
+    assert seen[0][0][0] != seen[0][1][0]
+
+
+def test_statistics_are_those_of_the_images(make, place):
+    runner = make(1, **{'model.target_norm': 'standardise'})
+    runner.train()
+    model = runner.model
+    for layer in (1, 2, 3):
+        norm = model.target_norms[str(layer)]
+        assert norm.scale > 0 and torch.isfinite(norm.centre).all()
+    # one teacher pass over all of them, flips as the hook drew them
+    again = copy.deepcopy(model.target_norms.state_dict())
+    for norm in model.target_norms.values():
+        norm.calibrated = False
+        norm.scale.fill_(float('nan'))
+    with torch.random.fork_rng():
+        TargetNormHook().before_train(runner)
+    assert all(torch.equal(value, again[key]) for key, value in
+               model.target_norms.state_dict().items())
+
+
+def test_statistics_are_kept_on_resume(make, tmp_path, caplog):
+    options = {'model.target_norm': 'standardise',
+               'default_hooks.checkpoint.interval': 2}
+    make(2, **options).train()
+    saved = load_checkpoint(str(tmp_path / 'iter_2.pth'))['state_dict']
+    caplog.clear()
+    runner = make(3, resume=True, **options)
+    runner.train()
+    assert 'Target features standardised' not in caplog.text
+    ours = runner.model.target_norms.state_dict()
+    assert len(ours) == 6
+    assert all(torch.equal(value, saved[f'target_norms.{key}'])
+               for key, value in ours.items())
+
+
+def test_no_calibration_where_nothing_is_to_calibrate(make, monkeypatch):
+    def fail(*args):
+        raise AssertionError('the data was read')
+
+    monkeypatch.setattr(TargetNormHook, '_batches', fail)
+    for mode in (None, 'layernorm'):
+        make(1, **{'model.target_norm': mode}).train()
+
+
+# -- student files -----------------------------------------------------------
+
+SAVING = {'default_hooks.checkpoint.interval': 2,
+          'default_hooks.checkpoint.max_keep_ckpts': 2}
+
+
+def plain_keys(runner):
+    return set(MODELS.build(runner.cfg.model.student).state_dict())
+
+
+def test_a_student_beside_every_checkpoint(make, tmp_path):
+    runner = make(6, **SAVING)
+    runner.train()
+    assert files(tmp_path) == ['iter_4.pth', 'iter_4_student.pth',
+                               'iter_6.pth', 'iter_6_student.pth']
+    for step in (4, 6):
+        whole = load_checkpoint(str(tmp_path / f'iter_{step}.pth'))
+        student = load_checkpoint(str(tmp_path / f'iter_{step}_student.pth'))
+        assert set(student['state_dict']) == plain_keys(runner)
+        assert all(torch.equal(
+            value, whole['state_dict'][f'student.{key}'])
+            for key, value in student['state_dict'].items())
+        assert student['meta']['iter'] == step
+        assert student['meta']['dataset_meta']['classes'] == ('a', 'b', 'c')
+        assert 'optimizer' not in student
+        assert not any('teacher' in key for key in whole['state_dict'])
+    # they differ, so neither is a copy of the other
+    first, second = (load_checkpoint(str(
+        tmp_path / f'iter_{i}_student.pth'))['state_dict'] for i in (4, 6))
+    assert any(not torch.equal(first[key], second[key]) for key in first)
+    assert os.stat(tmp_path / 'iter_6_student.pth').st_mode & 0o444 == 0o444
+
+
+def test_removal_goes_on_after_a_resume(make, tmp_path):
+    make(4, **SAVING).train()
+    assert files(tmp_path, '*student.pth') == ['iter_2_student.pth',
+                                               'iter_4_student.pth']
+    make(8, resume=True, **SAVING).train()
+    assert files(tmp_path) == ['iter_6.pth', 'iter_6_student.pth',
+                               'iter_8.pth', 'iter_8_student.pth']
+
+
+def test_a_student_beside_the_best_checkpoint(make, tmp_path, monkeypatch):
+    scores = iter([30., 50., 40.])
+    from mmseg.evaluation import IoUMetric
+    monkeypatch.setattr(IoUMetric, 'compute_metrics',
+                        lambda self, results: dict(mIoU=next(scores)))
+    make(6, validate=True, **{'train_cfg.val_interval': 2}).train()
+    best = [f for f in files(tmp_path) if f.startswith('best')]
+    assert best == ['best_mIoU_iter_4.pth', 'best_mIoU_iter_4_student.pth']
+    whole, student = (load_checkpoint(str(tmp_path / f))['state_dict']
+                      for f in best)
+    assert student
+    assert all(torch.equal(value, whole[f'student.{key}'])
+               for key, value in student.items())
+
+
+@pytest.mark.parametrize('validate', [False, True])
+def test_the_student_of_an_averaged_model(make, tmp_path, validate):
+    runner = make(4, validate=validate, **{
+        **SAVING, 'train_cfg.val_interval': 2,
+        'custom_hooks': [dict(type='EMAHook', momentum=0.5)]})
+    averages, raw = [], []
+
+    def keep(runner, *args, **kwargs):
+        hook, = (h for h in runner.hooks if type(h).__name__ == 'EMAHook')
+        averages.append(copy.deepcopy(
+            hook.ema_model.module.student.state_dict()))
+        raw.append(copy.deepcopy(runner.model.student.state_dict()))
+
+    runner.register_hook(Spy('LOWEST', after_train_iter=keep), 'LOWEST')
+    runner.train()
+    names = ['iter_4_student.pth']
+    if validate:
+        names += [f for f in files(tmp_path, 'best*student.pth')]
+        assert len(names) == 2
+    for name in names:
+        student = load_checkpoint(str(tmp_path / name))['state_dict']
+        step = int(name.split('iter_')[1].split('_')[0])
+        for key, value in student.items():
+            if not key.endswith(('running_mean', 'running_var',
+                                 'num_batches_tracked')):
+                assert torch.equal(value, averages[step - 1][key]), key
+        assert any(not torch.equal(value, raw[step - 1][key])
+                   for key, value in student.items())
+
+
+def test_plain_config_beside_the_students(make, tmp_path, place):
+    runner = make(1, default_scope='mmseg',
+                  **{'default_hooks.checkpoint.interval': 1})
+    runner.train()
+    path = str(tmp_path / 'tiny_seg_student.py')
+    with open(path) as file:
+        assert 'mmsinger' not in file.read()
+    cfg = Config.fromfile(path)
+    assert cfg.model.type == 'EncoderDecoder'
+    assert 'teacher' not in cfg
+    cfg.update(work_dir=str(tmp_path / 'plain'),
+               experiment_name=uuid.uuid4().hex,
+               load_from=str(tmp_path / 'iter_1_student.pth'))
+    plain = Runner.from_cfg(cfg)
+    assert type(plain.model).__module__.startswith('mmseg.')
+    student = load_checkpoint(cfg.load_from)['state_dict']
+    plain.model.load_state_dict(student, strict=True)
+    metrics = plain.test()
+    assert 0 <= metrics['mIoU'] <= 100
+
+
+def test_a_failed_write_leaves_no_half_file(make, tmp_path, monkeypatch):
+    import mmsinger.export as export
+    runner = make(2, **SAVING)
+    save = torch.save
+
+    def fail(content, path, *args, **kwargs):
+        if str(path).endswith('.tmp'):
+            with open(path, 'wb') as file:
+                file.write(b'half')
+            raise OSError('No space left on device')
+        return save(content, path, *args, **kwargs)
+
+    monkeypatch.setattr(export.torch, 'save', fail)
+    with pytest.raises(OSError, match='No space'):
+        runner.train()
+    assert files(tmp_path, '*') == [f for f in files(tmp_path, '*')
+                                    if 'student.pth' not in f
+                                    and not f.endswith('.tmp')]
+
+
+# -- run guard ---------------------------------------------------------------
+
+
+def test_loss_that_is_not_finite(make, tmp_path):
+    runner = make(6, hooks=[poison_loss(at=4)], **{
+        **SAVING, 'default_hooks.checkpoint.save_last': True})
+    batches = Batches()
+    runner.register_hook(batches)
+    with pytest.raises(TrainingError) as error:
+        runner.train()
+    text = str(error.value)
+    assert text.startswith('Iteration 4: loss, distill.loss_kd is not finite') \
+        or text.startswith('Iteration 4: distill.loss_kd, loss is not finite')
+    for path in batches.seen[3][0]:
+        assert path in text
+    assert len(batches.seen) == 4
+    last = str(tmp_path / 'iter_2.pth')
+    assert f'The last good checkpoint is {last}' in text
+    # it is as it was, and nothing was written over or after it
+    assert files(tmp_path) == ['iter_2.pth', 'iter_2_student.pth']
+    content = load_checkpoint(last)
+    assert content['meta']['iter'] == 2
+    assert all(torch.isfinite(v).all() for v in
+               content['state_dict'].values())
+    with open(tmp_path / 'last_checkpoint') as file:
+        assert file.read() == last
+
+
+def test_loss_that_is_not_finite_before_any_checkpoint(make):
+    with pytest.raises(TrainingError, match='No checkpoint had been saved'):
+        make(2, hooks=[poison_loss(at=1)]).train()
+
+
+@pytest.mark.parametrize('max_iters, options', [
+    (4, {}),
+    (3, {'default_hooks.checkpoint.save_begin': 1,
+         'train_cfg.max_iters': 5}),
+    # the last iteration saves whatever the interval is
+    (3, {'default_hooks.checkpoint.save_last': True}),
+    # the best checkpoint
+    (3, {'validate': True, 'train_cfg.val_interval': 3})])
+def test_weights_that_are_not_finite_are_not_saved(make, tmp_path, max_iters,
+                                                   options):
+    runner = make(max_iters, hooks=[poison_weights(at=max_iters)],
+                  **{**SAVING, **options})
+    with pytest.raises(TrainingError) as error:
+        runner.train()
+    text = str(error.value)
+    assert text.startswith(f"Iteration {max_iters}: the weights "
+                           "['projectors.3.weight'] (1 in all) are not")
+    first = 1 if 'default_hooks.checkpoint.save_begin' in options else 2
+    assert f'iter_{first}.pth' in text
+    assert files(tmp_path) == [f'iter_{first}.pth',
+                               f'iter_{first}_student.pth']
+
+
+def test_weights_are_checked_at_the_end_of_an_epoch(make, tmp_path):
+    runner = make(hooks=[poison_weights(at=4)], **{
+        'train_cfg': dict(_delete_=True, type='EpochBasedTrainLoop',
+                          max_epochs=2, val_interval=5),
+        'train_dataloader.sampler': dict(
+            _delete_=True, type='DefaultSampler', shuffle=True),
+        'param_scheduler': [], 'default_hooks.checkpoint.by_epoch': True,
+        'default_hooks.checkpoint.interval': 1})
+    with pytest.raises(TrainingError, match='projectors.3.weight'):
+        runner.train()
+    assert files(tmp_path) == ['epoch_1.pth', 'epoch_1_student.pth']
+
+
+def test_no_images(make, monkeypatch):
+    runner = make(2)
+    monkeypatch.setattr(type(runner.train_dataloader.dataset), '__len__',
+                        lambda self: 0)
+    with pytest.raises(ConfigError, match='train_dataloader.dataset: the '
+                       'BaseSegDataset found no images.*suffix'):
+        RunGuardHook().before_train(runner)
+
+
+def test_no_images_of_that_suffix(make):
+    with pytest.raises(ConfigError, match=r"train_dataloader\.dataset.*"
+                       r"scenes/images.*img_suffix='\.jpeg'"):
+        make(2, **{'train_dataloader.dataset.img_suffix': '.jpeg'})
+
+
+def test_testing_does_not_read_the_training_data(make):
+    runner = make()
+    runner.test()
+    assert isinstance(runner._train_loop, dict)
+
+
+def test_all_hooks_are_added_to_a_config_without_them(make):
+    runner = make(custom_hooks=[])
+    names = {type(hook).__name__ for hook in runner.hooks}
+    assert {name.split('.')[1] for name in ALL_HOOKS} <= names
