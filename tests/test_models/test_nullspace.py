@@ -255,14 +255,17 @@ def test_linearised_ffn_of_a_deeper_mlp():
         linearised_ffn(block), (block.ffn.layers[2].weight @ second @ first).T)
 
 
-def test_linearised_ffn_is_computed_in_float64():
+@pytest.mark.parametrize('name', ['mmpretrain', 'timm', 'eva02'])
+def test_linearised_ffn_is_computed_in_float64(name):
     """Float32 products would blur singular values of about 1e-9."""
-    block = mmpretrain_block()
-    first, second = block.ffn.layers[0][0].weight, block.ffn.layers[1].weight
-    torch.testing.assert_close(
-        linearised_ffn(block), (second.double() @ first.double()).T,
-        rtol=1e-13, atol=1e-15)
-    linearised_ffn(block.half())  # and of half-precision teachers
+    make, weights, _, _ = BLOCKS[name]
+    block = make()
+    branches, out = weights(block)
+    expected = torch.cat([(out.double() @ branch.double()).T
+                          for branch in branches], dim=1)
+    torch.testing.assert_close(linearised_ffn(block), expected,
+                               rtol=1e-13, atol=1e-15)
+    assert linearised_ffn(block.half()).dtype == F64
 
 
 @pytest.mark.parametrize('value', [math.nan, math.inf])

@@ -214,6 +214,13 @@ def test_half_a_checkpoint_does_not_count():
     assert not target.initialised
 
 
+def test_matrices_of_another_rank_do_not_count():
+    target = SiNGERAdapter(12, 4)
+    with pytest.raises(RuntimeError, match='size mismatch'):
+        target.load_state_dict(initialised(rank=5).state_dict())
+    assert not target.initialised
+
+
 def test_a_copy_stays_initialised():
     assert copy.deepcopy(initialised()).initialised
 
