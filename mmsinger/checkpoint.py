@@ -18,10 +18,11 @@ def load_checkpoint(path: str, key: str = 'checkpoint') -> Dict[str, Any]:
     """Read a checkpoint to the CPU without running code from it.
 
     Args:
-        path (str): A local path, an http(s) address (kept in torch's cache
-            of checkpoints), or an address that mmengine's file backends
-            know. ``.safetensors`` files hold the state dict alone; anything
-            else is what ``torch.save`` wrote.
+        path (str): A local path, ``mmsinger://NAME`` for a file that ships
+            with the package, an http(s) address (kept in torch's cache of
+            checkpoints), or an address that mmengine's file backends know.
+            ``.safetensors`` files hold the state dict alone; anything else
+            is what ``torch.save`` wrote.
         key (str): The config key that named the path, for error messages.
 
     Returns:
@@ -62,6 +63,9 @@ def load_checkpoint(path: str, key: str = 'checkpoint') -> Dict[str, Any]:
 def _fetch(path: str, key: str) -> Union[str, io.BytesIO]:
     """A local path, or the content of a remote file."""
     from mmengine.fileio import exists, get
+    if path.startswith(SHIPPED):
+        path = os.path.join(os.path.dirname(os.path.abspath(__file__)),
+                            'assets', path[len(SHIPPED):])
     if os.path.isfile(path):
         return path
     if os.path.isdir(path):
@@ -115,7 +119,7 @@ def _load_safetensors(source: Union[str, io.BytesIO], path: str, key: str
 
 def _into(source: Union[str, io.BytesIO], path: str) -> str:
     """Names the cached copy of a download, which has to go first."""
-    if isinstance(source, str) and source != path:
+    if isinstance(source, str) and path.startswith('http'):
         return f' (first delete the cached copy {source})'
     return ''
 

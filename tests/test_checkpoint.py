@@ -524,3 +524,9 @@ def test_hooks_of_the_model_run():
     state['old'] = state.pop('0.bias')
     load_strict(target, state, 'x', 'y')
     assert torch.equal(target[0].bias, state['old'])
+
+
+def test_file_that_ships_with_the_package():
+    assert 'state_dict' in load_checkpoint('mmsinger://digits_teacher.pth')
+    with pytest.raises(ConfigError, match='no such file'):
+        load_checkpoint('mmsinger://no_such.pth')

@@ -27,7 +27,7 @@ from mmsinger import paths
 from mmsinger.checkpoint import load_checkpoint, weights_of
 from mmsinger.datasets import make_digit_scenes
 from mmsinger.engine.config import load_config
-from mmsinger.errors import readable_errors
+from mmsinger.errors import TrainingError, readable_errors
 from mmsinger.registry import MODELS
 from mmsinger.visualization import refined_norm_maps
 
@@ -70,7 +70,10 @@ class Job:
         """Run a tool in its own process; its output is seen as it comes."""
         command = [sys.executable, os.path.join(paths.tools(), name),
                    self.config, *args, *self.options]
-        subprocess.run(command, check=True)
+        if subprocess.run(command).returncode:
+            raise TrainingError(
+                f'{name} failed for {self.config}; the reason is above. '
+                'The demo goes on from here when it is started again.')
 
     def signature(self):
         """Changes when the recipe or the package does."""
