@@ -325,7 +325,8 @@ def _check_mmcv_operators(facts, det):
         f'{" and ".join(users)} needs: pip built it without seeing torch. '
         'Compiling takes 5 to 15 minutes.',
         (*[f'pip uninstall -y {n}' for n in lite],
-         install('setuptools<82', 'wheel', 'ninja'),
+         install('setuptools<82' if name == 'mmcv' else 'setuptools', 'wheel',
+                 'ninja'),
          # pip keeps the build without operators under the same key as one
          # with them: --no-cache-dir and --no-binary stop it from taking it.
          'pip install --no-build-isolation --no-cache-dir --force-reinstall '

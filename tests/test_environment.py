@@ -148,6 +148,25 @@ def test_mmcv_operators_only_where_needed(distributions, det, needed):
         assert '--no-build-isolation --no-cache-dir' in found[0].fix[-1]
 
 
+@pytest.mark.parametrize('family, distributions, fix', [
+    (ONEDL, dict(GOOD_ONEDL, **{'onedl-mmdetection': '3.5.1'}), (
+        'pip install setuptools wheel ninja',
+        'pip install --no-build-isolation --no-cache-dir --force-reinstall '
+        '--no-deps --no-binary onedl-mmcv "onedl-mmcv>=2.3.6"')),
+    (OPENMMLAB, dict(without(GOOD_OPENMMLAB, 'mmcv'),
+                     **{'mmcv-lite': '2.1.0'}), (
+        'pip uninstall -y mmcv-lite',
+        'pip install "setuptools<82" wheel ninja',
+        'pip install --no-build-isolation --no-cache-dir --force-reinstall '
+        '--no-deps --no-binary mmcv "mmcv>=2.0,<2.2"')),
+])
+def test_how_mmcv_operators_are_compiled(family, distributions, fix):
+    facts = Facts(distributions, mmcv_operators=False)
+    assert facts.families() == [family]
+    found, = errors(facts)
+    assert found.fix == fix
+
+
 def test_det_asks_for_mmdet():
     missing, operators = errors(
         Facts(GOOD_ONEDL, mmcv_operators=False), det=True)
