@@ -32,7 +32,7 @@ DIGIT_SCENES_PALETTE = [[40, 40, 40], [230, 25, 75], [60, 180, 75],
 
 MARKER = 'digit_scenes.json'
 SPLITS = {'training': 'train', 'validation': 'val'}  # folder, list in meta/
-FORMAT = 1  # raise it when the same settings give other scenes
+FORMAT = 2  # raise it when the same settings give other scenes
 
 PIXEL_METRES = 48.  # size of a digit [px] = 48 / its distance [m]
 WALL_METRES = 8.
@@ -142,11 +142,7 @@ def compose_scene(images: np.ndarray, canvas: int,
         [canvas, canvas] int64, an index into ``images`` or -1 for the wall;
         depth [canvas, canvas] float64 in metres; index of the nearest digit.
     """
-    wall, depth = _wall(canvas, rng)
-    dark_ink = rng.random() < 0.5
-    if not dark_ink:
-        wall = wall - 0.6
-    colours = wall
+    colours, depth = _wall(canvas, rng)
     visible = np.full((canvas, canvas), -1)
     distances = PIXEL_METRES / rng.uniform(*digit_size, size=len(images))
     far_to_near = np.argsort(-distances)
@@ -154,7 +150,7 @@ def compose_scene(images: np.ndarray, canvas: int,
     for i in far_to_near:
         ink = _place(images[i], PIXEL_METRES / distances[i], centres[i],
                      rng.uniform(-12, 12), canvas)
-        colour = rng.uniform(0, 0.35, 3) + (0 if dark_ink else 0.6)
+        colour = rng.uniform(0.6, 1, 3)
         alpha = np.clip(ink * 1.5, 0, 1)[..., None]
         colours = colours * (1 - alpha) + colour * alpha
         hit = ink > INK_THRESHOLD
@@ -167,7 +163,7 @@ def compose_scene(images: np.ndarray, canvas: int,
 
 
 def _wall(canvas: int, rng) -> Tuple[np.ndarray, np.ndarray]:
-    """A light textured wall and its slanted depth in metres (6.5 to 9.5)."""
+    """A dark textured wall and its slanted depth in metres (6.5 to 9.5)."""
     import cv2
     ramp = np.linspace(-0.5, 0.5, canvas)
     slope_y, slope_x = rng.uniform(-1.5, 1.5, 2)
@@ -175,7 +171,7 @@ def _wall(canvas: int, rng) -> Tuple[np.ndarray, np.ndarray]:
     texture = cv2.resize(
         rng.uniform(-0.1, 0.1, (4, 4, 3)).astype(np.float32),
         (canvas, canvas), interpolation=cv2.INTER_CUBIC)
-    return rng.uniform(0.7, 0.9, 3) + texture, depth
+    return rng.uniform(0.1, 0.35, 3) + texture, depth
 
 
 def _centres(sizes: np.ndarray, canvas: int, rng) -> np.ndarray:

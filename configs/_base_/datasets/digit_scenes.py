@@ -19,7 +19,7 @@ data_preprocessor = dict(
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', reduce_zero_label=False),
-    dict(type='RandomResize', scale=crop_size, ratio_range=(1.0, 1.25),
+    dict(type='RandomResize', scale=crop_size, ratio_range=(1.0, 1.15),
          keep_ratio=True),
     dict(type='RandomCrop', crop_size=crop_size),
     dict(type='PackSegInputs')
