@@ -64,6 +64,9 @@ def student_config(cfg: Config) -> Config:
         hook for hook in plain.get('custom_hooks') or []
         if not str(hook.get('type')).startswith('mmsinger.')
     ]
+    wrapper = plain.get('optim_wrapper') or {}
+    if wrapper.get('type') == 'mmsinger.CPUAmpOptimWrapper':
+        wrapper.type = 'AmpOptimWrapper'  # which it stands in for
     for key in ('teacher', 'student', 'singer', 'fitnet'):
         plain.pop(key, None)
     return plain

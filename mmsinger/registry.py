@@ -7,6 +7,7 @@ recipe needs no ``custom_imports``.
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import Registry
 
 MODELS = Registry(
@@ -15,6 +16,9 @@ MODELS = Registry(
 HOOKS = Registry(
     'hook', parent=MMENGINE_HOOKS, scope='mmsinger',
     locations=['mmsinger.engine.hooks'])
+OPTIM_WRAPPERS = Registry(
+    'optimizer wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope='mmsinger',
+    locations=['mmsinger.engine.optim'])
 DATASETS = Registry(
     'dataset', parent=MMENGINE_DATASETS, scope='mmsinger',
     locations=['mmsinger.datasets'])

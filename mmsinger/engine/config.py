@@ -15,6 +15,7 @@ from typing import Iterator, Optional, Tuple
 
 from mmengine.config import Config, ConfigDict
 from mmengine.config.utils import ConfigParsingError
+from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
@@ -43,11 +44,10 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
     try:
         with onedl_config_packages():
             cfg = Config.fromfile(path)
-    except (ConfigParsingError, FileNotFoundError, KeyError,
-            SyntaxError) as error:
+    except (ConfigParsingError, FileNotFoundError, KeyError, SyntaxError,
+            TypeError) as error:
         raise ConfigError(f'config {path!r} cannot be read: '
-                          f'{error.args[0] if error.args else error}'
-                          ) from error
+                          f'{_said(error)}') from error
     if options:
         check_options(cfg, options)
         try:
@@ -55,12 +55,16 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
         except (KeyError, IndexError, TypeError) as error:
             raise ConfigError(
                 f'--cfg-options {" ".join(options)}: cannot be set in '
-                f'{path!r}: {error.args[0] if error.args else error}'
-            ) from error
+                f'{path!r}: {_said(error)}') from error
     if cfg.get('work_dir') is None:
         stem = os.path.splitext(os.path.basename(path))[0]
         cfg.work_dir = os.path.join('work_dirs', stem)
     return cfg
+
+
+def _said(error: Exception) -> str:
+    # str() of a KeyError puts its message in quotes
+    return str(error.args[0] if isinstance(error, KeyError) else error)
 
 
 def check_options(cfg: Config, options: dict) -> None:
@@ -111,9 +115,10 @@ def prepare_training(cfg: Config) -> None:
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     add_required_hooks(cfg)
     keep_workers(cfg)
+    use_cpu_amp(cfg)
     check_work_dir(cfg.work_dir)
     check_data_folders(cfg, ('train_dataloader', 'val_dataloader'))
-    check_teacher_file(cfg.model)
+    check_checkpoint_files(cfg)
 
 
 def add_required_hooks(cfg: Config) -> None:
@@ -130,6 +135,18 @@ def add_required_hooks(cfg: Config) -> None:
                       'needs it', logger='current')
             hooks.append(ConfigDict(type=f'mmsinger.{name}'))
     cfg.custom_hooks = hooks
+
+
+def use_cpu_amp(cfg: Config) -> None:
+    """Replace mmengine's ``AmpOptimWrapper``, which needs an accelerator, by
+    our own where there is none."""
+    wrapper = cfg.get('optim_wrapper')
+    if isinstance(wrapper, dict) and get_device() == 'cpu' and \
+            str(wrapper.get('type')).split('.')[-1] == 'AmpOptimWrapper':
+        print_log('No accelerator: mixed precision in bfloat16 on the CPU',
+                  logger='current')
+        wrapper.type = 'mmsinger.CPUAmpOptimWrapper'
+        wrapper.pop('loss_scale', None)
 
 
 def keep_workers(cfg: Config) -> None:
@@ -154,17 +171,20 @@ def check_work_dir(work_dir: str) -> None:
         ) from error
 
 
-def check_teacher_file(model: dict) -> None:
-    """Raise :class:`ConfigError` if the teacher's weights are a local path
-    without a file. What is in it shows when it is loaded."""
-    teacher = model.get('teacher')
-    path = teacher.get('checkpoint') if isinstance(teacher, dict) else None
-    if isinstance(path, str) and '://' not in path and \
-            not os.path.isfile(path):
-        raise ConfigError(
-            f'model.teacher.checkpoint={path!r}: no such file (working '
-            f'directory {os.getcwd()}). Download the weights, or set '
-            'model.teacher.checkpoint to where they are.')
+def check_checkpoint_files(cfg: Config) -> None:
+    """Raise :class:`ConfigError` for a checkpoint to start from that is a
+    local path without a file. What is in it shows when it is loaded."""
+    teacher = cfg.model.get('teacher')
+    paths = {'load_from (or --resume)': cfg.get('load_from')}
+    if isinstance(teacher, dict):
+        paths['model.teacher.checkpoint'] = teacher.get('checkpoint')
+    for key, path in paths.items():
+        if isinstance(path, str) and '://' not in path and \
+                not os.path.isfile(path):
+            raise ConfigError(
+                f'{key}={path!r}: no such file (working directory '
+                f'{os.getcwd()}). Download the weights, or set {key} to '
+                'where they are.')
 
 
 def check_data_folders(cfg: Config, loaders: Tuple[str, ...]) -> None:
