@@ -1,0 +1,386 @@
+"""Each mistake ends in a clear error that names the key and the fix.
+
+Through ``tools/train.py`` where the command line matters; the rest in this
+process, through the same functions.
+"""
+import hashlib
+import os
+import shutil
+
+import cv2
+import forked
+import numpy as np
+import pytest
+import tiny
+import torch
+from mmengine.registry import init_default_scope
+
+from mmsinger.engine.config import load_config, prepare_training
+from mmsinger.errors import ConfigError
+from mmsinger.registry import MODELS
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    return tiny.workplace(tmp_path_factory.mktemp('place'))
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+    return place
+
+
+def train(place, *options, work_dir='run', args=()):
+    """Exit code and output of tools/train.py."""
+    extra = ['--cfg-options', *options] if options else []
+    result = forked.run('train.py', tiny.SEG_CONFIG, '--work-dir', work_dir,
+                        *args, *extra, cwd=place, check=False)
+    return result.returncode, result.stdout
+
+
+def message_of(output):
+    """What the tool says in the end, without the log before it."""
+    assert 'Traceback' not in output, output[-3000:]
+    for kind in ('ConfigError: ', 'TrainingError: '):
+        if kind in output:
+            return output[output.index(kind):]
+    raise AssertionError(output[-3000:])
+
+
+# -- through the command line ----------------------------------------------
+
+CHEAP = {  # found before a model is built
+    'teacher-missing': (
+        ['model.teacher.checkpoint=nowhere.pth'],
+        ["model.teacher.checkpoint='nowhere.pth'", 'no such file', 'set ']),
+    'misspelt-option': (
+        ['model.adaptr.rank=8'],
+        ['model.adaptr.rank', "Did you mean 'model.adapter'?"]),
+    'misspelt-loader': (
+        ['train_dataloadr.batch_size=8'],
+        ["Did you mean 'train_dataloader'?"]),
+    'misspelt-loss-key': (
+        ['model.loss_outlier.quantil=0.9'],
+        ['model.loss_outlier.quantil', "Did you mean 'quantile'"]),
+    'misspelt-model-key': (
+        ['model.layerz=[1]'], ['model.layerz', "Did you mean 'layers'"]),
+    'quantile': (
+        ['model.loss_outlier.quantile=1.5'],
+        ['loss_outlier.quantile=1.5', 'between 0 and 1']),
+    'data-missing': (
+        ['train_dataloader.dataset.data_root=nowhere'],
+        ['train_dataloader.dataset.data_root', "'nowhere'", 'Point']),
+}
+
+
+@pytest.mark.parametrize('options, texts', CHEAP.values(), ids=CHEAP)
+def test_cheap_mistakes_end_before_a_model_is_built(place, options, texts):
+    code, output = train(place, *options)
+    message = message_of(output)
+    assert code == 1
+    for text in texts:
+        assert text in message
+    # the runner logs these before and after it builds the model
+    assert 'Hooks will be executed' not in output
+    assert 'Teacher VisionTransformer loaded' not in output
+
+
+def test_the_tools_say_it_in_a_process_of_their_own(place):
+    result = tiny.run_tool(
+        'train.py', tiny.SEG_CONFIG, '--cfg-options', 'model.layers=[1,9]',
+        cwd=place, check=False)
+    assert result.returncode == 1
+    message = message_of(result.stdout)
+    assert 'layers=9 is out of range' in message
+    assert 'choose from 0 to 3' in message
+
+
+def test_config_that_is_not_there(place):
+    result = forked.run('train.py', 'nowhere.py', cwd=place, check=False)
+    assert result.returncode == 1
+    assert "config 'nowhere.py': no such file" in message_of(result.stdout)
+
+
+def damaged_teacher(place, kind):
+    path = os.path.join(place, f'{kind}.pth')
+    if kind == 'truncated':
+        with open(os.path.join(place, 'teacher.pth'), 'rb') as file:
+            content = file.read()
+        with open(path, 'wb') as file:
+            file.write(content[:len(content) // 2])
+    elif kind == 'wider':
+        cfg = load_config(tiny.SEG_CONFIG)
+        backbone = cfg.model.teacher.backbone
+        backbone.arch.embed_dims = 48
+        tiny.write_teacher(path, backbone)
+    elif kind == 'deeper':
+        cfg = load_config(tiny.SEG_CONFIG)
+        backbone = cfg.model.teacher.backbone
+        backbone.arch.num_layers = 5
+        tiny.write_teacher(path, backbone)
+    elif kind == 'prefix':
+        cfg = load_config(tiny.SEG_CONFIG)
+        tiny.write_teacher(path, cfg.model.teacher.backbone, prefix='vit.')
+    return os.path.basename(path)
+
+
+@pytest.mark.parametrize('kind, texts', [
+    ('truncated', ["teacher.checkpoint='truncated.pth'", 'truncated']),
+    ('wider', ["teacher.checkpoint='wider.pth'", 'shapes differ',
+               'teacher.backbone']),
+    ('deeper', ["teacher.checkpoint='deeper.pth'", 'unexpected keys',
+                'layers.4.ln1.weight', 'teacher.backbone']),
+    ('prefix', ["teacher.prefix='backbone.'", "['vit.']"]),
+])
+def test_teacher_file_that_does_not_fit(place, kind, texts):
+    name = damaged_teacher(place, kind)
+    code, output = train(place, f'model.teacher.checkpoint={name}')
+    message = message_of(output)
+    assert code == 1
+    for text in texts:
+        assert text in message
+    assert 'Iter(train)' not in output
+
+
+@pytest.mark.parametrize('args', [('--work-dir', 'file/below'), ()],
+                         ids=['option', 'config'])
+def test_work_dir_that_is_not_writable(place, args):
+    with open(os.path.join(place, 'file'), 'w'):
+        pass  # a folder below a file cannot be made, by root neither
+    options = [] if args else ['--cfg-options', 'work_dir=file/below']
+    result = forked.run('train.py', tiny.SEG_CONFIG, *args, *options,
+                        cwd=place, check=False)
+    message = message_of(result.stdout)
+    assert result.returncode == 1
+    assert "work_dir='file/below' is not writable" in message
+    assert '--work-dir' in message
+
+
+def test_resume_from_a_checkpoint_that_is_not_there(place):
+    code, output = train(place, args=('--resume', 'nowhere.pth'))
+    assert code == 1
+    assert "load_from (or --resume)='nowhere.pth'" in message_of(output)
+
+
+# -- in this process -------------------------------------------------------
+
+def start(options):
+    """As tools/train.py, up to where the teacher is loaded."""
+    cfg = load_config(tiny.SEG_CONFIG, options)
+    cfg.work_dir = 'in_process'
+    prepare_training(cfg)
+    MODELS.build(cfg.model).init_weights()
+
+
+RESNET = dict(_delete_=True, type='mmpretrain.ResNet', depth=18)
+SWIN = dict(_delete_=True, type='mmpretrain.SwinTransformer', arch='tiny',
+            img_size=32)
+MODEL_MISTAKES = {
+    'layer-out-of-range': (
+        {'model.layers': [1, 4]},
+        ['layers=4 is out of range', 'choose from 0 to 3']),
+    'layer-path': (
+        {'model.layers': ['layers.1', 'layrs.3']},
+        ["layers='layrs.3'", 'no such block', "Did you mean 'layers.3'"]),
+    'layers-unsorted': ({'model.layers': [3, 1]}, ['layers', 'ascending']),
+    'layers-empty': ({'model.layers': []}, ['layers=[]', 'must be a list']),
+    'student-layer': (
+        {'model.student_layers': [0, 5]},
+        ['student_layers=5 is out of range', 'choose from 0 to 1']),
+    'student-layer-path': (
+        {'model.student_layers': ['layers.0', 'layer.1']},
+        ["student_layers='layer.1'", "Did you mean 'layers.1'"]),
+    'student-layers-count': (
+        {'model.student_layers': [1]}, ['student_layers=[1]', 'each of']),
+    'rank': (
+        {'model.adapter.rank': 33},
+        ['adapter.rank=33', 'between 1 and 32']),
+    'rank-zero': ({'model.adapter.rank': 0}, ['adapter.rank=0']),
+    'rank-text': ({'model.adapter.rank': 'many'}, ["adapter.rank='many'"]),
+    'quantile-zero': (
+        {'model.loss_outlier.quantile': 0.},
+        ['loss_outlier.quantile=0.0', 'between 0 and 1']),
+    'quantile-one': (
+        {'model.loss_outlier.quantile': 1}, ['loss_outlier.quantile=1']),
+    'init': (
+        {'model.adapter.init': 'nulspace'},
+        ["adapter.init='nulspace'", "'nullspace', 'random', 'zero'"]),
+    'adapter-key': (
+        {'model.adapter.rang': 8},
+        ['model.adapter.rang', "Did you mean 'rank'"]),
+    'teacher-key': (
+        {'model.teacher.chekpoint': 'x.pth'},
+        ['model.teacher.chekpoint', "Did you mean 'checkpoint'"]),
+    'loss-type': (
+        {'model.loss_info.type': 'GramInfoLoss'},
+        ["model.loss_info.type='GramInfoLoss'"]),
+    'loss-no-dict': ({'model.loss_kd': 1.0}, ['model.loss_kd', 'dict']),
+    'target-norm': (
+        {'model.target_norm': 'standardize'},
+        ["target_norm='standardize'", "'standardise'"]),
+    'task-weight': (
+        {'model.task_loss_weight': -1}, ['task_loss_weight', 'negative']),
+    'channels': (
+        {'model.student.backbone.in_channels': 1},
+        ['no common input', '1 channels', '3', 'in_channels']),
+    'no-head': (
+        {'model.student': dict(
+            _delete_=True, _scope_='mmpretrain', type='ImageClassifier',
+            backbone=dict(
+                type='VisionTransformer', img_size=32,
+                patch_size=8, arch=dict(
+                    embed_dims=16, num_layers=2, num_heads=2,
+                    feedforward_channels=32)))},
+        ['no head', 'task_loss_weight=0']),
+    'teacher-cnn': (
+        {'model.teacher.backbone': RESNET},
+        ['teacher: ResNet is no vision transformer', 'Supported are']),
+    'teacher-pyramid': (
+        {'model.teacher.backbone': SWIN}, ['teacher', 'Swin']),
+    'student-cnn': (
+        {'model.student.backbone': RESNET},
+        ['student: ResNet is no vision transformer']),
+    'normalisation': (
+        {'model.teacher.mean': None}, ['teacher.mean', 'teacher.std']),
+}
+
+
+@pytest.mark.parametrize('options, texts', MODEL_MISTAKES.values(),
+                         ids=MODEL_MISTAKES)
+def test_model_mistakes(here, options, texts):
+    with pytest.raises(ConfigError) as error:
+        start(options)
+    for text in texts:
+        assert text in str(error.value)
+
+
+def test_the_same_config_without_a_mistake(here):
+    start({})
+
+
+@pytest.mark.parametrize('name', ['train', 'val'])
+@pytest.mark.parametrize('kind', ['missing', 'empty', 'no folder'])
+def test_data_folders(here, tmp_path, name, kind):
+    if kind != 'missing':
+        (tmp_path / 'scenes' / 'images').mkdir(parents=True)
+        if kind == 'empty':
+            (tmp_path / 'scenes' / 'annotations').mkdir()
+        else:
+            (tmp_path / 'scenes' / 'images' / 'a.png').write_text('')
+    key = f'{name}_dataloader.dataset.data_root'
+    with pytest.raises(ConfigError, match='data_root') as error:
+        start({key: str(tmp_path / 'scenes')})
+    assert str(tmp_path) in str(error.value)
+    assert f'{name}_dataloader.dataset' in str(error.value)
+
+
+@pytest.mark.parametrize('options, text', [
+    ({'optim_wraper.optimizer.lr': 1.}, "Did you mean 'optim_wrapper'?"),
+    ({'model.techer.checkpoint': 'x'}, "Did you mean 'model.teacher'?"),
+    ({'model.student.backbon.embed_dims': 8},
+     "Did you mean 'model.student.backbone'?"),
+    ({'model.layers.7': 1}, 'model.layers.7'),
+])
+def test_options_that_would_never_be_read(options, text):
+    with pytest.raises(ConfigError, match='--cfg-options') as error:
+        load_config(tiny.SEG_CONFIG, options)
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize('options', [
+    {'find_unused_parameters': True},
+    {'randomness.deterministic': True},
+    {'default_hooks.early_stopping.type': 'EarlyStoppingHook'},
+    {'model.student.backbone.qkv_bias': False},
+    {'model.data_preprocessor.size': (32, 32)},
+    {'param_scheduler.0.end': 3},
+    {'test_pipeline.1.reduce_zero_label': False},
+    {'compile': True},
+])
+def test_options_that_are_new_but_meant(options):
+    cfg = load_config(tiny.SEG_CONFIG, options)
+    (key, value), = options.items()
+    node = cfg
+    for name in key.split('.'):
+        node = node[int(name) if name.isdigit() else name]
+    assert node == value
+
+
+@pytest.mark.parametrize('content, text', [
+    ("_base_ = ['nowhere.py']\n", 'nowhere.py'),
+    ('model = dict(\n', 'line 1'),
+    ("_base_ = ['mmseg::vit/nowhere.py']\n", 'nowhere.py'),
+])
+def test_configs_that_cannot_be_read(tmp_path, content, text):
+    path = tmp_path / 'broken.py'
+    path.write_text(content)
+    with pytest.raises(ConfigError, match='broken.py') as error:
+        load_config(str(path))
+    assert text in str(error.value)
+
+
+def test_a_registry_that_wraps_errors_does_not_bury_them(capsys):
+    """mmengine 0.10.7 raises a constructor's error anew."""
+    from mmsinger.errors import readable_errors
+    with pytest.raises(SystemExit) as end, readable_errors():
+        try:
+            raise ConfigError('adapter.rank=99')
+        except ConfigError as error:
+            raise type(error)(f'class `X` in x.py: {error}')
+    assert end.value.code == 1
+    assert capsys.readouterr().err == '\nConfigError: adapter.rank=99\n'
+    with pytest.raises(KeyError), readable_errors():
+        raise KeyError('a bug keeps its traceback')
+
+
+# -- during training -------------------------------------------------------
+
+def checksum(path):
+    with open(path, 'rb') as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def test_non_finite_loss_stops_the_run(tmp_path, place):
+    """The sixth image has a NaN; batches of one, in order."""
+    shutil.copy(os.path.join(place, 'teacher.pth'), tmp_path)
+    shutil.copytree(os.path.join(place, 'scenes'), tmp_path / 'scenes')
+    bad = tmp_path / 'scenes' / 'images' / '5.png'
+    image = cv2.imread(str(bad)).astype(np.float32)
+    image[3, 3] = np.nan
+    _, encoded = cv2.imencode('.tiff', image)
+    bad.write_bytes(encoded.tobytes())
+    options = [
+        'train_dataloader.batch_size=1',
+        'train_dataloader.sampler.shuffle=False',
+        'train_dataloader.dataset.pipeline.0.color_type=unchanged',
+        'default_hooks.checkpoint.interval=1', 'train_cfg.max_iters=8',
+    ]
+    code, output = train(tmp_path, *options, args=('--no-validate', ))
+    message = message_of(output)
+    assert code == 1
+    assert 'Iteration 6' in message and 'not finite' in message
+    assert 'distill.loss_kd' in message
+    named = os.path.join('scenes', 'images', '5.png')
+    assert f'The batch held {named}.' in message
+    folder = tmp_path / 'run'
+    assert str(folder / 'iter_5.pth') in message
+    assert (folder / 'last_checkpoint').read_text() == \
+        str(folder / 'iter_5.pth')
+    assert not (folder / 'iter_6.pth').exists()
+    assert not (folder / 'iter_6_student.pth').exists()
+
+    good = torch.load(folder / 'iter_5.pth', weights_only=False)
+    assert all(torch.isfinite(v).all() for v in good['state_dict'].values()
+               if v.is_floating_point())
+
+    # resumed, it stops again and leaves the checkpoint as it is
+    before = checksum(folder / 'iter_5.pth')
+    code, output = train(tmp_path, *options,
+                         args=('--no-validate', '--resume'))
+    assert code == 1 and 'Iteration 6' in message_of(output)
+    assert checksum(folder / 'iter_5.pth') == before
+    student = torch.load(folder / 'iter_5_student.pth', weights_only=True)
+    cfg = load_config(tiny.SEG_CONFIG)
+    init_default_scope('mmseg')
+    MODELS.build(cfg.model.student).load_state_dict(student['state_dict'])
