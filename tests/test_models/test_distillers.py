@@ -324,7 +324,8 @@ def test_nothing_is_computed_twice(weight):
     student = model._student_blocks.modules
     calls = calls_of(*teacher, *student, model.student.backbone,
                      model.teacher.backbone, model.teacher.backbone.ln1,
-                     model.student.decode_head.conv_seg)
+                     model.student.decode_head.conv_seg,
+                     model.student.backbone.ln1)
     model.loss(images(), samples('segmentor') if weight else None)
     # layers 1 and 3: block 2 runs again, on the refined output of block 1
     assert [calls[id(b)] for b in teacher] == [1, 1, 2, 1]
@@ -332,7 +333,9 @@ def test_nothing_is_computed_twice(weight):
     assert calls[id(model.student.backbone)] == 1
     assert calls[id(model.teacher.backbone)] == 1
     assert calls[id(model.teacher.backbone.ln1)] == 0
+    # without a task loss the student's pass stops too
     assert calls[id(model.student.decode_head.conv_seg)] == weight
+    assert calls[id(model.student.backbone.ln1)] == weight
 
 
 @pytest.mark.parametrize('layers, last_layer, expected', [
