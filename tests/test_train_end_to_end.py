@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -344,3 +345,29 @@ def test_depth_run(tmp_path, place):
         {'backbone', 'neck', 'decode_head'}
     best = glob.glob(str(tmp_path / 'run' / 'best_rmse_iter_*_student.pth'))
     assert len(best) == 1
+
+
+def test_dist_train_script(place):
+    """Two processes on the CPU; DDP with all parameters used."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    result = subprocess.run(
+        ['bash', os.path.join(tiny.ROOT, 'tools', 'dist_train.sh'),
+         tiny.SEG_CONFIG, '2', '--work-dir', 'dist', '--no-validate',
+         '--cfg-options', 'train_cfg.max_iters=2',
+         'default_hooks.checkpoint.save_best=None',
+         # the head reads both levels of the neck: no parameter is unused
+         'model.student.decode_head.input_transform=resize_concat',
+         'model.student.decode_head.in_index=[0,1]',
+         'model.student.decode_head.in_channels=[16,16]'],
+        cwd=place, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env=dict(
+            os.environ, PYTHON=sys.executable, PORT=str(port),
+            OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''))
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert 'Distributed training: True' in result.stdout
+    found = weights(os.path.join(place, 'dist', 'iter_2.pth'))
+    assert {key.split('.')[0] for key in found} == \
+        {'student', 'projectors', 'adapters'}
+    assert os.path.isfile(os.path.join(place, 'dist', 'iter_2_student.pth'))

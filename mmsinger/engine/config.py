@@ -13,6 +13,7 @@ import os
 import tempfile
 from typing import Iterator, Optional, Tuple
 
+import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.config.utils import ConfigParsingError
 from mmengine.device import get_device
@@ -116,6 +117,7 @@ def prepare_training(cfg: Config) -> None:
     add_required_hooks(cfg)
     keep_workers(cfg)
     use_cpu_amp(cfg)
+    use_cpu_processes(cfg)
     check_work_dir(cfg.work_dir)
     check_data_folders(cfg, ('train_dataloader', 'val_dataloader'))
     check_checkpoint_files(cfg)
@@ -147,6 +149,23 @@ def use_cpu_amp(cfg: Config) -> None:
                   logger='current')
         wrapper.type = 'mmsinger.CPUAmpOptimWrapper'
         wrapper.pop('loss_scale', None)
+
+
+def use_cpu_processes(cfg: Config) -> None:
+    """Set up ``tools/dist_train.sh`` on CPUs: mmengine's own set-up asks for
+    a GPU, in the process group and in DistributedDataParallel.
+
+    Does nothing with another launcher, or where there is an accelerator.
+    """
+    if cfg.get('launcher') != 'pytorch' or get_device() != 'cpu':
+        return
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
+    wrapper = cfg.get('model_wrapper_cfg') or dict(
+        type='MMDistributedDataParallel',
+        find_unused_parameters=cfg.get('find_unused_parameters', False))
+    cfg.model_wrapper_cfg = dict(device_ids=None, **wrapper) \
+        if 'device_ids' not in wrapper else wrapper
 
 
 def keep_workers(cfg: Config) -> None:
