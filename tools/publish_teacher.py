@@ -1,0 +1,110 @@
+"""Make the demo's teacher file from a training run of its recipe.
+
+    python tools/publish_teacher.py
+
+Rounds the weights to float16, evaluates what is left, and writes the weights,
+their SHA-256 and a README. `make teacher` trains and then calls this.
+"""
+import argparse
+import glob
+import hashlib
+import os
+
+import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
+import torch
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
+from mmsinger.engine.config import check_data_folders, load_config
+from mmsinger.errors import ConfigError, readable_errors
+
+README = """\
+# The demo's teacher
+
+`{name}` is a ViT ({dims} channels, {layers} blocks, patch {patch}, convolutional stem)
+with a segmentation head, trained on scenes composed from scikit-learn's
+handwritten digits (`tools/make_digit_scenes.py`).
+
+| | |
+|---|---|
+| SHA-256 | `{sha256}` |
+| size | {size:,} bytes, float16 |
+| mIoU on unseen digits | {miou:.2f} % ({num_val} validation scenes, 11 classes) |
+| recipe | `{recipe}`, seed {seed}, {iters} iterations of batch {batch} |
+
+`make teacher` repeats it and overwrites the files of this folder; the weights
+differ a little between machines. `torch.load(path, weights_only=True)` gives
+`state_dict` (the whole segmentor) and `meta`.
+"""
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--config', default='configs/demo/digits_teacher.py',
+                        help='the recipe')
+    parser.add_argument('--work-dir', default='work_dirs/digits_teacher',
+                        help='where the recipe was trained')
+    parser.add_argument('--out', default='mmsinger/assets/digits_teacher.pth',
+                        help='the file to write')
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    # The settings of the run, --cfg-options included.
+    dumped = os.path.join(args.work_dir, os.path.basename(args.config))
+    path = find_latest_checkpoint(args.work_dir) if glob.glob(
+        os.path.join(args.work_dir, '*.pth')) else None
+    if path is None or not os.path.isfile(dumped):
+        raise ConfigError(
+            f'--work-dir={args.work_dir!r} holds no checkpoint, or no '
+            f'{os.path.basename(dumped)}. Train first: python tools/train.py '
+            f'{args.config} --work-dir {args.work_dir}')
+    cfg = load_config(dumped)
+    weights = weights_of(load_checkpoint(path), path)
+    weights = {k: v.half() if v.is_floating_point() else v
+               for k, v in weights.items()}
+
+    cfg.work_dir = args.work_dir
+    cfg.load_from, cfg.resume = None, False
+    check_data_folders(cfg, ('test_dataloader', ))
+    runner = Runner.from_cfg(cfg)
+    load_strict(runner.model, weights, what=f'{dumped!r} and {path!r}',
+                fix='Both must come from the same run.')
+    miou = runner.test()['mIoU']
+
+    dataset = runner.test_dataloader.dataset
+    meta = dict(
+        classes=list(dataset.metainfo['classes']),
+        palette=dataset.metainfo['palette'],
+        mIoU=float(miou),
+        seed=cfg.randomness.seed,
+        iterations=cfg.train_cfg.max_iters,
+        recipe=args.config)
+    name = os.path.basename(args.out)
+    os.makedirs(os.path.dirname(args.out) or '.', exist_ok=True)
+    torch.save(dict(state_dict=weights, meta=meta), args.out)
+    with open(args.out, 'rb') as file:
+        sha256 = hashlib.sha256(file.read()).hexdigest()
+    stem = os.path.splitext(args.out)[0]
+    with open(stem + '.sha256', 'w') as file:
+        file.write(f'{sha256}  {name}\n')
+    backbone = cfg.model.backbone
+    with open(os.path.join(os.path.dirname(args.out), 'README.md'),
+              'w') as file:
+        file.write(README.format(
+            name=name, sha256=sha256, size=os.path.getsize(args.out),
+            miou=miou, num_val=len(dataset), recipe=args.config,
+            seed=meta['seed'], iters=meta['iterations'],
+            batch=cfg.train_dataloader.batch_size,
+            dims=backbone.arch.embed_dims, layers=backbone.arch.num_layers,
+            patch=backbone.patch_size))
+    print(f'{args.out}: mIoU {miou:.2f} %, '
+          f'{os.path.getsize(args.out) / 1e6:.2f} MB, SHA-256 {sha256}')
+
+
+if __name__ == '__main__':
+    with readable_errors():
+        main()
