@@ -1,6 +1,6 @@
 """Time a training step of a recipe's methods, as ratios within one run.
 
-    python tools/benchmark_step.py configs/singer_vitl_to_vits_in1k.py --batch 16
+    python tools/benchmark_step.py configs/singer_vitl_to_vits_in1k.py
 
 Compares, on random images of the recipe's size and random weights: the
 student alone (features only), FitNet, SiNGER, and SiNGER computed the way the

@@ -148,7 +148,8 @@ def step(number, title):
 
 def format_table(teacher, *students):
     """The result table in Markdown."""
-    rows = ['| model | parameters | steps | training | mIoU on unseen digits |',
+    rows = ['| model | parameters | steps | training | '
+            'mIoU on unseen digits |',
             '|---|---|---|---|---|',
             f'| {teacher.title} | {_parameters(teacher):,} | - | shipped | '
             f'{teacher.miou:.2f} |']

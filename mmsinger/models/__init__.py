@@ -9,6 +9,6 @@ from mmsinger.models.teacher import FrozenTeacher
 
 __all__ = [
     'BaseDistiller', 'ConvStem', 'FeatureMSELoss', 'FitNetDistiller',
-    'FrozenTeacher', 'GramInformationLoss', 'OutlierSuppressionLoss', 'SiNGERAdapter',
-    'SiNGERDistiller'
+    'FrozenTeacher', 'GramInformationLoss', 'OutlierSuppressionLoss',
+    'SiNGERAdapter', 'SiNGERDistiller'
 ]

@@ -4,8 +4,9 @@ from typing import Dict, List, Optional, Set, Tuple
 from mmengine.dist import is_main_process, master_only
 from mmengine.hooks import Hook
 
-from mmsinger.export import (SUFFIX, is_distiller, save_student, student_config,
-                             student_path, student_state_dict)
+from mmsinger.export import (SUFFIX, is_distiller, save_student,
+                             student_config, student_path,
+                             student_state_dict)
 from mmsinger.registry import HOOKS
 
 
