@@ -80,6 +80,7 @@ demo: install
 
 # Writes the teacher that ships in mmsinger/assets.
 teacher: install
+	$(BIN)/python tools/make_digit_scenes.py
 	$(BIN)/python tools/train.py configs/demo/digits_teacher.py $(ARGS)
 	$(BIN)/python tools/publish_teacher.py
 
