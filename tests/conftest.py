@@ -6,6 +6,7 @@ os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')
 import mmsinger  # noqa: E402, F401
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from mmengine.registry import DefaultScope  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 # The same examples in every run, and no time limit on a busy machine.
@@ -21,5 +22,7 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def fresh_state():
+    """The same seed, and no default scope left over from another test."""
     torch.manual_seed(0)
+    DefaultScope._instance_dict.clear()
