@@ -5,7 +5,7 @@
 Makes scenes of real handwritten digits, trains a small ViT on them with and
 without SiNGER for as many steps, evaluates teacher and students on digits
 that none of them has seen, and draws what they see. What is finished is kept:
-a second run only evaluates the table again from the results on disk.
+a second run only shows it again.
 """
 import argparse
 import glob
@@ -100,12 +100,18 @@ class Job:
         self.checkpoint = find_latest_checkpoint(self.work_dir)
 
     def evaluate(self):
-        """mIoU in per cent, through tools/test.py."""
+        """mIoU in per cent, through tools/test.py; once for each result."""
+        result = os.path.join(self.work_dir, 'miou.json')
+        done = _read_json(result)
+        if done.get('signature') == self.signature():
+            self.miou = done['mIoU']
+            return
         folder = os.path.join(self.work_dir, 'test')
         shutil.rmtree(folder, ignore_errors=True)
         self.tool('test.py', self.checkpoint, '--work-dir', folder)
         path, = glob.glob(os.path.join(folder, '*', '*.json'))
         self.miou = _read_json(path)['mIoU']
+        _write_json(result, dict(signature=self.signature(), mIoU=self.miou))
 
 
 def main():

@@ -1,6 +1,5 @@
 # 400 iterations of 64 scenes: two to four minutes on two cores. The adapters
-# learn slowly: the demo's teacher is clean, and they would shrink ordinary
-# tokens otherwise.
+# learn slowly: they would shrink ordinary tokens of this teacher otherwise.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=4e-3, weight_decay=0.05),
