@@ -9,6 +9,8 @@ from mmengine.hooks import Hook
 from torch import Tensor
 
 from mmsinger.engine.hooks.adapter_hook import unwrap
+from mmsinger.engine.hooks.random_state_hook import (random_states,
+                                                     set_random_states)
 from mmsinger.registry import HOOKS
 
 
@@ -61,13 +63,11 @@ class TargetNormHook(Hook):
 @contextlib.contextmanager
 def preserved_random_states(seed: int) -> Iterator[None]:
     """Seed all generators inside the context, and restore them after it."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+    states = random_states()
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        set_random_states(states)

@@ -19,9 +19,6 @@ class FitNetDistiller(BaseDistiller):
         **kwargs: See :class:`BaseDistiller`.
     """
 
-    def __init__(self, **kwargs) -> None:
-        super().__init__(**kwargs)
-
     def distill(self, taps: BlockTaps, student_tokens: Dict[int, Tokens]
                 ) -> Dict[str, Tensor]:
         losses = [
