@@ -10,13 +10,13 @@ import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 from mmengine.config import DictAction
-from mmengine.model import is_model_wrapper
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from mmsinger.checkpoint import load_strict
 from mmsinger.engine.config import (check_data_folders, check_work_dir,
                                     load_config)
+from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.export import is_distiller, load_student, student_config
 
@@ -70,10 +70,8 @@ def main():
     student = load_student(args.checkpoint)
     cfg.load_from, cfg.resume = None, False
     runner = Runner.from_cfg(cfg)
-    model = runner.model.module if is_model_wrapper(runner.model) \
-        else runner.model
     load_strict(
-        model, student['state_dict'],
+        unwrap(runner.model), student['state_dict'],
         what=f"{'student' if distilled else 'model'} of {args.config!r} and "
         f'checkpoint {args.checkpoint!r}',
         fix='Give the config that the checkpoint was trained with.')

@@ -1,8 +1,7 @@
 from mmengine.dist import broadcast
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
-from torch import nn
 
+from mmsinger.engine.unwrap import unwrap
 from mmsinger.models import SiNGERDistiller
 from mmsinger.registry import HOOKS
 
@@ -88,8 +87,3 @@ class SiNGERAdapterHook(Hook):
                     'loss.')
             (self._collapsed.add if collapsed else
              self._collapsed.discard)(layer)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside a DistributedDataParallel or similar wrapper."""
-    return model.module if is_model_wrapper(model) else model

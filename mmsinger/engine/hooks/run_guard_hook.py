@@ -3,7 +3,7 @@ from typing import List
 import torch
 from mmengine.hooks import CheckpointHook, Hook
 
-from mmsinger.engine.hooks.adapter_hook import unwrap
+from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError, TrainingError
 from mmsinger.registry import HOOKS
 

@@ -8,9 +8,9 @@ from mmengine.dist import broadcast
 from mmengine.hooks import Hook
 from torch import Tensor
 
-from mmsinger.engine.hooks.adapter_hook import unwrap
 from mmsinger.engine.hooks.random_state_hook import (random_states,
                                                      set_random_states)
+from mmsinger.engine.unwrap import unwrap
 from mmsinger.registry import HOOKS
 
 
