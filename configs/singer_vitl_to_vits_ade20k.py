@@ -8,7 +8,6 @@ _base_ = [
     './_base_/default_runtime.py',
 ]
 model = dict(
-    type='mmsinger.SiNGERDistiller',
     teacher=_base_.teacher,
     student=_base_.student,
-    **_base_.singer)
+    **_base_.distiller)

@@ -1,4 +1,4 @@
-# ViT-L/16 -> ViT-S/16, ImageNet-1K features without labels, 8 x 64 images
+# ViT-L/16 -> ViT-S/16, ImageNet-1K without labels, 8 x 64 images
 _base_ = [
     './_base_/teachers/vit_l16_in21k.py',
     './_base_/students/vit_s16.py',
@@ -8,8 +8,7 @@ _base_ = [
     './_base_/default_runtime_cls.py',
 ]
 model = dict(
-    type='mmsinger.SiNGERDistiller',
     teacher=_base_.teacher,
     student=_base_.student,
     task_loss_weight=0,
-    **_base_.singer)
+    **_base_.distiller)

@@ -8,7 +8,7 @@ _base_ = [
     './_base_/default_runtime_cls.py',
 ]
 model = dict(
-    type='mmsinger.SiNGERDistiller',
     teacher=_base_.teacher,
     student=_base_.student,
-    **_base_.singer)
+    task_loss_weight=0,
+    **_base_.distiller)

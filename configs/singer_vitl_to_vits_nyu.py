@@ -8,8 +8,7 @@ _base_ = [
     './_base_/default_runtime.py',
 ]
 model = dict(
-    type='mmsinger.SiNGERDistiller',
     teacher=_base_.teacher,
     student=_base_.student,
-    **_base_.singer)
+    **_base_.distiller)
 default_hooks = dict(checkpoint=dict(save_best='rmse', rule='less'))

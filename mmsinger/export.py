@@ -67,7 +67,7 @@ def student_config(cfg: Config) -> Config:
     wrapper = plain.get('optim_wrapper') or {}
     if wrapper.get('type') == 'mmsinger.CPUAmpOptimWrapper':
         wrapper.type = 'AmpOptimWrapper'  # which it stands in for
-    for key in ('teacher', 'student', 'singer', 'fitnet'):
+    for key in ('teacher', 'student', 'distiller', 'singer'):
         plain.pop(key, None)
     return plain
 

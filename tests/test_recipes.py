@@ -1,7 +1,9 @@
 """Every recipe parses, builds at full size, and takes a step when cut."""
+import ast
 import functools
 import glob
 import os
+import re
 
 import pytest
 import samples
@@ -15,18 +17,27 @@ from mmsinger.models.distillers.base import build_teacher
 from mmsinger.registry import MODELS
 
 CONFIGS = os.path.join(tiny.ROOT, 'configs')
-RECIPES = sorted(glob.glob(os.path.join(CONFIGS, 'singer_*.py')))
+RECIPES = sorted(glob.glob(os.path.join(CONFIGS, '*_to_*.py')))
 TEACHERS = sorted(glob.glob(os.path.join(CONFIGS, '_base_', 'teachers',
                                          '*.py')))
+PAIRS = ['vitl_to_vits', 'vitl_to_vitt', 'deit3l_to_deit3b',
+         'deit3s_to_deit3t', 'dinov2l_to_vits']
+LOSSES = {
+    'fitnet': {'distill.loss_kd'},
+    'singer': {'distill.loss_kd', 'distill.loss_outlier',
+               'distill.loss_info'},
+}
+# By teacher: depth, width, millions of parameters, blocks distilled
+TEACHER_FACTS = {
+    'vitl': (24, 1024, 303, [17, 23]),
+    'deit3l': (24, 1024, 304, [17, 23]),
+    'deit3s': (12, 384, 22, [8, 11]),
+    'dinov2l': (24, 1024, 304, [17, 23]),
+}
+STUDENT_MILLIONS = {'vits': 22, 'vitt': 5.5, 'deit3b': 86, 'deit3t': 5.5}
 
 NARROW = dict(_delete_=True, embed_dims=32, num_layers=24, num_heads=4,
               feedforward_channels=64)
-# --cfg-options that cut a recipe's models; depth and layers stay
-TEACHER_CUT = {
-    'model.teacher.backbone.arch': NARROW,
-    'model.teacher.checkpoint': None,
-    'model.adapter.rank': 8,
-}
 STUDENT_CUT = {
     'mmseg': {
         'model.student.backbone.img_size': (64, 64),
@@ -60,18 +71,32 @@ def name_of(path):
     return os.path.splitext(os.path.basename(path))[0]
 
 
+def parts_of(path):
+    """Method, teacher, student and task, from a recipe's name."""
+    method, teacher, student, task = re.fullmatch(
+        r'(.+)_([a-z0-9]+)_to_([a-z0-9]+)_([a-z0-9]+)(?:_official)?',
+        name_of(path)).groups()
+    return method, teacher, student, task
+
+
+def recipes(*methods):
+    return [path for path in RECIPES if parts_of(path)[0] in methods]
+
+
 def load(path, options=None):
     cfg = load_config(path, options)
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     return cfg
 
 
-def test_the_recipes_of_the_specification_are_there():
-    assert {name_of(path) for path in RECIPES} >= {
-        'singer_vitl_to_vits_ade20k', 'singer_vitl_to_vits_in1k',
-        'singer_vitl_to_vitt_in1k', 'singer_vitl_to_vits_nyu',
-        'singer_vitl_to_vits_in1k_official'
-    }
+def test_all_pairs_and_tasks_are_there():
+    names = {name_of(path) for path in RECIPES}
+    assert names >= {
+        f'{method}_{pair}_in1k' for method in LOSSES for pair in PAIRS}
+    assert names >= {
+        f'{method}_vitl_to_vits_{task}' for method in ('fitnet', 'singer')
+        for task in ('ade20k', 'nyu')}
+    assert 'singer_vitl_to_vits_in1k_official' in names
 
 
 @pytest.mark.parametrize('path', RECIPES, ids=name_of)
@@ -82,53 +107,84 @@ def test_recipe_is_short(path):
     assert lines[0].startswith('#')
 
 
-@pytest.mark.parametrize('path', RECIPES, ids=name_of)
+def body(path):
+    """A recipe without its comment and its ``_base_``."""
+    with open(path) as file:
+        tree = ast.parse(file.read())
+    assert tree.body[0].targets[0].id == '_base_'
+    return [ast.dump(node) for node in tree.body[1:]]
+
+
+@pytest.mark.parametrize('task', ['in1k', 'ade20k', 'nyu'])
+def test_siblings_differ_in_their_bases_alone(task):
+    bodies = {name_of(path): body(path) for path in recipes(*LOSSES)
+              if parts_of(path)[3] == task}
+    assert len(bodies) > 1
+    first = next(iter(bodies.values()))
+    assert all(other == first for other in bodies.values())
+
+
+@pytest.mark.parametrize('path', recipes('fitnet', 'singer'), ids=name_of)
 def test_recipe_builds_at_full_size(path, monkeypatch):
     cfg = load(path)
+    method, teacher, student, _ = parts_of(path)
     # mmseg's ViT calls item() on a linspace, which a meta tensor has not
     monkeypatch.setattr(torch, 'linspace', functools.partial(
         torch.linspace, device='cpu'))
     with torch.device('meta'):
         model = MODELS.build(cfg.model)
-    assert isinstance(model, SiNGERDistiller)
-    assert len(model.teacher.blocks) == 24
-    assert model.teacher.blocks.dim == 1024
-    assert 290e6 < sum(p.numel() for p in model.teacher.parameters()) < 310e6
-    assert model.layers == [17, 23]
-    assert model.student_layers[-1] == 11
-    millions = sum(p.numel() for p in model.student_backbone.parameters()
-                   ) / 1e6
-    expected = 5.5 if 'vitt' in name_of(path) else 22
-    assert millions == pytest.approx(expected, rel=0.06)
+    assert isinstance(model, SiNGERDistiller) == (method == 'singer')
+    depth, dim, millions, layers = TEACHER_FACTS[teacher]
+    assert len(model.teacher.blocks) == depth
+    assert model.teacher.blocks.dim == dim
+    assert count(model.teacher) == pytest.approx(millions, rel=0.03)
+    assert model.layers == layers
+    assert model.student_layers == [8, 11]
+    assert count(model.student_backbone) == pytest.approx(
+        STUDENT_MILLIONS[student], rel=0.06)
     assert model.student_backbone is not model.student
 
 
+def count(model):
+    """Millions of parameters."""
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
 def cut(path):
-    """A recipe with its models cut through options."""
+    """A recipe with its models cut through options; depth and layers
+    stay."""
     plain = load_config(path)
-    options = {**TEACHER_CUT, **STUDENT_CUT[plain.default_scope]}
+    method, teacher, _, _ = parts_of(path)
+    options = {
+        'model.teacher.backbone.arch': dict(
+            NARROW, num_layers=TEACHER_FACTS[teacher][0]),
+        'model.teacher.checkpoint': None,
+        **STUDENT_CUT[plain.default_scope]}
+    if method == 'singer':
+        options['model.adapter.rank'] = 8
     head = plain.model.student.get('decode_head')
     if head is not None:
         options.update(HEAD_CUT[head.type])
     return load(path, options)
 
 
-@pytest.mark.parametrize('path', RECIPES, ids=name_of)
+@pytest.mark.parametrize('path', recipes('fitnet', 'singer'), ids=name_of)
 def test_recipe_takes_a_step(path):
     cfg = cut(path)
     with_task = cfg.model.get('task_loss_weight', 1) > 0
     model = samples.build(cfg)
     losses, moved, optimizer = samples.one_step(model, cfg)
     distilled = {name for name in losses if name.startswith('distill.')}
-    assert distilled == {'distill.loss_kd', 'distill.loss_outlier',
-                         'distill.loss_info'}
+    assert distilled == LOSSES[parts_of(path)[0]]
     own = {name for name in losses
            if 'loss' in name and name not in distilled} - {'loss'}
     assert bool(own) == with_task
     assert all(torch.isfinite(value).all() for value in losses.values())
-    assert moved['student'] > 0
-    assert moved['projectors'] > 0
-    assert moved['adapters'] > 0
+    assert all(moved[part] > 0 for part in (
+        'student', 'projectors', *(['adapters'] if hasattr(model, 'adapters')
+                                   else [])))
+    if not hasattr(model, 'adapters'):
+        return
     base = cfg.optim_wrapper.optimizer.lr
     factor = cfg.optim_wrapper.paramwise_cfg.custom_keys.adapters.lr_mult
     rates = {id(p): group['lr'] for group in optimizer.param_groups
@@ -139,16 +195,18 @@ def test_recipe_takes_a_step(path):
 
 def test_ade20k_recipe_is_the_papers():
     model = load(os.path.join(CONFIGS, 'singer_vitl_to_vits_ade20k.py')).model
-    assert model.layers == (17, 23)
+    assert model.teacher.layers == (17, 23)
     assert (model.adapter.rank, model.adapter.init) == (16, 'nullspace')
     assert (model.loss_outlier.quantile, model.loss_outlier.loss_weight) == \
         (0.95, 0.01)
     assert model.loss_info.loss_weight == 1.0
 
 
-@pytest.mark.parametrize('student', ['vits', 'vitt'])
-def test_pretraining_is_the_papers(student):
-    cfg = load(os.path.join(CONFIGS, f'singer_vitl_to_{student}_in1k.py'))
+@pytest.mark.parametrize(
+    'path', [path for path in recipes(*LOSSES)
+             if parts_of(path)[3] == 'in1k'], ids=name_of)
+def test_pretraining_is_the_papers(path):
+    cfg = load(path)
     check_pretraining(cfg)
     assert cfg.model.task_loss_weight == 0
 

@@ -80,7 +80,7 @@ def test_student_is_the_stock_model(tmp_path, name):
     stock.write_text(f"_base_ = ['{STOCK[name][0]}']\n")
     plain = load_config(str(stock))
     assert cfg.model.student == plain.model
-    assert cfg.model.layers == (17, 23)
+    assert cfg.model.teacher.layers == (17, 23)
     for key in ('train_dataloader', 'optim_wrapper', 'train_cfg',
                 'param_scheduler', 'default_hooks'):
         assert cfg[key] == plain[key], key

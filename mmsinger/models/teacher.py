@@ -1,5 +1,5 @@
 """The frozen teacher: a backbone that is only ever read."""
-from typing import NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.logging import print_log
@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
 from mmsinger.errors import ConfigError
-from mmsinger.models.taps import (BlockTaps, Blocks, fixed_input_size,
-                                  find_blocks, patch_stride)
+from mmsinger.models.taps import (BlockTaps, Blocks, Layer, find_blocks,
+                                  fixed_input_size, patch_stride)
 from mmsinger.registry import MODELS
 
 
@@ -52,11 +52,16 @@ class FrozenTeacher(nn.Module):
             (H, W) for the teacher. Defaults to None: the student's size, or
             the only one that the backbone takes; sizes that its patches do
             not divide are rounded to the nearest that they do.
+        layers (Sequence[int | str]): The blocks that feature methods distil
+            unless their own ``layers`` says otherwise. Defaults to
+            ``(17, 23)``, the paper's for 24 blocks.
 
     Raises:
         ConfigError: If a value is not valid or the backbone is no vision
             transformer.
     """
+
+    role = 'teacher'  # the config key that holds it, for error messages
 
     def __init__(self,
                  backbone: dict,
@@ -66,11 +71,13 @@ class FrozenTeacher(nn.Module):
                  mean: Optional[Sequence[float]] = None,
                  std: Optional[Sequence[float]] = None,
                  swap_channels: bool = False,
-                 input_size: Union[int, Sequence[int], None] = None) -> None:
+                 input_size: Union[int, Sequence[int], None] = None,
+                 layers: Sequence[Layer] = (17, 23)) -> None:
         super().__init__()
+        self.layers = layers
         if not isinstance(backbone, dict) or 'type' not in backbone:
             raise ConfigError(
-                'teacher.backbone must be a config with a type, got '
+                f'{self.role}.backbone must be a config with a type, got '
                 f'{backbone!r}. For instance dict(type='
                 "'mmpretrain.VisionTransformer', arch='l', patch_size=16).")
         if (mean is None) != (std is None):
@@ -84,7 +91,7 @@ class FrozenTeacher(nn.Module):
             prefix = prefix or init_cfg.get('prefix') or ''
         backbone.pop('init_cfg', None)
         self.backbone = MODELS.build(backbone)
-        self.blocks: Blocks = find_blocks(self.backbone, 'teacher')
+        self.blocks: Blocks = find_blocks(self.backbone, self.role)
         self.checkpoint = checkpoint
         self.prefix = f'{prefix}.' if prefix and prefix[-1] != '.' else prefix
         self.ignore_keys = [ignore_keys] if isinstance(ignore_keys, str) \
@@ -109,21 +116,20 @@ class FrozenTeacher(nn.Module):
                 another shape.
         """
         if self.checkpoint is None:
-            print_log('teacher.checkpoint is None: the teacher has random '
-                      'weights, so nothing useful will be distilled.',
-                      logger='current', level=30)
+            print_log(f'{self.role}.checkpoint is None: the {self.role} has '
+                      'random weights, so nothing useful can be learnt from '
+                      'it.', logger='current', level=30)
             return
-        key = 'teacher.checkpoint'
-        weights = weights_of(load_checkpoint(self.checkpoint, key),
-                             self.checkpoint)
+        key = f'{self.role}.checkpoint'
+        weights = self.read_checkpoint(key)
         found = {k[len(self.prefix):]: v for k, v in weights.items()
                  if k.startswith(self.prefix)}
         if not found:
             tops = sorted({k.split('.')[0] + '.' for k in weights})
             raise ConfigError(
-                f'teacher.prefix={self.prefix!r}: no key of '
+                f'{self.role}.prefix={self.prefix!r}: no key of '
                 f'{self.checkpoint!r} begins with it. They begin with '
-                f'{tops[:10]}; set teacher.prefix to one of these, or to '
+                f'{tops[:10]}; set {self.role}.prefix to one of these, or to '
                 "'' if the file holds the backbone alone.")
         module = self.backbone
         timm_model = getattr(module, 'timm_model', None)
@@ -133,25 +139,37 @@ class FrozenTeacher(nn.Module):
         load_strict(
             module, found,
             what=f'{key}={self.checkpoint!r} does not fit '
-            f'teacher.backbone ({type(self.backbone).__name__})',
+            f'{self.role}.backbone ({type(self.backbone).__name__})',
             fix=self._loading_hint(found), ignore=self.ignore_keys)
         self.loaded = True
-        print_log(f'Teacher {type(self.backbone).__name__} loaded from '
-                  f'{self.checkpoint}', logger='current')
+        print_log(f'{self.role.capitalize()} {type(self.backbone).__name__} '
+                  f'loaded from {self.checkpoint}', logger='current')
+
+    def read_checkpoint(self, key: str) -> Dict[str, Tensor]:
+        """All weights in the checkpoint.
+
+        Args:
+            key (str): The config key that names it, for error messages.
+
+        Returns:
+            dict[str, Tensor]: With their prefix.
+        """
+        return weights_of(load_checkpoint(self.checkpoint, key),
+                          self.checkpoint)
 
     def _loading_hint(self, found: dict) -> str:
         own = {k.split('.')[0] for k in self.backbone.state_dict()}
         if any(k.startswith('backbone.') for k in found):
             return ("The file's keys begin with 'backbone.': set "
-                    "teacher.prefix='backbone.'.")
+                    f"{self.role}.prefix='backbone.'.")
         if any(k.startswith('blocks.') for k in found) and 'layers' in own:
             return ('The file has timm keys (blocks.…) and the backbone has '
                     "mmpretrain's (layers.…): use type="
                     "'mmpretrain.TIMMBackbone', or convert the file with "
                     'mmsinger.converters.timm_to_mmpretrain.')
-        return ('Make teacher.backbone the architecture that the file was '
-                'saved from; list left-over heads in teacher.ignore_keys, '
-                "for instance ['head.'].")
+        return (f'Make {self.role}.backbone the architecture that the file '
+                'was saved from; list left-over heads in '
+                f"{self.role}.ignore_keys, for instance ['head.'].")
 
     def forward(self, images: Tensor, layers: Sequence[int],
                 normalisation: Normalisation) -> BlockTaps:
@@ -169,8 +187,8 @@ class FrozenTeacher(nn.Module):
         """
         if not self.loaded:
             raise RuntimeError(
-                'The teacher has no weights yet. Call init_weights() on the '
-                'distiller first; a Runner does.')
+                f'The {self.role} has no weights yet. Call init_weights() on '
+                'the model first; a Runner does.')
         with torch.no_grad(), BlockTaps(self.blocks, layers, stop=True) \
                 as taps:
             taps.run(self.backbone, self.prepare(images, normalisation))

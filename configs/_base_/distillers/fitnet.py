@@ -1,2 +1,4 @@
-# Plain feature distillation on the same layers, the paper's baseline
-fitnet = dict(layers=(17, 23))
+# Plain feature distillation, the paper's baseline.
+# Each file in this folder defines `distiller`: the type and its settings.
+# Which blocks are distilled stands in the teacher's file.
+distiller = dict(type='mmsinger.FitNetDistiller')

@@ -11,8 +11,6 @@ param_scheduler = [
          convert_to_iter_based=True),
 ]
 train_cfg = dict(by_epoch=True, max_epochs=100)
-val_cfg = val_dataloader = val_evaluator = None
-test_cfg = test_dataloader = test_evaluator = None
 auto_scale_lr = dict(base_batch_size=512)
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),

@@ -6,5 +6,6 @@ teacher = dict(
     checkpoint='checkpoints/deit3_l16_in1k.pth',
     prefix='backbone.',
     ignore_keys=['head.'],
+    layers=(17, 23),
     mean=[123.675, 116.28, 103.53],
     std=[58.395, 57.12, 57.375])

@@ -10,4 +10,5 @@ teacher = dict(
         out_type='raw'),
     checkpoint='mmsinger://digits_teacher.pth',
     prefix='backbone.',
-    ignore_keys=[])
+    ignore_keys=[],
+    layers=(2, 5))

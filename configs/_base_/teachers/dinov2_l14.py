@@ -6,5 +6,6 @@ teacher = dict(
         patch_size=14, layer_scale_init_value=1e-5, out_type='raw'),
     checkpoint='checkpoints/dinov2_l14.pth',
     prefix='backbone.',
+    layers=(17, 23),
     mean=[123.675, 116.28, 103.53],
     std=[58.395, 57.12, 57.375])

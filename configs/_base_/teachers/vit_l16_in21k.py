@@ -6,5 +6,6 @@ teacher = dict(
     checkpoint='checkpoints/vit_l16_in21k.pth',
     prefix='backbone.',
     ignore_keys=['head.'],
+    layers=(17, 23),
     mean=[127.5, 127.5, 127.5],
     std=[127.5, 127.5, 127.5])

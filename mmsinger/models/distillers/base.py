@@ -36,10 +36,10 @@ class BaseDistiller(BaseModel):
             DepthEstimator, with or without a head), exactly as in a plain
             config; or of a backbone alone.
         teacher (dict): Arguments of :class:`FrozenTeacher`.
-        layers (Sequence[int | str]): Teacher blocks whose outputs are
-            distilled, by index from 0 or by module path, such as
-            ``'layers.17'``. Defaults to ``(17, 23)``, the paper's for 24
-            blocks.
+        layers (Sequence[int | str], optional): Teacher blocks whose outputs
+            are distilled, by index from 0 or by module path, such as
+            ``'layers.17'``. Defaults to None: the teacher's ``layers``, which
+            are ``(17, 23)`` if not given, the paper's for 24 blocks.
         student_layers (Sequence[int | str], optional): The student block for
             each of them. Defaults to None: derived by ``layer_map``.
         layer_map (str): ``'relative'`` or ``'official'``, see
@@ -69,7 +69,7 @@ class BaseDistiller(BaseModel):
     def __init__(self,
                  student: dict,
                  teacher: dict,
-                 layers: Sequence[Layer] = (17, 23),
+                 layers: Optional[Sequence[Layer]] = None,
                  student_layers: Optional[Sequence[Layer]] = None,
                  layer_map: str = 'relative',
                  target_norm: Optional[str] = None,
@@ -93,7 +93,8 @@ class BaseDistiller(BaseModel):
         self.__dict__['teacher'] = build_teacher(teacher)
 
         self._student_blocks = find_blocks(self.student_backbone, 'student')
-        self.layers = self._resolve_layers(layers)
+        self.layers = self._resolve_layers(
+            self.teacher.layers if layers is None else layers)
         self.student_layers = self._resolve_student_layers(
             student_layers, layer_map)
         self._check_same_task()

@@ -1,0 +1,9 @@
+# DeiT-III-B/16 without a head, for feature pre-training
+student = dict(
+    type='ImageClassifier',
+    backbone=dict(
+        type='DeiT3', arch='b', img_size=224, patch_size=16),
+    data_preprocessor=dict(
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        to_rgb=True))
