@@ -19,13 +19,193 @@ class Normalisation(NamedTuple):
     std: Optional[Tuple[float, ...]]
 
 
-class FrozenTeacher(nn.Module):
-    """A pretrained backbone that gives features and never changes.
+class FrozenModule(nn.Module):
+    """A pretrained module that gives outputs and never changes.
 
     Its parameters do not require gradients, it is in evaluation mode whatever
     ``train()`` is called with (dropout and drop path off), and
     :class:`BaseDistiller` keeps it out of ``state_dict()`` and
     ``parameters()``. A copy of a distiller (an EMA model, say) shares it.
+
+    Args:
+        module (dict): Config of the module, with its scope.
+        checkpoint (str, optional): See :class:`FrozenTeacher`, as for all
+            that follow.
+        prefix (str): Defaults to ``''``.
+        ignore_keys (Sequence[str]): Defaults to none.
+        mean (Sequence[float], optional): Defaults to None.
+        std (Sequence[float], optional): Defaults to None.
+        swap_channels (bool): Defaults to False.
+        input_size (int | tuple[int, int], optional): Defaults to None.
+    """
+
+    # Who it is and under which key its module is, in config and messages
+    role = 'teacher'
+    part = 'module'
+    example = "type='mmpretrain.VisionTransformer', arch='l', patch_size=16"
+
+    def __init__(self,
+                 module: dict,
+                 checkpoint: Optional[str] = None,
+                 prefix: str = '',
+                 ignore_keys: Sequence[str] = (),
+                 mean: Optional[Sequence[float]] = None,
+                 std: Optional[Sequence[float]] = None,
+                 swap_channels: bool = False,
+                 input_size: Union[int, Sequence[int], None] = None) -> None:
+        super().__init__()
+        if not isinstance(module, dict) or 'type' not in module:
+            raise ConfigError(
+                f'{self.role}.{self.part} must be a config with a type, got '
+                f'{module!r}. For instance dict({self.example}).')
+        if (mean is None) != (std is None):
+            raise ConfigError(f'{self.role}.mean and {self.role}.std belong '
+                              f'together: got mean={mean}, std={std}.')
+        module = dict(module)
+        init_cfg = module.get('init_cfg')
+        if checkpoint is None and isinstance(init_cfg, dict) and \
+                init_cfg.get('type') == 'Pretrained':
+            checkpoint = init_cfg['checkpoint']
+            prefix = prefix or init_cfg.get('prefix') or ''
+        module.pop('init_cfg', None)
+        self.add_module(self.part, MODELS.build(module))
+        self.checkpoint = checkpoint
+        self.prefix = f'{prefix}.' if prefix and prefix[-1] != '.' else prefix
+        self.ignore_keys = [ignore_keys] if isinstance(ignore_keys, str) \
+            else list(ignore_keys)
+        self.normalisation = None if mean is None else Normalisation(
+            tuple(mean), tuple(std))
+        self.swap_channels = swap_channels
+        if isinstance(input_size, int):
+            input_size = (input_size, input_size)
+        self.input_size = tuple(input_size) if input_size is not None \
+            else fixed_input_size(self.module)
+        self.loaded = checkpoint is None
+        self.requires_grad_(False)
+        self.train(False)
+
+    @property
+    def module(self) -> nn.Module:
+        """What is frozen."""
+        return getattr(self, self.part)
+
+    def load_weights(self) -> None:
+        """Load the checkpoint, strictly.
+
+        Raises:
+            ConfigError: If the file is missing or damaged, nothing in it
+                begins with the prefix, or a key is missing, left over, or of
+                another shape.
+        """
+        key = f'{self.role}.checkpoint'
+        if self.checkpoint is None:
+            print_log(f'{key} is None: the {self.role} has random weights, '
+                      'so nothing useful will be '
+                      f'{"distilled" if self.role == "teacher" else "read"}.',
+                      logger='current', level=30)
+            return
+        weights = self.read_checkpoint(key)
+        found = {k[len(self.prefix):]: v for k, v in weights.items()
+                 if k.startswith(self.prefix)}
+        if not found:
+            tops = sorted({k.split('.')[0] + '.' for k in weights})
+            raise ConfigError(
+                f'{self.role}.prefix={self.prefix!r}: no key of '
+                f'{self.checkpoint!r} begins with it. They begin with '
+                f'{tops[:10]}; set {self.role}.prefix to one of these, or to '
+                f"'' if the file holds the {self.part} alone.")
+        module = self.module
+        timm_model = getattr(module, 'timm_model', None)
+        if timm_model is not None and \
+                not any(k.startswith('timm_model.') for k in found):
+            module = timm_model
+        load_strict(
+            module, found,
+            what=f'{key}={self.checkpoint!r} does not fit '
+            f'{self.role}.{self.part} ({type(self.module).__name__})',
+            fix=self._loading_hint(found), ignore=self.ignore_keys)
+        self.loaded = True
+        print_log(f'{self.role.capitalize()} {type(self.module).__name__} '
+                  f'loaded from {self.checkpoint}', logger='current')
+
+    def read_checkpoint(self, key: str) -> Dict[str, Tensor]:
+        """The weights in the checkpoint, by their keys there.
+
+        Args:
+            key (str): The config key that named the file, for messages.
+        """
+        return weights_of(load_checkpoint(self.checkpoint, key),
+                          self.checkpoint)
+
+    def _loading_hint(self, found: dict) -> str:
+        own = {k.split('.')[0] for k in self.module.state_dict()}
+        if any(k.startswith('backbone.') for k in found) and \
+                'backbone' not in own:
+            return ("The file's keys begin with 'backbone.': set "
+                    f"{self.role}.prefix='backbone.'.")
+        if any(k.startswith('blocks.') for k in found) and 'layers' in own:
+            return ('The file has timm keys (blocks.…) and the backbone has '
+                    "mmpretrain's (layers.…): use type="
+                    "'mmpretrain.TIMMBackbone', or convert the file with "
+                    'mmsinger.converters.timm_to_mmpretrain.')
+        return (f'Make {self.role}.{self.part} the architecture that the '
+                'file was saved from; list left-over heads in '
+                f"{self.role}.ignore_keys, for instance ['head.'].")
+
+    def check_loaded(self) -> None:
+        """Raise RuntimeError before :meth:`load_weights`."""
+        if not self.loaded:
+            raise RuntimeError(
+                f'The {self.role} has no weights yet. Call init_weights() on '
+                'the distiller first; a Runner does.')
+
+    def prepare(self, images: Tensor, normalisation: Normalisation) -> Tensor:
+        """Images as the teacher expects them: channel order, normalisation,
+        size.
+
+        Args:
+            images (Tensor): As the student receives them, (B, 3, H, W).
+            normalisation (Normalisation): What they were normalised with, in
+                their own channel order.
+
+        Returns:
+            Tensor: Shape (B, 3, H', W').
+        """
+        # Equal numbers in opposite channel orders are not the same thing.
+        if self.normalisation is not None and (
+                self.swap_channels or self.normalisation != normalisation):
+            if normalisation.mean is not None:
+                images = images * _channels(normalisation.std, images) \
+                    + _channels(normalisation.mean, images)
+            if self.swap_channels:
+                images = images.flip(1)
+            images = (images - _channels(self.normalisation.mean, images)) \
+                / _channels(self.normalisation.std, images)
+        elif self.swap_channels:
+            images = images.flip(1)
+        size = self.input_size or self.fitting_size(images.shape[-2:])
+        if tuple(images.shape[-2:]) != tuple(size):
+            images = nn.functional.interpolate(
+                images, size=tuple(size), mode='bilinear',
+                align_corners=False, antialias=True)
+        return images
+
+    def fitting_size(self, size: Tuple[int, int]) -> Tuple[int, int]:
+        """The size nearest to (H, W) that the module takes."""
+        return size
+
+    def train(self, mode: bool = True) -> 'FrozenModule':
+        """Stay in evaluation mode."""
+        super().train(False)
+        return self
+
+    def __deepcopy__(self, memo) -> 'FrozenModule':
+        return self
+
+
+class FrozenTeacher(FrozenModule):
+    """A pretrained backbone that gives features and never changes, see
+    :class:`FrozenModule`.
 
     Args:
         backbone (dict): Config of the backbone alone; no head is built or
@@ -61,7 +241,7 @@ class FrozenTeacher(nn.Module):
             transformer.
     """
 
-    role = 'teacher'  # the config key that holds it, for error messages
+    part = 'backbone'
 
     def __init__(self,
                  backbone: dict,
@@ -73,103 +253,10 @@ class FrozenTeacher(nn.Module):
                  swap_channels: bool = False,
                  input_size: Union[int, Sequence[int], None] = None,
                  layers: Sequence[Layer] = (17, 23)) -> None:
-        super().__init__()
-        self.layers = layers
-        if not isinstance(backbone, dict) or 'type' not in backbone:
-            raise ConfigError(
-                f'{self.role}.backbone must be a config with a type, got '
-                f'{backbone!r}. For instance dict(type='
-                "'mmpretrain.VisionTransformer', arch='l', patch_size=16).")
-        if (mean is None) != (std is None):
-            raise ConfigError('teacher.mean and teacher.std belong together: '
-                              f'got mean={mean}, std={std}.')
-        backbone = dict(backbone)
-        init_cfg = backbone.get('init_cfg')
-        if checkpoint is None and isinstance(init_cfg, dict) and \
-                init_cfg.get('type') == 'Pretrained':
-            checkpoint = init_cfg['checkpoint']
-            prefix = prefix or init_cfg.get('prefix') or ''
-        backbone.pop('init_cfg', None)
-        self.backbone = MODELS.build(backbone)
+        super().__init__(backbone, checkpoint, prefix, ignore_keys, mean, std,
+                         swap_channels, input_size)
         self.blocks: Blocks = find_blocks(self.backbone, self.role)
-        self.checkpoint = checkpoint
-        self.prefix = f'{prefix}.' if prefix and prefix[-1] != '.' else prefix
-        self.ignore_keys = [ignore_keys] if isinstance(ignore_keys, str) \
-            else list(ignore_keys)
-        self.normalisation = None if mean is None else Normalisation(
-            tuple(mean), tuple(std))
-        self.swap_channels = swap_channels
-        if isinstance(input_size, int):
-            input_size = (input_size, input_size)
-        self.input_size = tuple(input_size) if input_size is not None \
-            else fixed_input_size(self.backbone)
-        self.loaded = checkpoint is None
-        self.requires_grad_(False)
-        self.train(False)
-
-    def load_weights(self) -> None:
-        """Load the checkpoint, strictly.
-
-        Raises:
-            ConfigError: If the file is missing or damaged, nothing in it
-                begins with the prefix, or a key is missing, left over, or of
-                another shape.
-        """
-        if self.checkpoint is None:
-            print_log(f'{self.role}.checkpoint is None: the {self.role} has '
-                      'random weights, so nothing useful can be learnt from '
-                      'it.', logger='current', level=30)
-            return
-        key = f'{self.role}.checkpoint'
-        weights = self.read_checkpoint(key)
-        found = {k[len(self.prefix):]: v for k, v in weights.items()
-                 if k.startswith(self.prefix)}
-        if not found:
-            tops = sorted({k.split('.')[0] + '.' for k in weights})
-            raise ConfigError(
-                f'{self.role}.prefix={self.prefix!r}: no key of '
-                f'{self.checkpoint!r} begins with it. They begin with '
-                f'{tops[:10]}; set {self.role}.prefix to one of these, or to '
-                "'' if the file holds the backbone alone.")
-        module = self.backbone
-        timm_model = getattr(module, 'timm_model', None)
-        if timm_model is not None and \
-                not any(k.startswith('timm_model.') for k in found):
-            module = timm_model
-        load_strict(
-            module, found,
-            what=f'{key}={self.checkpoint!r} does not fit '
-            f'{self.role}.backbone ({type(self.backbone).__name__})',
-            fix=self._loading_hint(found), ignore=self.ignore_keys)
-        self.loaded = True
-        print_log(f'{self.role.capitalize()} {type(self.backbone).__name__} '
-                  f'loaded from {self.checkpoint}', logger='current')
-
-    def read_checkpoint(self, key: str) -> Dict[str, Tensor]:
-        """All weights in the checkpoint.
-
-        Args:
-            key (str): The config key that names it, for error messages.
-
-        Returns:
-            dict[str, Tensor]: With their prefix.
-        """
-        return weights_of(load_checkpoint(self.checkpoint, key),
-                          self.checkpoint)
-
-    def _loading_hint(self, found: dict) -> str:
-        own = {k.split('.')[0] for k in self.backbone.state_dict()}
-        if any(k.startswith('backbone.') for k in found):
-            return ("The file's keys begin with 'backbone.': set "
-                    f"{self.role}.prefix='backbone.'.")
-        if any(k.startswith('blocks.') for k in found) and 'layers' in own:
-            return ('The file has timm keys (blocks.…) and the backbone has '
-                    "mmpretrain's (layers.…): use type="
-                    "'mmpretrain.TIMMBackbone', or convert the file with "
-                    'mmsinger.converters.timm_to_mmpretrain.')
-        return (f'Make {self.role}.backbone the architecture that the file '
-                'was saved from; list left-over heads in '
-                f"{self.role}.ignore_keys, for instance ['head.'].")
+        self.layers = layers
 
     def forward(self, images: Tensor, layers: Sequence[int],
                 normalisation: Normalisation) -> BlockTaps:
@@ -185,58 +272,62 @@ class FrozenTeacher(nn.Module):
             BlockTaps: The recorded outputs, raw (before any final norm),
             without gradients. Blocks can be run again through it.
         """
-        if not self.loaded:
-            raise RuntimeError(
-                f'The {self.role} has no weights yet. Call init_weights() on '
-                'the model first; a Runner does.')
+        self.check_loaded()
         with torch.no_grad(), BlockTaps(self.blocks, layers, stop=True) \
                 as taps:
             taps.run(self.backbone, self.prepare(images, normalisation))
         return taps
 
-    def prepare(self, images: Tensor, normalisation: Normalisation) -> Tensor:
-        """Images as the teacher expects them: channel order, normalisation,
-        size.
-
-        Args:
-            images (Tensor): As the student receives them, (B, 3, H, W).
-            normalisation (Normalisation): What they were normalised with, in
-                their own channel order.
-
-        Returns:
-            Tensor: Shape (B, 3, H', W').
-        """
-        # Equal numbers in opposite channel orders are not the same thing.
-        if self.normalisation is not None and (
-                self.swap_channels or self.normalisation != normalisation):
-            if normalisation.mean is not None:
-                images = images * _channels(normalisation.std, images) \
-                    + _channels(normalisation.mean, images)
-            if self.swap_channels:
-                images = images.flip(1)
-            images = (images - _channels(self.normalisation.mean, images)) \
-                / _channels(self.normalisation.std, images)
-        elif self.swap_channels:
-            images = images.flip(1)
-        size = self.input_size or self._divisible(images.shape[-2:])
-        if tuple(images.shape[-2:]) != tuple(size):
-            images = nn.functional.interpolate(
-                images, size=tuple(size), mode='bilinear',
-                align_corners=False, antialias=True)
-        return images
-
-    def _divisible(self, size: Tuple[int, int]) -> Tuple[int, int]:
+    def fitting_size(self, size: Tuple[int, int]) -> Tuple[int, int]:
         stride = patch_stride(self.blocks.patch_embed)
         return tuple(max(1, round(length / step)) * step
                      for length, step in zip(size, stride))
 
-    def train(self, mode: bool = True) -> 'FrozenTeacher':
-        """Stay in evaluation mode."""
-        super().train(False)
-        return self
 
-    def __deepcopy__(self, memo) -> 'FrozenTeacher':
-        return self
+class FrozenClassifier(FrozenModule):
+    """A pretrained classifier or segmentor that gives class logits and never
+    changes, see :class:`FrozenModule`.
+
+    Args:
+        model (dict): Config of a whole model, such as
+            ``type='mmpretrain.ImageClassifier'`` or
+            ``type='mmseg.EncoderDecoder'``. Any architecture.
+        checkpoint (str, optional): Its weights. None leaves them random, for
+            tests only. Defaults to None.
+        prefix (str): What the model's keys begin with in the checkpoint.
+            Defaults to ``''``.
+        ignore_keys, mean, std, swap_channels, input_size: See
+            :class:`FrozenTeacher`.
+    """
+
+    part = 'model'
+    example = "type='mmpretrain.ImageClassifier', backbone=…, head=…"
+
+    def __init__(self,
+                 model: dict,
+                 checkpoint: Optional[str] = None,
+                 prefix: str = '',
+                 ignore_keys: Sequence[str] = (),
+                 mean: Optional[Sequence[float]] = None,
+                 std: Optional[Sequence[float]] = None,
+                 swap_channels: bool = False,
+                 input_size: Union[int, Sequence[int], None] = None) -> None:
+        super().__init__(model, checkpoint, prefix, ignore_keys, mean, std,
+                         swap_channels, input_size)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, normalisation: Normalisation) -> Tensor:
+        """Class logits.
+
+        Args:
+            images (Tensor): As the student receives them, (B, 3, H, W).
+            normalisation (Normalisation): What they were normalised with.
+
+        Returns:
+            Tensor: Shape (B, K), or (B, K, h, w) of a segmentor.
+        """
+        self.check_loaded()
+        return self.model(self.prepare(images, normalisation))
 
 
 def _channels(values: Sequence[float], like: Tensor) -> Tensor:
