@@ -197,6 +197,9 @@ def check_checkpoint_files(cfg: Config) -> None:
     paths = {'load_from (or --resume)': cfg.get('load_from')}
     if isinstance(teacher, dict):
         paths['model.teacher.checkpoint'] = teacher.get('checkpoint')
+    backbone = cfg.model.get('backbone')
+    if isinstance(backbone, dict):  # a FrozenBackbone's
+        paths['model.backbone.checkpoint'] = backbone.get('checkpoint')
     for key, path in paths.items():
         if isinstance(path, str) and '://' not in path and \
                 not os.path.isfile(path):

@@ -1,0 +1,140 @@
+"""From a recipe to the linear evaluation of its student or teacher."""
+import copy
+from typing import Any, Dict, Optional, Tuple
+
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+
+from mmsinger.errors import ConfigError
+from mmsinger.export import is_distiller
+from mmsinger.models.frozen_backbone import FrozenBackbone
+from mmsinger.registry import MODELS
+
+
+def evaluation_config(task: Config, source: Config,
+                      checkpoint: Optional[str] = None,
+                      teacher: bool = False) -> Config:
+    """The config of one linear evaluation.
+
+    The backbone, its normalisation and its channel order come from the
+    source; data, head, schedule and metrics from the task.
+
+    Args:
+        task (Config): One of configs/linear_eval, or the like: a model whose
+            backbone is a :class:`FrozenBackbone`.
+        source (Config): A distillation recipe, or a plain model's config.
+        checkpoint (str, optional): The weights. Of a student: a
+            ``*_student.pth``, a training checkpoint or a plain one. Defaults
+            to None, the one that the config names.
+        teacher (bool): Evaluate the teacher of a recipe. Defaults to False,
+            its student.
+
+    Returns:
+        Config: A plain config for ``tools/train.py``; neither argument is
+        changed.
+
+    Raises:
+        ConfigError: If the task has no FrozenBackbone, or the source has no
+            teacher, no backbone or no weights.
+    """
+    cfg = copy.deepcopy(task)
+    frozen = cfg.model.get('backbone') or {}
+    if MODELS.get(frozen.get('type') or '') is not FrozenBackbone:
+        raise ConfigError(
+            'The task config has model.backbone.type='
+            f'{frozen.get("type")!r}; a linear evaluation needs '
+            "'mmsinger.FrozenBackbone'. Take a config of configs/linear_eval.")
+    weights, preprocessor = _teacher(source, checkpoint) if teacher \
+        else _student(source, checkpoint)
+    frozen.update(weights)
+    if preprocessor is not None:
+        _normalise_alike(cfg.model.setdefault('data_preprocessor', {}),
+                         preprocessor)
+    _set_in_channels(cfg.model)
+    return cfg
+
+
+def _student(source: Config, checkpoint: Optional[str]
+             ) -> Tuple[Dict[str, Any], Optional[dict]]:
+    """Arguments of FrozenBackbone, and the data preprocessor's config."""
+    student = source.model.student if is_distiller(source.model) \
+        else source.model
+    backbone = _scoped(student.get('backbone', student), source)
+    pretrained = (backbone.get('init_cfg') or {}).get('type') == 'Pretrained'
+    if checkpoint is None and not pretrained:
+        raise ConfigError(
+            'No checkpoint to evaluate: the source config is a recipe to '
+            'train with. Name the checkpoint that it led to, for instance '
+            'work_dirs/NAME/iter_400_student.pth, or give --teacher to '
+            'evaluate its teacher.')
+    prefix = 'backbone.' if checkpoint and 'backbone' in student else ''
+    return dict(backbone=backbone, checkpoint=checkpoint, prefix=prefix), \
+        _preprocessor(source, student)
+
+
+def _teacher(source: Config, checkpoint: Optional[str]
+             ) -> Tuple[Dict[str, Any], Optional[dict]]:
+    """The same of a recipe's teacher."""
+    if not is_distiller(source.model):
+        raise ConfigError(
+            f'--teacher: the source config is a {source.model.get("type")}, '
+            'which has no teacher. Give a distillation recipe, or leave out '
+            '--teacher.')
+    teacher = source.model.teacher
+    given = {key: teacher[key] for key in ('ignore_keys', 'input_size')
+             if key in teacher}
+    weights = dict(
+        backbone=_scoped(teacher.backbone, source),
+        checkpoint=checkpoint or teacher.get('checkpoint'),
+        prefix=teacher.get('prefix', ''), **given)
+    preprocessor = _preprocessor(source, source.model.student)
+    if preprocessor is not None or teacher.get('mean') is not None:
+        preprocessor = dict(preprocessor or {})
+        in_rgb = _in_rgb(preprocessor) != teacher.get('swap_channels', False)
+        statistics = preprocessor if teacher.get('mean') is None else teacher
+        preprocessor = dict(mean=statistics.get('mean'),
+                            std=statistics.get('std'), to_rgb=in_rgb)
+    return weights, preprocessor
+
+
+def _scoped(backbone: dict, source: Config) -> dict:
+    """A backbone's config that means the same in another default scope."""
+    scope = source.get('default_scope')
+    return dict(_scope_=scope, **backbone) \
+        if scope and '_scope_' not in backbone else dict(backbone)
+
+
+def _preprocessor(source: Config, student: dict) -> Optional[dict]:
+    for owner in (student, source.model, source):
+        if owner.get('data_preprocessor'):
+            return owner['data_preprocessor']
+    return None
+
+
+def _in_rgb(preprocessor: dict) -> bool:
+    return bool(preprocessor.get('to_rgb') or preprocessor.get('bgr_to_rgb'))
+
+
+def _normalise_alike(preprocessor: dict, source: dict) -> None:
+    """Give the task's data preprocessor the source's mean, std and channel
+    order; mmpretrain and mmseg name the latter differently."""
+    name = 'bgr_to_rgb' if str(preprocessor.get('type')).split('.')[-1] == \
+        'SegDataPreProcessor' else 'to_rgb'
+    preprocessor.update({'mean': source.get('mean'), 'std': source.get('std'),
+                         name: _in_rgb(source)})
+
+
+def _set_in_channels(model: dict) -> None:
+    """Fit the head to the backbone's width."""
+    head = model.get('decode_head') or model.get('head')
+    if head is None:
+        return
+    frozen = {k: v for k, v in model.backbone.items() if k != 'type'}
+    # Beside a model that is being built in another scope
+    with DefaultScope.overwrite_default_scope('mmsinger'):
+        width = FrozenBackbone(**frozen).blocks.dim
+    if frozen.get('output') == 'featmap_cls':
+        width *= 2
+    head.in_channels = width
+    if 'channels' in head:  # of FCNHead, which has no other layer
+        head.channels = width

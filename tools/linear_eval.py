@@ -1,0 +1,81 @@
+"""Evaluate a frozen student or teacher with a linear head, or by k-NN.
+
+    python tools/linear_eval.py configs/linear_eval/seg_digits.py \\
+        configs/demo/singer_digits.py work_dirs/demo/NAME/iter_400_student.pth
+
+Trains the head of TASK_CONFIG on the backbone of SOURCE_CONFIG and prints the
+metrics. The config that this amounts to is in the work dir; tools/train.py
+repeats the run with it.
+"""
+import argparse
+import os
+
+import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
+from mmengine.config import DictAction
+from mmengine.runner import Runner
+
+from mmsinger.engine.config import load_config, prepare_training
+from mmsinger.errors import readable_errors
+from mmsinger.linear_eval import evaluation_config
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('task', metavar='TASK_CONFIG',
+                        help='one of configs/linear_eval')
+    parser.add_argument('source', metavar='SOURCE_CONFIG',
+                        help='a distillation recipe or a plain config')
+    parser.add_argument(
+        'checkpoint', metavar='CHECKPOINT', nargs='?',
+        help='a student file, a training checkpoint or a plain checkpoint '
+        '(default with --teacher: the one that the recipe names)')
+    parser.add_argument('--teacher', action='store_true',
+                        help="evaluate the recipe's teacher")
+    parser.add_argument(
+        '--work-dir', help='where logs and the head go '
+        '(default: work_dirs/linear_eval/SOURCE/TASK)')
+    parser.add_argument('--seed', type=int, help="(default: the task's)")
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+        help='override settings of the task config')
+    parser.add_argument(
+        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none', help='how a distributed job was started')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    args = parser.parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def stem(path):
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def main():
+    args = parse_args()
+    cfg = evaluation_config(
+        load_config(args.task, args.cfg_options), load_config(args.source),
+        args.checkpoint, args.teacher)
+    cfg.launcher = args.launcher
+    evaluated = stem(args.source) + ('_teacher' if args.teacher else '')
+    cfg.work_dir = args.work_dir or os.path.join(
+        'work_dirs', 'linear_eval', evaluated, stem(args.task))
+    if args.seed is not None:
+        cfg.randomness = dict(seed=args.seed)
+    prepare_training(cfg)
+    runner = Runner.from_cfg(cfg)
+    if cfg.get('train_cfg') is None:  # k-NN
+        metrics = runner.val()
+    else:
+        runner.train()
+        scalars = runner.message_hub.log_scalars
+        metrics = {name[len('val/'):]: scalars[name].current()
+                   for name in scalars if name.startswith('val/')
+                   and not name.endswith('time')}
+    print(f'{evaluated} on {stem(args.task)}: ' + ', '.join(
+        f'{name} {value:.4f}' for name, value in metrics.items()))
+
+
+if __name__ == '__main__':
+    with readable_errors():
+        main()
