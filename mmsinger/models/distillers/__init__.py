@@ -1,5 +1,13 @@
 from mmsinger.models.distillers.base import BaseDistiller
+from mmsinger.models.distillers.feature import FeatureDistiller
 from mmsinger.models.distillers.fitnet import FitNetDistiller
+from mmsinger.models.distillers.gated_singer import GatedSiNGERDistiller
+from mmsinger.models.distillers.logit_kd import LogitKDDistiller
 from mmsinger.models.distillers.singer import SiNGERDistiller
+from mmsinger.models.distillers.vitkd import ViTKDDistiller
 
-__all__ = ['BaseDistiller', 'FitNetDistiller', 'SiNGERDistiller']
+__all__ = [
+    'BaseDistiller', 'FeatureDistiller', 'FitNetDistiller',
+    'GatedSiNGERDistiller', 'LogitKDDistiller', 'SiNGERDistiller',
+    'ViTKDDistiller'
+]

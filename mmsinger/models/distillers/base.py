@@ -1,57 +1,41 @@
-"""What all feature distillation methods share."""
+"""What all distillation methods share: a student and a frozen teacher."""
 import copy
 import inspect
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import (Any, Callable, Dict, List, Optional, Tuple, Type,
+                    Union)
 
 import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from mmsinger.errors import ConfigError, check_choice, check_keys
-from mmsinger.models.layer_map import LAYER_MAPS, map_layers
-from mmsinger.models.taps import (BlockTaps, Layer, fixed_input_size,
-                                  find_blocks, in_channels, patch_stride,
-                                  resolve_layer)
-from mmsinger.models.target_norm import MODES as TARGET_NORMS
-from mmsinger.models.target_norm import TargetNorm
-from mmsinger.models.teacher import FrozenTeacher, Normalisation
-from mmsinger.models.tokens import Tokens, align_tokens
+from mmsinger.errors import ConfigError, check_keys
+from mmsinger.models.teacher import (FrozenModule, FrozenTeacher,
+                                     Normalisation)
 from mmsinger.registry import MODELS
 
 
 class BaseDistiller(BaseModel):
-    """A student that learns from a frozen teacher's block outputs.
+    """A student that learns from a frozen teacher.
 
     In ``loss`` mode the teacher and the student see the same batch once each;
-    :meth:`distill` turns their tokens into losses, which join the student's
+    :meth:`distill` turns what they gave into losses, which join the student's
     own. ``predict`` and ``tensor`` go to the student alone. The state dict
     holds everything but the teacher.
 
-    A method is a subclass with a :meth:`distill`.
+    A method is a subclass with :meth:`run_teacher`, :meth:`run_student` and
+    :meth:`distill`; one that compares block outputs is a subclass of
+    :class:`FeatureDistiller`, with a :meth:`distill` alone.
 
     Args:
         student (dict): Config of any mmpretrain or mmseg model with a vision
             transformer as ``backbone`` (ImageClassifier, EncoderDecoder,
             DepthEstimator, with or without a head), exactly as in a plain
             config; or of a backbone alone.
-        teacher (dict): Arguments of :class:`FrozenTeacher`.
-        layers (Sequence[int | str], optional): Teacher blocks whose outputs
-            are distilled, by index from 0 or by module path, such as
-            ``'layers.17'``. Defaults to None: the teacher's ``layers``, which
-            are ``(17, 23)`` if not given, the paper's for 24 blocks.
-        student_layers (Sequence[int | str], optional): The student block for
-            each of them. Defaults to None: derived by ``layer_map``.
-        layer_map (str): ``'relative'`` or ``'official'``, see
-            :func:`map_layers`. Defaults to ``'relative'``.
-        target_norm (str, optional): ``'standardise'``, ``'layernorm'`` or
-            None, see :class:`TargetNorm`. Defaults to None, the paper.
+        teacher (dict): Arguments of :attr:`teacher_class`.
         task_loss_weight (float): Factor of the student's own losses. 0 trains
-            on features alone: labels are not used, heads not run, and what
-            follows the last distilled block keeps its weights. Defaults
-            to 1.0.
-        loss_kd (dict): Config of the loss between projected student tokens
-            and targets. Defaults to ``dict(type='mmsinger.FeatureMSELoss')``.
+            on the teacher alone: labels are not used, and what its outputs do
+            not reach keeps its weights. Defaults to 1.0.
         data_preprocessor (dict, optional): Goes to the student if its config
             has none. Defaults to None.
 
@@ -63,78 +47,68 @@ class BaseDistiller(BaseModel):
     # Hooks that a run needs; ``tools/train.py`` adds the ones that a config
     # does not list.
     required_hooks: Tuple[str, ...] = (
-        'TargetNormHook', 'StudentCheckpointHook', 'RunGuardHook',
-        'RandomStateHook')
+        'StudentCheckpointHook', 'RunGuardHook', 'RandomStateHook')
+    teacher_class = FrozenTeacher
 
     def __init__(self,
                  student: dict,
                  teacher: dict,
-                 layers: Optional[Sequence[Layer]] = None,
-                 student_layers: Optional[Sequence[Layer]] = None,
-                 layer_map: str = 'relative',
-                 target_norm: Optional[str] = None,
                  task_loss_weight: float = 1.0,
-                 loss_kd: Optional[dict] = None,
                  data_preprocessor: Optional[dict] = None,
                  **unknown: Any) -> None:
         reject_unknown_keys(unknown, type(self))
         if task_loss_weight < 0:
             raise ConfigError('task_loss_weight must not be negative, got '
                               f'{task_loss_weight}.')
-        check_choice('layer_map', layer_map, LAYER_MAPS)
-        check_choice('target_norm', target_norm, TARGET_NORMS)
-        kd = build_loss('loss_kd', loss_kd, 'mmsinger.FeatureMSELoss')
         student_model = build_student(student, data_preprocessor)
         super().__init__(data_preprocessor=getattr(
             student_model, 'data_preprocessor', None) or data_preprocessor)
         self.student = student_model
         self.task_loss_weight = task_loss_weight
         # Not a submodule: never in state_dict(), parameters() or DDP.
-        self.__dict__['teacher'] = build_teacher(teacher)
-
-        self._student_blocks = find_blocks(self.student_backbone, 'student')
-        self.layers = self._resolve_layers(
-            self.teacher.layers if layers is None else layers)
-        self.student_layers = self._resolve_student_layers(
-            student_layers, layer_map)
-        self._check_same_task()
-
-        dim = self.teacher.blocks.dim
-        self.projectors = nn.ModuleDict({
-            str(layer): nn.Linear(self._student_blocks.dim, dim)
-            for layer in self.layers
-        })
-        self.target_norms = nn.ModuleDict({
-            str(layer): TargetNorm(dim, target_norm)
-            for layer in self.layers
-        })
-        self.loss_kd = kd
-        if task_loss_weight == 0:
-            self._freeze_what_features_do_not_reach()
+        self.__dict__['teacher'] = build_teacher(teacher, self.teacher_class)
         self._register_load_state_dict_pre_hook(self._accept_plain_student)
 
     # -- what a method implements ------------------------------------------
 
-    def distill(self, taps: BlockTaps, student_tokens: Dict[int, Tokens]
-                ) -> Dict[str, Tensor]:
-        """Losses between teacher and student tokens.
+    def run_teacher(self, inputs: Tensor) -> Any:
+        """The teacher's pass.
 
         Args:
-            taps (BlockTaps): Of the teacher's pass; holds the outputs of
-                :attr:`tapped_teacher_layers`.
-            student_tokens (dict[int, Tokens]): Raw student tokens by teacher
-                layer, on the student's grid.
+            inputs (Tensor): Preprocessed images, shape (B, 3, H, W).
+
+        Returns:
+            What :meth:`distill` needs of it, without gradients.
+        """
+        raise NotImplementedError
+
+    def run_student(self, inputs: Tensor, data_samples: Optional[list]
+                    ) -> Tuple[Dict[str, Any], Any]:
+        """The student's pass.
+
+        Args:
+            inputs (Tensor): Preprocessed images, shape (B, 3, H, W).
+            data_samples (list, optional): Annotations; not read if
+                ``task_loss_weight`` is 0.
+
+        Returns:
+            tuple: Its own losses (see :meth:`task_losses`), and what
+            :meth:`distill` needs.
+        """
+        raise NotImplementedError
+
+    def distill(self, taught: Any, learnt: Any) -> Dict[str, Tensor]:
+        """Losses between what the two passes gave.
+
+        Args:
+            taught: What :meth:`run_teacher` returned.
+            learnt: What :meth:`run_student` returned for it.
 
         Returns:
             dict[str, Tensor]: Scalars by name; those whose name has ``loss``
             in it are summed for training.
         """
         raise NotImplementedError
-
-    @property
-    def tapped_teacher_layers(self) -> List[int]:
-        """Teacher blocks whose outputs :meth:`distill` reads."""
-        return self.layers
 
     # -- building ----------------------------------------------------------
 
@@ -164,41 +138,7 @@ class BaseDistiller(BaseModel):
             print_log(f'{len(plain)} tensors of a plain checkpoint go to the '
                       'student', logger='current')
 
-    def _resolve_layers(self, layers: Sequence[Layer]) -> List[int]:
-        if isinstance(layers, (int, str)) or not len(layers):
-            raise ConfigError(f'layers={layers!r} must be a list of teacher '
-                              'blocks, for instance (17, 23).')
-        resolved = [resolve_layer(layer, self.teacher.blocks, 'layers')
-                    for layer in layers]
-        if sorted(set(resolved)) != resolved:
-            raise ConfigError(f'layers={tuple(layers)} must be in ascending '
-                              'order, each once.')
-        return resolved
-
-    def _resolve_student_layers(self, layers: Optional[Sequence[Layer]],
-                                layer_map: str) -> List[int]:
-        blocks = self._student_blocks
-        if layers is None:
-            return map_layers(self.layers, len(self.teacher.blocks),
-                              len(blocks), layer_map)
-        if isinstance(layers, (int, str)) or \
-                len(layers) != len(self.layers):
-            raise ConfigError(
-                f'student_layers={layers!r} must name one student block for '
-                f'each of the {len(self.layers)} teacher layers '
-                f'{self.layers}.')
-        return [resolve_layer(layer, blocks, 'student_layers')
-                for layer in layers]
-
-    def _check_same_task(self) -> None:
-        ours = in_channels(self._student_blocks.patch_embed)
-        theirs = in_channels(self.teacher.blocks.patch_embed)
-        if ours != theirs:
-            raise ConfigError(
-                f'teacher and student have no common input: the student '
-                f'takes images of {ours} channels, the teacher of {theirs}. '
-                'Set in_channels of the student (or of teacher.backbone) so '
-                'that they agree.')
+    def _check_task_loss(self) -> None:
         if self.task_loss_weight > 0 and not has_head(self.student):
             raise ConfigError(
                 f'task_loss_weight={self.task_loss_weight}, but the student '
@@ -207,8 +147,9 @@ class BaseDistiller(BaseModel):
                 'give it a head.')
 
     def _freeze_what_features_do_not_reach(self) -> None:
-        """Without a task loss the final norm, the heads and the blocks after
-        the last distilled one get no gradient. DDP refuses parameters without
+        """Without a task loss, what the distilled features (or logits) do not
+        depend on gets no gradient: the final norm, the heads and the blocks
+        after the last distilled one. DDP refuses parameters without
         gradients, so they are marked as frozen."""
         reached = self._parameters_reached()
         frozen = 0
@@ -218,29 +159,17 @@ class BaseDistiller(BaseModel):
                 frozen += parameter.numel()
         if frozen:
             print_log(
-                f'task_loss_weight=0: {frozen:,} student parameters after '
-                f'block {max(self.student_layers)} (final norm, heads) get '
-                'no gradient and stay as they are', logger='current')
+                f'task_loss_weight=0: {frozen:,} student parameters '
+                f'{self._not_reached} get no gradient and stay as they are',
+                logger='current')
+
+    # Which parameters these are, in words
+    _not_reached = 'that distillation does not reach'
 
     def _parameters_reached(self) -> set:
-        """Identities of the student parameters that the distilled features
-        depend on, from one small forward pass."""
-        # On a copy: EVA-02 for one keeps buffers of the last image's size
-        backbone = copy.deepcopy(self.student_backbone)
-        backbone.eval()
-        blocks = find_blocks(backbone, 'student')
-        size = fixed_input_size(backbone) or \
-            tuple(2 * step for step in patch_stride(blocks.patch_embed))
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), \
-                BlockTaps(blocks, self.student_layers, stop=True) as taps:
-            taps.run(backbone, torch.randn(
-                1, in_channels(blocks.patch_embed), *size))
-            total = sum(taps.tokens(layer).values.sum()
-                        for layer in set(self.student_layers))
-        total.backward()  # not autograd.grad(): checkpointing refuses it
-        return {id(original) for original, copied in zip(
-            self.student_backbone.parameters(), backbone.parameters())
-            if copied.grad is not None}
+        """Identities of the student parameters that :meth:`distill` depends
+        on, see :func:`reached_parameters`."""
+        raise NotImplementedError
 
     # -- running -----------------------------------------------------------
 
@@ -277,38 +206,24 @@ class BaseDistiller(BaseModel):
             dict[str, Tensor]: Losses by name.
         """
         self._check_ready()
-        taps = self.teacher(inputs, self.tapped_teacher_layers,
-                            self.student_normalisation)
-        losses, tokens = self._run_student(inputs, data_samples)
-        for name, value in self.distill(taps, tokens).items():
+        taught = self.run_teacher(inputs)
+        losses, learnt = self.run_student(inputs, data_samples)
+        for name, value in self.distill(taught, learnt).items():
             losses[f'distill.{name}'] = value
         return losses
 
     def _check_ready(self) -> None:
-        if self.needs_calibration:
-            raise RuntimeError(
-                "target_norm='standardise' has not been calibrated. Add "
-                "dict(type='mmsinger.TargetNormHook') to custom_hooks, or "
-                'call calibrate_target_norms().')
+        """Raise RuntimeError if something is still to be prepared."""
 
-    def _run_student(self, inputs: Tensor, data_samples: Optional[list]
-                     ) -> Tuple[Dict[str, Any], Dict[int, Tokens]]:
-        features_only = self.task_loss_weight == 0
-        with BlockTaps(self._student_blocks, self.student_layers,
-                       stop=features_only) as taps:
-            if features_only:
-                losses = {}
-                taps.run(self.student_backbone, inputs)
-            else:
-                losses = self.student.loss(inputs, data_samples)
-        if self.task_loss_weight not in (0, 1):
+    def task_losses(self, inputs: Tensor, data_samples: list
+                    ) -> Dict[str, Any]:
+        """The student's own losses, times ``task_loss_weight``."""
+        losses = self.student.loss(inputs, data_samples)
+        if self.task_loss_weight != 1:
             losses = {name: _scaled(value, self.task_loss_weight)
                       if 'loss' in name else value
                       for name, value in losses.items()}
-        return dict(losses), {
-            layer: taps.tokens(student_layer)
-            for layer, student_layer in zip(self.layers, self.student_layers)
-        }
+        return dict(losses)
 
     @property
     def student_normalisation(self) -> Normalisation:
@@ -322,70 +237,34 @@ class BaseDistiller(BaseModel):
                 tuple(preprocessor.std.flatten().tolist()))
         return self._normalisation
 
-    def kd_loss(self, layer: int, student: Tokens, target: Tokens) -> Tensor:
-        """L_KD of one layer: projected student tokens against a target.
-
-        Args:
-            layer (int): The teacher layer.
-            student (Tokens): Raw student tokens, (B, n, C_S), any grid.
-            target (Tokens): Normalised (and refined) teacher tokens,
-                (B, N, D).
-
-        Returns:
-            Tensor: A scalar.
-        """
-        student, target = align_tokens(student, target)
-        projected = self.projectors[str(layer)](student.values)
-        norm = self.target_norms[str(layer)]
-        return self.loss_kd(projected, norm.target(target.values))
-
-    def teacher_tokens(self, taps: BlockTaps, layer: int) -> Tokens:
-        """Teacher tokens of one layer, normalised as ``target_norm`` says."""
-        tokens = taps.tokens(layer)
-        norm = self.target_norms[str(layer)]
-        return Tokens(norm.normalise(tokens.values), tokens.grid)
-
-    # -- calibration -------------------------------------------------------
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether :meth:`calibrate_target_norms` is still to be called."""
-        return any(n.needs_calibration for n in self.target_norms.values())
-
-    @torch.no_grad()
-    def calibrate_target_norms(self, batches, tokens_per_image: int = 64
-                               ) -> Dict[int, float]:
-        """Set the statistics of ``target_norm='standardise'``.
-
-        Args:
-            batches (Iterable[Tensor]): Preprocessed images (B, 3, H, W).
-            tokens_per_image (int): Patch tokens to keep of each image, evenly
-                spaced. Defaults to 64.
-
-        Returns:
-            dict[int, float]: The scale of each layer.
-        """
-        layers = [int(layer) for layer in self.target_norms]
-        kept: Dict[int, List[Tensor]] = {layer: [] for layer in layers}
-        for inputs in batches:
-            taps = self.teacher(inputs, layers, self.student_normalisation)
-            for layer in layers:
-                patches = taps.tokens(layer).patches
-                step = max(1, patches.shape[1] // tokens_per_image)
-                kept[layer].append(patches[:, ::step].flatten(0, 1).float())
-        if not any(kept.values()):
-            raise ConfigError("target_norm='standardise' needs images to "
-                              'calibrate on, but there are none.')
-        for layer, tokens in kept.items():
-            self.target_norms[str(layer)].calibrate(tokens)
-        return {layer: self.target_norms[str(layer)].scale.item()
-                for layer in layers}
-
     # -- the teacher is no submodule ---------------------------------------
 
     def _apply(self, fn, *args, **kwargs):
         self.teacher._apply(fn, *args, **kwargs)
         return super()._apply(fn, *args, **kwargs)
+
+
+def reached_parameters(module: nn.Module,
+                       run: Callable[[nn.Module], Tensor]) -> set:
+    """Identities of a module's parameters that an output depends on, from
+    one small pass.
+
+    Args:
+        module (nn.Module): The module; it stays as it is.
+        run (Callable): Given a copy of it in evaluation mode, runs it and
+            returns a scalar.
+
+    Returns:
+        set[int]: The ``id`` of each such parameter.
+    """
+    # On a copy: EVA-02 for one keeps buffers of the last image's size
+    copied = copy.deepcopy(module)
+    copied.eval()  # alone: mmpretrain's backbones return None from it
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        total = run(copied)
+    total.backward()  # not autograd.grad(): checkpointing refuses it
+    return {id(ours) for ours, theirs in zip(
+        module.parameters(), copied.parameters()) if theirs.grad is not None}
 
 
 def reject_unknown_keys(unknown: Dict[str, Any], cls: type) -> None:
@@ -459,14 +338,24 @@ def build_student(cfg: dict, data_preprocessor: Optional[dict]) -> nn.Module:
     return MODELS.build(cfg)
 
 
-def build_teacher(cfg: dict) -> FrozenTeacher:
-    """Build the teacher from the arguments of :class:`FrozenTeacher`."""
-    if not isinstance(cfg, dict) or 'backbone' not in cfg:
+def build_teacher(cfg: dict, cls: Type[FrozenModule] = FrozenTeacher
+                  ) -> FrozenModule:
+    """Build the teacher.
+
+    Args:
+        cfg (dict): Arguments of ``cls``.
+        cls (type): :class:`FrozenTeacher` (default), which gives features, or
+            :class:`FrozenClassifier`, which gives logits.
+
+    Returns:
+        FrozenModule: The teacher.
+    """
+    if not isinstance(cfg, dict) or cls.part not in cfg:
         got = sorted(cfg) if isinstance(cfg, dict) else repr(cfg)
         raise ConfigError(
-            f'teacher must be dict(backbone=…, checkpoint=…), got {got}.')
-    check_keys('model.teacher', cfg, argument_names(FrozenTeacher))
-    return FrozenTeacher(**cfg)
+            f'teacher must be dict({cls.part}=…, checkpoint=…), got {got}.')
+    check_keys('model.teacher', cfg, argument_names(cls))
+    return cls(**cfg)
 
 
 def has_head(student: nn.Module) -> bool:

@@ -2,21 +2,21 @@ from typing import Dict
 
 from torch import Tensor
 
-from mmsinger.models.distillers.base import BaseDistiller
+from mmsinger.models.distillers.feature import FeatureDistiller
 from mmsinger.models.taps import BlockTaps
 from mmsinger.models.tokens import Tokens
 from mmsinger.registry import MODELS
 
 
 @MODELS.register_module()
-class FitNetDistiller(BaseDistiller):
+class FitNetDistiller(FeatureDistiller):
     """Plain feature distillation: ``MSE(P_l(F_S), F_l)`` summed over layers.
 
     The baseline of Table 1 (the official code's "FitViT"): no adapter, so
     that teacher artifacts enter the loss as they are.
 
     Args:
-        **kwargs: See :class:`BaseDistiller`.
+        **kwargs: See :class:`FeatureDistiller`.
     """
 
     def distill(self, taps: BlockTaps, student_tokens: Dict[int, Tokens]

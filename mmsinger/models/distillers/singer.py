@@ -1,5 +1,5 @@
 """SiNGER: distil refined teacher features (arXiv 2509.20986)."""
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,8 @@ from mmsinger.models.adapters import (SiNGERAdapter, left_singular_directions,
                                       linearised_ffn, subspace_energy)
 from mmsinger.models.adapters.nullspace import SELECTIONS
 from mmsinger.models.adapters.singer_adapter import INITS
-from mmsinger.models.distillers.base import BaseDistiller, build_loss
+from mmsinger.models.distillers.base import build_loss
+from mmsinger.models.distillers.feature import FeatureDistiller
 from mmsinger.models.losses import outlier_threshold
 from mmsinger.models.target_norm import TargetNorm
 from mmsinger.models.taps import BlockTaps
@@ -23,7 +24,7 @@ _INIT_KEYS = ('init', 'selection', 'threshold', 'seed')
 
 
 @MODELS.register_module()
-class SiNGERDistiller(BaseDistiller):
+class SiNGERDistiller(FeatureDistiller):
     """Singular Nullspace-Guided Energy Reallocation (sections 3.1 to 3.3).
 
     Each distilled teacher layer gets a :class:`SiNGERAdapter` on its patch
@@ -52,14 +53,14 @@ class SiNGERDistiller(BaseDistiller):
             own FFN and its own tokens take that place. ``'final'``: the
             teacher's final block alone. ``'listed'``: the last of ``layers``
             whatever follows it (the official code). Defaults to ``'final'``.
-        **kwargs: See :class:`BaseDistiller`.
+        **kwargs: See :class:`FeatureDistiller`.
 
     Raises:
         ConfigError: If a value is not valid or the models do not fit
             together.
     """
 
-    required_hooks = BaseDistiller.required_hooks + ('SiNGERAdapterHook', )
+    required_hooks = FeatureDistiller.required_hooks + ('SiNGERAdapterHook', )
 
     def __init__(self,
                  adapter: Optional[dict] = None,
@@ -149,15 +150,14 @@ class SiNGERDistiller(BaseDistiller):
 
     def distill(self, taps: BlockTaps, student_tokens: Dict[int, Tokens]
                 ) -> Dict[str, Tensor]:
-        """L_KD, L_outlier and L_info, see :meth:`BaseDistiller.distill`."""
+        """L_KD, L_outlier and L_info, see :meth:`FeatureDistiller.distill`."""
         kd, outlier, info = [], [], []
         previous = None
         for layer in self.layers:
             tokens = self.teacher_tokens(taps, layer)
-            refined = tokens.with_patches(
-                self.adapters[str(layer)](tokens.patches))
-            kd.append(self.kd_loss(layer, student_tokens[layer], refined))
-            outlier.append(self.loss_outlier(refined.patches))
+            refined, target, excess = self.refine(layer, tokens)
+            kd.append(self.kd_loss(layer, student_tokens[layer], target))
+            outlier.append(excess)
             info.append(self._info_loss(taps, layer, tokens, refined,
                                         previous))
             previous = refined
@@ -169,6 +169,22 @@ class SiNGERDistiller(BaseDistiller):
         return dict(loss_kd=sum(kd) / count,
                     loss_outlier=sum(outlier) / count,
                     loss_info=sum(info) / count)
+
+    def refine(self, layer: int, tokens: Tokens
+               ) -> Tuple[Tokens, Tokens, Tensor]:
+        """Refine the tokens of one layer.
+
+        Args:
+            layer (int): The teacher layer.
+            tokens (Tokens): Its normalised output F, (B, N, D).
+
+        Returns:
+            tuple[Tokens, Tokens, Tensor]: F_hat, the KD target (the same, in
+            the paper), and L_outlier.
+        """
+        refined = tokens.with_patches(
+            self.adapters[str(layer)](tokens.patches))
+        return refined, refined, self.loss_outlier(refined.patches)
 
     def _info_loss(self, taps: BlockTaps, layer: int, tokens: Tokens,
                    refined: Tokens, previous: Optional[Tokens]) -> Tensor:

@@ -1,3 +1,5 @@
+from typing import Optional
+
 from torch import Tensor, nn
 
 from mmsinger.registry import MODELS
@@ -18,14 +20,21 @@ class FeatureMSELoss(nn.Module):
         super().__init__()
         self.loss_weight = loss_weight
 
-    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+    def forward(self, pred: Tensor, target: Tensor,
+                weight: Optional[Tensor] = None) -> Tensor:
         """
         Args:
             pred (Tensor): Projected student tokens, shape (B, N, D).
             target (Tensor): (Refined) teacher tokens, shape (B, N, D).
+            weight (Tensor, optional): Of each token in the mean, shape
+                (B, N). Defaults to None, all the same.
 
         Returns:
-            Tensor: A scalar, times ``loss_weight``.
+            Tensor: A scalar, times ``loss_weight``; 0 if no token counts.
         """
-        error = nn.functional.mse_loss(pred.float(), target.float())
+        if weight is None:
+            error = nn.functional.mse_loss(pred.float(), target.float())
+        else:
+            squares = (pred.float() - target.float()).square().mean(dim=-1)
+            error = (weight * squares).sum() / weight.sum().clamp(min=1e-6)
         return self.loss_weight * error

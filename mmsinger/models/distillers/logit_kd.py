@@ -1,0 +1,134 @@
+"""Distillation of class logits (arXiv 1503.02531)."""
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from mmsinger.errors import ConfigError
+from mmsinger.models.distillers.base import (BaseDistiller, build_loss,
+                                             reached_parameters)
+from mmsinger.models.taps import fixed_input_size
+from mmsinger.models.teacher import FrozenClassifier
+from mmsinger.registry import MODELS
+
+
+@MODELS.register_module()
+class LogitKDDistiller(BaseDistiller):
+    """The student's class distribution follows the teacher's.
+
+    For two classifiers (mmpretrain) or two segmentors (mmseg) of the same
+    classes, of any architecture. A segmentor's distributions are compared
+    pixel by pixel, on the grid of the student's decode head; pixels without
+    a label count too, auxiliary heads do not.
+
+    Args:
+        student (dict): Config of a model with a head.
+        teacher (dict): Arguments of :class:`FrozenClassifier`: a whole model,
+            head included.
+        loss_kd (dict, optional): Defaults to ``dict(
+            type='mmsinger.LogitKLLoss', temperature=4.0, loss_weight=1.0)``.
+        **kwargs: See :class:`BaseDistiller`. With ``task_loss_weight=0``
+            the student never sees a label.
+
+    Raises:
+        ConfigError: If a value is not valid, a model gives no class logits
+            or the two do not have the same classes.
+    """
+
+    teacher_class = FrozenClassifier
+    _not_reached = 'that the logits do not depend on (auxiliary heads)'
+
+    def __init__(self, loss_kd: Optional[dict] = None, **kwargs: Any) -> None:
+        kd = build_loss('loss_kd', loss_kd, 'mmsinger.LogitKLLoss')
+        super().__init__(**kwargs)
+        self.loss_kd = kd
+        ours = find_classes(self.student, 'student')
+        theirs = find_classes(self.teacher.model, 'teacher.model')
+        if ours != theirs:
+            raise ConfigError(
+                f'student and teacher do not have the same classes: {ours} '
+                f'and {theirs}. Set num_classes of the two heads to what the '
+                'data set has.')
+        if self.task_loss_weight == 0:
+            self._freeze_what_features_do_not_reach()
+
+    def _parameters_reached(self) -> set:
+
+        def run(student: nn.Module) -> Tensor:
+            channels = next(m.in_channels for m in student.modules()
+                            if isinstance(m, nn.Conv2d))
+            size = fixed_input_size(student) or (64, 64)
+            return student(torch.randn(1, channels, *size)).sum()
+
+        return reached_parameters(self.student, run)
+
+    def run_teacher(self, inputs: Tensor) -> Tensor:
+        return self.teacher(inputs, self.student_normalisation)
+
+    def run_student(self, inputs: Tensor, data_samples: Optional[list]
+                    ) -> Tuple[Dict[str, Any], Tensor]:
+        if self.task_loss_weight == 0:
+            return {}, self.student(inputs)
+        with LogitTap(self.student) as tap:
+            losses = self.task_losses(inputs, data_samples)
+        return losses, tap.logits
+
+    def distill(self, taught: Tensor, learnt: Tensor) -> Dict[str, Tensor]:
+        """L_KD between logits, see :meth:`BaseDistiller.distill`."""
+        return dict(loss_kd=self.loss_kd(learnt, taught))
+
+
+class LogitTap:
+    """Keeps the logits that a model computes for its own loss.
+
+    Args:
+        model (nn.Module): A classifier or segmentor, see
+            :func:`find_classes`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        # mmseg calls the forward() of a decode head without its hooks, but
+        # not that of its last layer.
+        self._module = model.decode_head.conv_seg \
+            if hasattr(model, 'decode_head') else model.head
+        self.logits: Optional[Tensor] = None
+
+    def __enter__(self) -> 'LogitTap':
+        self._handle = self._module.register_forward_hook(self._record)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._handle.remove()
+
+    def _record(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.logits = output
+
+
+def find_classes(model: nn.Module, owner: str) -> int:
+    """How many classes a model tells apart.
+
+    Args:
+        model (nn.Module): A mmpretrain ImageClassifier or a mmseg
+            EncoderDecoder.
+        owner (str): Its config key, for error messages.
+
+    Returns:
+        int: The number of logits.
+
+    Raises:
+        ConfigError: If it gives no class logits, or one alone.
+    """
+    head = getattr(model, 'decode_head', None) or getattr(
+        model, 'head', None)
+    is_dense = hasattr(model, 'decode_head')
+    # VPDDepthHead, for one, calls its depth a class
+    classes = getattr(getattr(head, 'conv_seg', None), 'out_channels', None) \
+        if is_dense else getattr(head, 'num_classes', None)
+    if classes is None or classes < 2:
+        raise ConfigError(
+            f'{owner}: {type(model).__name__} with {type(head).__name__} '
+            'gives no class logits. LogitKDDistiller needs a mmpretrain '
+            'ImageClassifier whose head has num_classes, or a mmseg '
+            'EncoderDecoder whose decode_head ends in conv_seg, of two or '
+            'more classes.')
+    return classes
