@@ -11,7 +11,7 @@ def batch(cfg, size=64, count=2):
     generator = torch.Generator().manual_seed(0)
     images = [torch.randint(0, 256, (3, size, size), dtype=torch.uint8,
                             generator=generator) for _ in range(count)]
-    student = cfg.model.student
+    student = cfg.model.get('student', cfg.model)
     if cfg.default_scope == 'mmpretrain':
         from mmpretrain.structures import DataSample
         samples = [DataSample().set_gt_label(i) for i in range(count)]

@@ -12,21 +12,29 @@ import torch
 from mmengine.registry import init_default_scope
 
 from mmsinger.engine.config import load_config
-from mmsinger.models.distillers import SiNGERDistiller
+from mmsinger.models.distillers import (FitNetDistiller, LogitKDDistiller,
+                                        SiNGERDistiller, ViTKDDistiller)
 from mmsinger.models.distillers.base import build_teacher
+from mmsinger.models.teacher import FrozenClassifier, Normalisation
 from mmsinger.registry import MODELS
 
 CONFIGS = os.path.join(tiny.ROOT, 'configs')
 RECIPES = sorted(glob.glob(os.path.join(CONFIGS, '*_to_*.py')))
 TEACHERS = sorted(glob.glob(os.path.join(CONFIGS, '_base_', 'teachers',
                                          '*.py')))
+FEATURE_TEACHERS = [path for path in TEACHERS if '_cls' not in path]
+CLASSIFIERS = [path for path in TEACHERS if '_cls' in path]
 PAIRS = ['vitl_to_vits', 'vitl_to_vitt', 'deit3l_to_deit3b',
          'deit3s_to_deit3t', 'dinov2l_to_vits']
 LOSSES = {
     'fitnet': {'distill.loss_kd'},
     'singer': {'distill.loss_kd', 'distill.loss_outlier',
                'distill.loss_info'},
+    'vitkd': {'distill.loss_mimic', 'distill.loss_generate'},
+    'logit_kd': {'distill.loss_kd'},
 }
+DISTILLERS = {'fitnet': FitNetDistiller, 'singer': SiNGERDistiller,
+              'vitkd': ViTKDDistiller, 'logit_kd': LogitKDDistiller}
 # By teacher: depth, width, millions of parameters, blocks distilled
 TEACHER_FACTS = {
     'vitl': (24, 1024, 303, [17, 23]),
@@ -91,8 +99,11 @@ def load(path, options=None):
 
 def test_all_pairs_and_tasks_are_there():
     names = {name_of(path) for path in RECIPES}
-    assert names >= {
-        f'{method}_{pair}_in1k' for method in LOSSES for pair in PAIRS}
+    # DINOv2 has no classifier, and its student is that of vitl_to_vits
+    assert {name for name in names if name.endswith('_in1k')} == {
+        f'{method}_{pair}_in1k' for method in (*LOSSES, 'none')
+        for pair in PAIRS} - {'logit_kd_dinov2l_to_vits_in1k',
+                              'none_dinov2l_to_vits_in1k'}
     assert names >= {
         f'{method}_vitl_to_vits_{task}' for method in ('fitnet', 'singer')
         for task in ('ade20k', 'nyu')}
@@ -117,15 +128,17 @@ def body(path):
 
 @pytest.mark.parametrize('task', ['in1k', 'ade20k', 'nyu'])
 def test_siblings_differ_in_their_bases_alone(task):
-    bodies = {name_of(path): body(path) for path in recipes(*LOSSES)
-              if parts_of(path)[3] == task}
-    assert len(bodies) > 1
-    first = next(iter(bodies.values()))
-    assert all(other == first for other in bodies.values())
+    for methods in (LOSSES, ['none']):
+        bodies = [body(path) for path in recipes(*methods)
+                  if parts_of(path)[3] == task]
+        assert all(other == bodies[0] for other in bodies[1:])
+    assert len([path for path in recipes(*LOSSES)
+                if parts_of(path)[3] == task]) > 1
 
 
-@pytest.mark.parametrize('path', recipes('fitnet', 'singer'), ids=name_of)
-def test_recipe_builds_at_full_size(path, monkeypatch):
+@pytest.mark.parametrize(
+    'path', recipes('fitnet', 'singer', 'vitkd'), ids=name_of)
+def test_feature_recipe_builds_at_full_size(path, monkeypatch):
     cfg = load(path)
     method, teacher, student, _ = parts_of(path)
     # mmseg's ViT calls item() on a linspace, which a meta tensor has not
@@ -133,16 +146,57 @@ def test_recipe_builds_at_full_size(path, monkeypatch):
         torch.linspace, device='cpu'))
     with torch.device('meta'):
         model = MODELS.build(cfg.model)
-    assert isinstance(model, SiNGERDistiller) == (method == 'singer')
+    assert type(model) is DISTILLERS[method]
     depth, dim, millions, layers = TEACHER_FACTS[teacher]
     assert len(model.teacher.blocks) == depth
     assert model.teacher.blocks.dim == dim
     assert count(model.teacher) == pytest.approx(millions, rel=0.03)
-    assert model.layers == layers
-    assert model.student_layers == [8, 11]
+    if method == 'vitkd':
+        assert model.layers == [0, 1, depth - 1]
+        assert model.student_layers == [0, 1, 11]
+        assert (model.mimic_weight, model.generate_weight) == (3e-5, 3e-6)
+    else:
+        assert model.layers == layers
+        assert model.student_layers == [8, 11]
     assert count(model.student_backbone) == pytest.approx(
         STUDENT_MILLIONS[student], rel=0.06)
     assert model.student_backbone is not model.student
+
+
+@pytest.mark.parametrize('path', recipes('logit_kd'), ids=name_of)
+def test_logit_recipe_builds_at_full_size(path):
+    cfg = load(path)
+    _, teacher, student, _ = parts_of(path)
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    assert type(model) is LogitKDDistiller
+    depth, dim, millions, _ = TEACHER_FACTS[teacher]
+    backbone = model.teacher.model.backbone
+    assert (len(backbone.layers), backbone.embed_dims) == (depth, dim)
+    assert count(model.teacher) == pytest.approx(millions, rel=0.03)
+    assert count(model.student_backbone) == pytest.approx(
+        STUDENT_MILLIONS[student], rel=0.06)
+    assert cfg.val_evaluator.type == 'Accuracy'
+
+
+@pytest.mark.parametrize('path', recipes('none'), ids=name_of)
+def test_plain_recipe_is_the_student_of_its_pair(path):
+    """… with the head that logit distillation gives it, and no more."""
+    cfg = load(path)
+    sibling = load(path.replace('none_', 'logit_kd_'))
+    assert cfg.model == sibling.model.student
+    for key in ('train_dataloader', 'val_dataloader', 'optim_wrapper',
+                'param_scheduler', 'train_cfg'):
+        assert cfg[key] == sibling[key], key
+    assert cfg.model.backbone == load(path.replace(
+        'none_', 'singer_')).model.student.backbone
+    cfg.merge_from_dict({
+        'model.backbone.img_size': 64, 'model.head.in_channels': 48,
+        'model.backbone.arch': dict(NARROW, embed_dims=48, num_layers=2)})
+    model = MODELS.build(cfg.model).train()
+    data = model.data_preprocessor(samples.batch(cfg), True)
+    losses = model(**data, mode='loss')
+    assert torch.isfinite(losses['loss'])
 
 
 def count(model):
@@ -155,8 +209,17 @@ def cut(path):
     stay."""
     plain = load_config(path)
     method, teacher, _, _ = parts_of(path)
+    part = 'model.teacher'
+    options = {}
+    if method == 'logit_kd':
+        part = 'model.teacher.model'
+        options = {f'{part}.head.in_channels': 32,
+                   f'{part}.backbone.img_size': 64,
+                   'model.teacher.input_size': 64,
+                   'model.student.head.in_channels': 48}
     options = {
-        'model.teacher.backbone.arch': dict(
+        **options,
+        f'{part}.backbone.arch': dict(
             NARROW, num_layers=TEACHER_FACTS[teacher][0]),
         'model.teacher.checkpoint': None,
         **STUDENT_CUT[plain.default_scope]}
@@ -168,7 +231,7 @@ def cut(path):
     return load(path, options)
 
 
-@pytest.mark.parametrize('path', recipes('fitnet', 'singer'), ids=name_of)
+@pytest.mark.parametrize('path', recipes(*LOSSES), ids=name_of)
 def test_recipe_takes_a_step(path):
     cfg = cut(path)
     with_task = cfg.model.get('task_loss_weight', 1) > 0
@@ -180,9 +243,9 @@ def test_recipe_takes_a_step(path):
            if 'loss' in name and name not in distilled} - {'loss'}
     assert bool(own) == with_task
     assert all(torch.isfinite(value).all() for value in losses.values())
-    assert all(moved[part] > 0 for part in (
-        'student', 'projectors', *(['adapters'] if hasattr(model, 'adapters')
-                                   else [])))
+    assert {'student'} | ({'projectors'} if hasattr(model, 'projectors')
+                          else set()) <= set(moved)
+    assert all(moved[part] > 0 for part in moved)
     if not hasattr(model, 'adapters'):
         return
     base = cfg.optim_wrapper.optimizer.lr
@@ -249,7 +312,7 @@ def test_official_preset_has_the_official_rank():
     assert cfg.model.layer_map == 'official'
 
 
-@pytest.mark.parametrize('path', TEACHERS, ids=name_of)
+@pytest.mark.parametrize('path', FEATURE_TEACHERS, ids=name_of)
 def test_teacher_base_builds_and_runs(path):
     init_default_scope('mmseg')  # its types must name their scope
     cfg = load_config(path)
@@ -269,11 +332,27 @@ def test_teacher_base_builds_and_runs(path):
     teacher = build_teacher(cfg.teacher)
     assert len(teacher.blocks) == depth
     layers = [depth // 2, depth - 1]
-    from mmsinger.models.teacher import Normalisation
     taps = teacher(torch.randn(2, 3, 56, 56), layers,
                    Normalisation(None, None))
     for layer in layers:
         values, grid = taps.tokens(layer)
         assert values.shape == (2, 1 + grid[0] * grid[1], 32)
         assert torch.isfinite(values).all()
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.parametrize('path', CLASSIFIERS, ids=name_of)
+def test_classifier_base_builds_and_runs(path):
+    init_default_scope('mmpretrain')
+    cfg = load_config(path)
+    assert cfg.teacher.checkpoint
+    cfg.merge_from_dict({
+        'teacher.model.backbone.arch': dict(NARROW, num_layers=2),
+        'teacher.model.head.in_channels': 32})
+    cfg.teacher.update(checkpoint=None, input_size=64)
+    cfg.teacher.model.backbone.img_size = 64
+    teacher = build_teacher(cfg.teacher, FrozenClassifier)
+    logits = teacher(torch.randn(2, 3, 32, 32), Normalisation(None, None))
+    assert logits.shape == (2, 1000)
+    assert not logits.requires_grad
     assert not any(p.requires_grad for p in teacher.parameters())

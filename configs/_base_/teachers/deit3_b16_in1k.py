@@ -1,0 +1,11 @@
+# DeiT-III-B/16, ImageNet-1k, in mmpretrain's key layout: evaluated as it is
+teacher = dict(
+    backbone=dict(
+        type='mmpretrain.DeiT3', arch='b', img_size=224, patch_size=16,
+        out_type='raw'),
+    checkpoint='checkpoints/deit3_b16_in1k.pth',
+    prefix='backbone.',
+    ignore_keys=['head.'],
+    layers=(8, 11),
+    mean=[123.675, 116.28, 103.53],
+    std=[58.395, 57.12, 57.375])
