@@ -77,7 +77,8 @@ def differentiable(module: nn.Module) -> Iterator[None]:
     """Make a block's forward pass one that torch.func can differentiate both
     ways: plain attention kernels (the fused ones have no forward derivative),
     no checkpointing. Values stay the same up to rounding."""
-    checkpointed = [m for m in module.modules() if getattr(m, 'with_cp', False)]
+    checkpointed = [part for part in module.modules()
+                    if getattr(part, 'with_cp', False)]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     for part in checkpointed:
         part.with_cp = False

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from mmsinger.models.losses import outlier_threshold
+from mmsinger.models.target_cures import MAD_TO_STD
 from mmsinger.models.tokens import Grid
-
-# Median absolute deviation to standard deviation, for a normal distribution.
-MAD_TO_STD = 1.4826
 
 
 class NormStatistics(NamedTuple):
@@ -76,7 +74,10 @@ def robust_outliers(norms: Tensor, k: float = 5.) -> Tensor:
     """Which norms exceed ``median + k * 1.4826 * MAD`` of their image.
 
     MAD is the median absolute deviation from the median, so that up to half
-    of the tokens may be artifacts. An image without artifacts has none.
+    of the tokens may be artifacts; an image without artifacts has hardly any.
+    One threshold an image, unlike
+    :func:`mmsinger.models.target_cures.robust_threshold`, which takes a batch
+    together.
 
     Args:
         norms (Tensor): Shape (B, P).

@@ -1,0 +1,102 @@
+"""Measure what refinement does: the paper's tables 3, 5a, 5b, 7 and 8.
+
+    python tools/measure.py CONFIG CHECKPOINT
+
+CONFIG is a distillation recipe and CHECKPOINT a training checkpoint of it;
+without one the recipe is measured as it starts. docs/measure.md says what
+each number means.
+"""
+import argparse
+import json
+import os
+
+import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
+import mmengine
+import torch
+from mmengine.config import DictAction
+from mmengine.logging import MMLogger
+from mmengine.registry import init_default_scope
+from mmengine.runner import set_random_seed
+
+from mmsinger.engine.config import load_config
+from mmsinger.errors import ConfigError, readable_errors
+from mmsinger.evaluation.loading import ImageBatches, load_distiller, prepare
+from mmsinger.evaluation.measure import (METRICS, applicable_metrics,
+                                         check_metrics, measure)
+from mmsinger.evaluation.table import format_results
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('config', help='a distillation recipe')
+    parser.add_argument('checkpoint', nargs='?',
+                        help='a training checkpoint of it')
+    parser.add_argument('--images', type=int, default=256, metavar='N',
+                        help='images to measure on, from val_dataloader, or '
+                        'train_dataloader if there is none')
+    parser.add_argument('--metrics', nargs='+', metavar='NAME',
+                        help=f'which of {", ".join(METRICS)} (default: all '
+                        'that the method has)')
+    parser.add_argument('--out', default='metrics.json',
+                        help='the JSON file to write')
+    parser.add_argument('--seed', type=int, default=0,
+                        help='of the choice of images and all that is random')
+    parser.add_argument('--strength', type=float, default=0.3,
+                        help='deviation: steps over the norm of a token')
+    parser.add_argument('--jacobian-images', type=int, default=8, metavar='N',
+                        help='deviation: images at which blocks are '
+                        'linearised')
+    parser.add_argument('--jacobian-products', type=int, metavar='N',
+                        help='deviation: Jacobian products for each layer '
+                        'and image; fewer than the teacher has channels are '
+                        'quicker and not exact (default: as many)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction,
+                        metavar='KEY=VALUE',
+                        help='override settings of the config')
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    folder = os.path.dirname(os.path.abspath(args.out))
+    if not os.path.isdir(folder):
+        raise ConfigError(f'--out={args.out!r}: no folder {folder!r}. Make '
+                          'it, or choose another.')
+    cfg = load_config(args.config, args.cfg_options)
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    # Initialisation logs a paragraph for each parameter.
+    MMLogger.get_current_instance().setLevel('WARNING')
+    set_random_seed(args.seed)
+    distiller = load_distiller(cfg, args.checkpoint)
+    metrics = args.metrics or applicable_metrics(distiller)
+    check_metrics(distiller, metrics)
+    distiller.to('cuda' if torch.cuda.is_available() else 'cpu')
+    batches = ImageBatches(cfg, distiller, args.images, args.seed)
+    prepare(distiller, batches)
+    settings = dict(seed=args.seed, strength=args.strength,
+                    jacobian_images=args.jacobian_images,
+                    jacobian_products=args.jacobian_products)
+    results = measure(distiller, batches, metrics, **settings)
+
+    meta = dict(
+        config=args.config, checkpoint=args.checkpoint,
+        cfg_options=args.cfg_options, method=type(distiller).__name__,
+        layers=distiller.layers, student_layers=distiller.student_layers,
+        target_norm=cfg.model.get('target_norm'), images=len(batches),
+        source=batches.source, **settings,
+        versions=dict(mmsinger=mmsinger.__version__, torch=torch.__version__,
+                      mmengine=mmengine.__version__))
+    # NaN (an adapter that is zero has no energies) is no JSON: null
+    content = json.loads(json.dumps(dict(meta=meta, **results)),
+                         parse_constant=lambda _: None)
+    with open(args.out, 'w') as file:
+        json.dump(content, file, indent=2)
+    print(f'\n{format_results(results)}\n\n{len(batches)} images of '
+          f'{batches.source}; written to {args.out}')
+
+
+if __name__ == '__main__':
+    with readable_errors():
+        main()
