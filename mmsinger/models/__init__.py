@@ -1,5 +1,6 @@
 """Everything that a config's ``model`` can name in the scope mmsinger."""
 from mmsinger.models.adapters import SiNGERAdapter
+from mmsinger.models.backbones import VisionTransformerWithRegisters
 from mmsinger.models.conv_stem import ConvStem
 from mmsinger.models.distillers import (BaseDistiller, FeatureDistiller,
                                         FitNetDistiller, GatedSiNGERDistiller,
@@ -16,5 +17,6 @@ __all__ = [
     'FitNetDistiller', 'FrozenBackbone', 'FrozenClassifier', 'FrozenTeacher',
     'GatedSiNGERDistiller', 'GramInformationLoss', 'LinearDepthHead',
     'LogitKDDistiller', 'LogitKLLoss', 'OutlierSuppressionLoss',
-    'SiNGERAdapter', 'SiNGERDistiller', 'ViTKDDistiller'
+    'SiNGERAdapter', 'SiNGERDistiller', 'ViTKDDistiller',
+    'VisionTransformerWithRegisters'
 ]

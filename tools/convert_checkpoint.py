@@ -1,0 +1,103 @@
+"""Convert a checkpoint of timm, DINOv2, UNIC or SiNGER for mmpretrain.
+
+    python tools/convert_checkpoint.py SOURCE OUT [--img-size N] [--report]
+
+Prints the backbone's config to paste as `teacher`.
+"""
+import argparse
+
+import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import init_default_scope
+
+from mmsinger.converters import LAYOUTS, convert_checkpoint
+from mmsinger.converters.describe import ACTIVATIONS
+from mmsinger.engine.config import load_config
+from mmsinger.errors import ConfigError, readable_errors
+
+# Where a config may have its backbone, first come first served
+PLACES = ('model.teacher.backbone', 'teacher.backbone', 'model.backbone',
+          'backbone')
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('source', metavar='SOURCE', help='the file to '
+                        'convert: .pth, .bin, .safetensors')
+    parser.add_argument('out', metavar='OUT', help='the file to write')
+    parser.add_argument('--source', dest='family', default='auto',
+                        choices=['auto', *LAYOUTS], help='whose layout SOURCE '
+                        'has (default: from its keys)')
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument(
+        '--arch', help="mmpretrain's name of the architecture, such as l or "
+        'dinov2-g (default: from the shapes)')
+    target.add_argument(
+        '--config', help='a config with the backbone to convert for: its '
+        f'{", ".join(PLACES[:-1])} or {PLACES[-1]}')
+    parser.add_argument('--num-heads', type=int, help='attention heads, for '
+                        'models of uncommon width')
+    parser.add_argument('--act', choices=list(ACTIVATIONS),
+                        help="the FFN's activation, for CLIP")
+    parser.add_argument(
+        '--img-size', type=int, nargs='+', metavar='N', help='resample the '
+        'position embeddings for this image size; two numbers: H W')
+    parser.add_argument('--prefix', default='backbone.', help='what keys in '
+                        "OUT begin with (default: 'backbone.')")
+    parser.add_argument('--report', action='store_true',
+                        help='list every tensor')
+    args = parser.parse_args()
+    if args.img_size and len(args.img_size) > 2:
+        parser.error('--img-size takes one number or two')
+    return args
+
+
+def read_backbone(path):
+    """The backbone in a config file."""
+    cfg = load_config(path)
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    for place in PLACES:
+        found = cfg
+        for key in place.split('.'):
+            found = found.get(key) if isinstance(
+                found, (Config, ConfigDict)) else None
+        if found is not None and 'type' in found:
+            return found.to_dict()
+    raise ConfigError(f'--config={path!r} has no backbone: none of '
+                      f'{", ".join(PLACES)}.')
+
+
+def main():
+    args = parse_args()
+    backbone = read_backbone(args.config) if args.config else None
+    size = args.img_size
+    result = convert_checkpoint(
+        args.source, args.out, prefix=args.prefix, family=args.family,
+        backbone=backbone, arch=args.arch, num_heads=args.num_heads,
+        act=args.act,
+        img_size=size and (size[0] if len(size) == 1 else tuple(size)))
+
+    how = 'from its keys' if args.family == 'auto' else 'as you said'
+    print(f'{args.source}: {LAYOUTS[result.family].title} layout '
+          f'({result.family!r}, {how})')
+    for entry in result.entries:
+        if args.report:
+            continue
+        if not entry.target or entry.action not in ('kept', 'renamed'):
+            print(f'  {entry.source}: {entry.action}')
+    if args.report:
+        print(result.report())
+    dropped = sum(not entry.target for entry in result.entries)
+    print(f'{args.out}: {len(result.weights)} tensors, which load strictly '
+          f'into {result.backbone["type"]}; {dropped} of '
+          f'{len(result.entries)} were dropped.\n'
+          'For a recipe (mean and std are not in the file: '
+          'docs/converters.md lists them):\n')
+    print(Config(dict(teacher=dict(
+        backbone=result.backbone, checkpoint=args.out,
+        prefix=args.prefix))).pretty_text)
+
+
+if __name__ == '__main__':
+    with readable_errors():
+        main()
