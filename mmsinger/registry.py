@@ -8,6 +8,7 @@ from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 MODELS = Registry(
@@ -21,4 +22,10 @@ OPTIM_WRAPPERS = Registry(
     locations=['mmsinger.engine.optim'])
 DATASETS = Registry(
     'dataset', parent=MMENGINE_DATASETS, scope='mmsinger',
-    locations=['mmsinger.datasets'])
+    locations=[
+        'mmsinger.datasets.imagenet_variants', 'mmsinger.datasets.inat2019',
+        'mmsinger.datasets.nyu_mat'
+    ])
+TRANSFORMS = Registry(
+    'transform', parent=MMENGINE_TRANSFORMS, scope='mmsinger',
+    locations=['mmsinger.datasets.transforms'])
