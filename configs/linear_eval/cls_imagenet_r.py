@@ -1,0 +1,9 @@
+# ImageNet-R with the head that cls_in1k.py trained: tools/test.py
+_base_ = [
+    '../_base_/linear_eval/cls.py',
+    '../_base_/datasets/linear_eval/imagenet_r.py',
+    '../_base_/schedules/linear_eval_150e.py',
+    '../_base_/default_runtime_cls.py',
+]
+model = dict(head=dict(num_classes=_base_.num_classes))
+custom_hooks = [dict(type='mmsinger.RunGuardHook')]

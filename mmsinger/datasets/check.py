@@ -1,0 +1,439 @@
+"""Is a data set complete, readable, and what its config says?
+
+``tools/check_dataset.py`` prints what :func:`check_known` and
+:func:`check_config` find.
+"""
+import copy
+import io
+import os
+from typing import Dict, Iterator, List, Optional, Set, Tuple
+
+import cv2
+import numpy as np
+from mmengine.config import Config
+from mmengine.fileio import get as read_bytes
+from mmengine.registry import DATASETS, init_default_scope
+from PIL import Image
+
+from mmsinger import paths
+from mmsinger.datasets.known import KNOWN, TEST, TRAIN, VAL, Known
+from mmsinger.engine.config import load_config
+from mmsinger.errors import ConfigError, check_choice
+
+SHOWN = 5  # files or values that a message lists
+
+
+class Report:
+    """What was found, in the order of the checks.
+
+    Attributes:
+        title (str): What was checked.
+        facts (list[str]): What is there.
+        problems (list[tuple[str, str]]): What is wrong, and how to fix it.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.facts: List[str] = []
+        self.problems: List[Tuple[str, str]] = []
+
+    def problem(self, what: str, fix: str) -> None:
+        """Note something wrong."""
+        self.problems.append((what, fix))
+
+    def __str__(self) -> str:
+        lines = [self.title, *(f'  {fact}' for fact in self.facts)]
+        for what, fix in self.problems:
+            lines += [f'PROBLEM {what}', f'    fix: {fix}']
+        count = len(self.problems)
+        lines.append('No problems.' if not count else
+                     f'{count} problem{"s" if count > 1 else ""}.')
+        return '\n'.join(lines)
+
+
+def check_known(name: str, root: Optional[str] = None,
+                samples: Optional[int] = 64) -> Report:
+    """Check a data set of the linear evaluation against its published form.
+
+    Args:
+        name (str): One of ``KNOWN``.
+        root (str, optional): Where it is. Defaults to None, what its base
+            config says.
+        samples (int, optional): How many images of a split to read, evenly
+            spaced. Defaults to 64; None reads all.
+
+    Returns:
+        Report: Facts and problems.
+    """
+    check_choice('NAME', name, KNOWN)
+    known = KNOWN[name]
+    cfg = load_config(os.path.join(
+        paths.configs(), '_base_', 'datasets', 'linear_eval', f'{name}.py'))
+    cfg.default_scope = 'mmseg'  # the bases leave it to their recipe
+    return check_config(cfg, name, root, samples, known)
+
+
+def check_config(cfg: Config, title: str, root: Optional[str] = None,
+                 samples: Optional[int] = 64,
+                 known: Optional[Known] = None) -> Report:
+    """Check the data sets that a config's data loaders read.
+
+    Args:
+        cfg (Config): Any OpenMMLab config with data loaders; not changed.
+        title (str): How the report calls it.
+        root (str, optional): Replaces every ``data_root``. Defaults to None.
+        samples (int, optional): How many images of a split to read, evenly
+            spaced. Defaults to 64; None reads all.
+        known (Known, optional): What a complete copy has. Defaults to None.
+
+    Returns:
+        Report: Facts and problems.
+
+    Raises:
+        ConfigError: If the config has no data loader, or the root is not
+            there.
+    """
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    report = Report(title)
+    loaders = _loaders(cfg, known)
+    if not loaders:
+        raise ConfigError(f'{title}: no {TRAIN}, {VAL} or {TEST} with a '
+                          'dataset. Give a config of a whole recipe.')
+    for loader, dataset_cfg in loaders:
+        if root is not None:
+            _replace_root(dataset_cfg, root)
+        place = dataset_cfg.get('data_root')
+        if known is not None and not _files_are_there(report, known, place):
+            break
+        try:
+            built = DATASETS.build(dataset_cfg)
+        except Exception as error:  # whatever a dataset class does not expect
+            report.problem(f'{loader}: cannot be built: {_said(error)}',
+                           _source(known) or 'Make the folders as the class '
+                           f'{dataset_cfg.type} documents them.')
+            continue
+        for dataset in _innermost(built):
+            _Check(report, cfg, loader.split('_')[0], dataset, samples,
+                   known).run(known.images[loader] if known else ())
+    return report
+
+
+def _loaders(cfg: Config, known: Optional[Known]) -> List[Tuple[str, dict]]:
+    """Names and (copied) dataset configs; equal ones once."""
+    found: List[Tuple[str, dict]] = []
+    for loader in known.images if known else (TRAIN, VAL, TEST):
+        dataset = (cfg.get(loader) or {}).get('dataset')
+        if dataset and all(dataset != other for _, other in found):
+            found.append((loader, dataset))
+    return copy.deepcopy(found)
+
+
+def _replace_root(node, root: str) -> None:
+    if isinstance(node, dict):
+        if 'data_root' in node:
+            node['data_root'] = root
+        for value in node.values():
+            _replace_root(value, root)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            _replace_root(value, root)
+
+
+def _files_are_there(report: Report, known: Known, root: str) -> bool:
+    missing = [root] if not os.path.isdir(root) else [
+        path for path in (os.path.join(root, f) for f in known.files)
+        if not os.path.exists(path)]
+    for path in missing:
+        report.problem(f'{path!r} is missing (working directory '
+                       f'{os.getcwd()})', f'{_source(known)} Or say where it '
+                       'is with --root.')
+    return not missing
+
+
+def _source(known: Optional[Known]) -> str:
+    return f'Get it from {known.source}.' if known else ''
+
+
+def _said(error: Exception) -> str:
+    return ' '.join((str(error) or type(error).__name__).split())
+
+
+def _innermost(dataset) -> Iterator:
+    """The data sets inside RepeatDataset, ConcatDataset, …"""
+    if hasattr(dataset, 'datasets'):
+        for one in dataset.datasets:
+            yield from _innermost(one)
+    elif hasattr(dataset, 'dataset'):
+        yield from _innermost(dataset.dataset)
+    else:
+        yield dataset
+
+
+class _Check:
+    """The checks of one data set.
+
+    Args:
+        report (Report): Where findings go.
+        cfg (Config): The config, for its model and evaluator.
+        split (str): How the findings call the data set.
+        dataset: As built.
+        samples (int, optional): How many items to read; None reads all.
+        known (Known, optional): What a complete copy has.
+    """
+
+    def __init__(self, report: Report, cfg: Config, split: str, dataset,
+                 samples: Optional[int], known: Optional[Known]) -> None:
+        self.report, self.cfg, self.split = report, cfg, split
+        self.dataset, self.known = dataset, known
+        self.classes = dataset.metainfo.get('classes') or ()
+        count = len(dataset)
+        wanted = count if samples is None else min(count, samples)
+        self.chosen = np.linspace(0, max(count - 1, 0), wanted, dtype=int)
+        self.faults: Dict[str, List[str]] = {}  # what is wrong: with which
+        self.mask_values: Set[int] = set()
+        self.depths: List[float] = []  # medians in metres
+
+    def fact(self, what: str) -> None:
+        self.report.facts.append(f'{self.split}: {what}')
+
+    def problem(self, what: str, fix: str = '') -> None:
+        self.report.problem(
+            f'{self.split}: {what}', fix or _source(self.known)
+            or 'Mend these files, or remove them.')
+
+    def run(self, counts: Tuple[int, ...]) -> None:
+        """Make all checks.
+
+        Args:
+            counts (tuple[int]): Numbers of images that a complete copy may
+                have; none if that is not known.
+        """
+        count = len(self.dataset)
+        self.fact(f'{count:,} images, {len(self.chosen):,} of them read, '
+                  f'{type(self.dataset).__name__}')
+        if counts and count not in counts:
+            self.problem(
+                f'{count:,} images, but a complete copy has '
+                f'{" or ".join(f"{c:,}" for c in counts)}')
+        elif not count:
+            self.problem('no images', 'Point data_root and data_prefix to '
+                         'the images, and check img_suffix.')
+        if not count:
+            return
+        self.check_folder_names()
+        self.check_head()
+        try:
+            self.check_labels()
+            for index in self.chosen:
+                self.check_item(self.dataset.get_data_info(int(index)))
+        except ConfigError as error:  # one file that holds all items
+            self.problem(_said(error))
+            return
+        for fault, files in self.faults.items():
+            self.problem(f'{len(files)} of {len(self.chosen)} {fault}: '
+                         f'{_some(files)}')
+        if self.mask_values:
+            self.check_mask_values()
+        if self.depths:
+            self.check_depth_unit()
+        if not self.faults:
+            self.check_pipeline()
+
+    def check_folder_names(self) -> None:
+        """Class indices are positions in the sorted list of folders."""
+        folders = getattr(self.dataset, 'folder_to_idx', None)
+        if not (self.known and self.known.wnid_folders and folders):
+            return
+        from mmsinger.datasets.imagenet_variants import imagenet_wnids
+        wrong = sorted(set(imagenet_wnids()) ^ set(folders))
+        if wrong:
+            self.problem(
+                'the class folders are not the 1,000 WordNet ids of '
+                f'ImageNet-1K; missing or left over: {_some(wrong)}')
+
+    def check_head(self) -> None:
+        """The model tells as many classes apart as there are."""
+        if not self.classes:
+            return
+        for key, number in _heads(self.cfg.get('model'), 'model'):
+            if number != len(self.classes):
+                self.problem(
+                    f'{key}={number}, but {type(self.dataset).__name__} has '
+                    f'{len(self.classes)} classes',
+                    f'Set {key}={len(self.classes)}.')
+
+    def check_labels(self) -> None:
+        """Class indices of all images: in range, and each class there."""
+        if 'gt_label' not in self.dataset.get_data_info(0):
+            return
+        present = np.unique(np.concatenate([
+            np.atleast_1d(self.dataset.get_data_info(i)['gt_label'])
+            for i in range(len(self.dataset))]))
+        self.fact(f'labels {present[0]} to {present[-1]}, '
+                  f'{len(present):,} classes')
+        number = len(self.classes) or self.cfg.get('num_classes')
+        if number and not 0 <= present[0] <= present[-1] < number:
+            self.problem(
+                f'labels {present[0]} to {present[-1]}, but there are '
+                f'{number} classes, 0 to {number - 1}', 'Count labels from '
+                '0, or set metainfo.classes to the right list.')
+        expected = self.known.classes if self.known else 0
+        if expected and len(present) != expected:
+            self.problem(f'images of {len(present):,} classes, but a '
+                         f'complete copy has {expected:,}')
+
+    def fault(self, what: str, path: str) -> None:
+        self.faults.setdefault(what, []).append(path)
+
+    def check_item(self, info: dict) -> None:
+        """Read an image, and the mask or depth map that goes with it."""
+        path = info.get('img_path', '')
+        try:
+            size = _image_size(info)
+        except Exception:  # decoders raise nearly anything
+            self.fault('images cannot be read', path)
+            return
+        if 'seg_map_path' in info:
+            self.check_mask(info['seg_map_path'], size)
+        if 'depth_map_path' in info or 'gt_depth_map' in info:
+            self.check_depth(info, size)
+
+    def check_mask(self, path: str, size: Tuple[int, int]) -> None:
+        """8 bits, one channel, as large as the image."""
+        mask = _read_map(path)
+        if mask is None:
+            self.fault('masks are missing or cannot be read', path)
+        elif mask.ndim != 2:
+            self.fault(f'masks have {mask.shape[2]} channels instead of one',
+                       path)
+        elif mask.dtype != np.uint8:
+            self.fault(f'masks are {mask.dtype} instead of uint8', path)
+        elif mask.shape != size:
+            self.fault('masks are not as large as their image', path)
+        else:
+            self.mask_values.update(np.unique(mask).tolist())
+
+    def check_mask_values(self) -> None:
+        """Class indices are in range, and 0 means what the config says."""
+        number = len(self.classes)
+        reduce = bool(getattr(self.dataset, 'reduce_zero_label', False))
+        ignored = {255, getattr(self.dataset, 'ignore_index', 255)}
+        labels = sorted(self.mask_values - ignored)
+        self.fact(f'masks hold {_some(labels)}'
+                  f'{" and 255" if 255 in self.mask_values else ""}; '
+                  f'reduce_zero_label={reduce}')
+        if not labels or not number:
+            return
+        highest = labels[-1]
+        if highest > number:
+            self.problem(
+                f'masks go up to {highest}, but there are {number} classes',
+                _source(self.known) or 'Set metainfo.classes to the list of '
+                'the masks.')
+        elif highest == number and not reduce:
+            self.problem(
+                f'masks go up to {highest}, but there are {number} classes, '
+                f'0 to {number - 1}', 'If 0 means unlabelled, set '
+                'reduce_zero_label=True in the dataset; if it is a class, '
+                'add it to metainfo.classes.')
+        elif highest < number and reduce and 255 in self.mask_values:
+            self.problem(
+                f'masks hold 255 and nothing above {highest}, as if 0 had '
+                'been removed already; reduce_zero_label=True would remove '
+                'the first class', 'Use the published masks (0 unlabelled, '
+                f'1 to {number}), or set reduce_zero_label=False in the '
+                'dataset.')
+
+    def check_depth(self, info: dict, size: Tuple[int, int]) -> None:
+        """One channel, as large as the image, with finite depths."""
+        path = info.get('depth_map_path', info.get('img_path'))
+        depth = info['gt_depth_map'] if 'gt_depth_map' in info \
+            else _read_map(path)
+        if depth is None:
+            self.fault('depth maps are missing or cannot be read', path)
+        elif depth.ndim != 2:
+            self.fault(f'depth maps have {depth.shape[2]} channels instead '
+                       'of one', path)
+        elif depth.dtype == np.uint8:
+            self.fault('depth maps have 8 bits, too few for metres', path)
+        elif depth.shape != size:
+            self.fault('depth maps are not as large as their image', path)
+        elif not (np.isfinite(depth).all() and (depth > 0).any()):
+            self.fault('depth maps hold no depth, or no finite one', path)
+        else:
+            factor = 1. if 'gt_depth_map' in info else self.depth_factor
+            self.depths.append(float(np.median(depth[depth > 0])) * factor)
+
+    @property
+    def depth_factor(self) -> float:
+        """``depth_rescale_factor`` of the pipeline."""
+        for transform in self.dataset.pipeline.transforms:
+            if hasattr(transform, 'depth_rescale_factor'):
+                return transform.depth_rescale_factor
+        return 1.
+
+    def check_depth_unit(self) -> None:
+        """Metres, after the pipeline's factor."""
+        limit = (self.cfg.get('val_evaluator') or {}).get(
+            'max_depth_eval', 100.)
+        median = float(np.median(self.depths))
+        self.fact(f'median depth {median:.3g} m')
+        if not limit / 100 <= median <= limit:
+            self.problem(
+                f'the median depth is {median:.3g} m, for depths of at most '
+                f'{limit:g} m', 'Depths are in another unit. '
+                'LoadDepthAnnotation.depth_rescale_factor is 1e-3 for '
+                f'millimetres, 1 for metres; it is {self.depth_factor:g}.')
+
+    def check_pipeline(self) -> None:
+        """The first, middle and last item, as a model gets them."""
+        for index in {*self.chosen[[0, len(self.chosen) // 2, -1]].tolist()}:
+            try:
+                item = self.dataset[index]
+            except Exception as error:  # transforms raise nearly anything
+                self.problem(f'item {index} does not pass the pipeline: '
+                             f'{_said(error)}', 'Mend the transform that '
+                             'fails, or its place in the pipeline.')
+                return
+            if not isinstance(item, dict) or 'inputs' not in item:
+                self.problem('the pipeline does not give inputs', 'End it '
+                             'with PackInputs (mmpretrain) or PackSegInputs '
+                             '(mmseg).')
+                return
+
+
+def _some(values) -> str:
+    values = list(values)
+    text = ', '.join(str(value) for value in values[:SHOWN])
+    return text if len(values) <= SHOWN else \
+        f'{text}, … ({len(values)} in all)'
+
+
+def _heads(node, key: str) -> Iterator[Tuple[str, int]]:
+    """Keys and numbers of classes of a model's classification heads."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if name != 'teacher':
+                yield from _heads(value, f'{key}.{name}')
+        if key.split('.')[-1] in ('head', 'decode_head') and \
+                'num_classes' in node:
+            yield f'{key}.num_classes', node['num_classes']
+
+
+def _image_size(info: dict) -> Tuple[int, int]:
+    """(H, W), after decoding the whole image, so that a truncated one
+    fails."""
+    if 'img' in info:
+        return info['img'].shape[:2]
+    with Image.open(io.BytesIO(read_bytes(info['img_path']))) as image:
+        image.load()
+        return image.size[::-1]
+
+
+def _read_map(path: str) -> Optional[np.ndarray]:
+    """A mask or a depth map as stored; None if it cannot be read."""
+    try:
+        content = np.frombuffer(read_bytes(path), np.uint8)
+        return cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+    except (OSError, cv2.error):
+        return None

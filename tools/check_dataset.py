@@ -1,0 +1,57 @@
+"""Say what is there of a data set, what is missing, and how to fix it.
+
+    python tools/check_dataset.py pets --root /data/oxford-iiit-pet
+    python tools/check_dataset.py configs/singer_vitl_to_vits_ade20k.py
+
+NAME is a data set of the linear evaluation, checked against its published
+form; any OpenMMLab config is checked for what its data loaders read. The exit
+status is 1 if something is wrong.
+"""
+import argparse
+import sys
+
+import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
+from mmengine.config import DictAction
+
+from mmsinger.datasets.check import check_config, check_known
+from mmsinger.datasets.known import KNOWN
+from mmsinger.engine.config import load_config
+from mmsinger.errors import ConfigError, readable_errors
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        'dataset', metavar='NAME|CONFIG',
+        help=f'{", ".join(KNOWN)}, or a config file')
+    parser.add_argument(
+        '--root', help='where the data are (default: data_root of the config)')
+    parser.add_argument(
+        '--samples', type=int, default=64,
+        help='images of each split to read (default: 64)')
+    parser.add_argument(
+        '--all', action='store_true', help='read every image')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+        help='override settings of CONFIG')
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    samples = None if args.all else args.samples
+    if samples is not None and samples < 1:
+        raise ConfigError(f'--samples {samples} is not valid: it must be at '
+                          'least 1.')
+    if args.dataset.endswith('.py'):
+        cfg = load_config(args.dataset, args.cfg_options)
+        report = check_config(cfg, args.dataset, args.root, samples)
+    else:
+        report = check_known(args.dataset, args.root, samples)
+    print(report)
+    sys.exit(1 if report.problems else 0)
+
+
+if __name__ == '__main__':
+    with readable_errors():
+        main()
