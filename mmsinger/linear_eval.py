@@ -8,7 +8,6 @@ from mmengine.registry import DefaultScope
 from mmsinger.errors import ConfigError
 from mmsinger.export import is_distiller
 from mmsinger.models.frozen_backbone import FrozenBackbone
-from mmsinger.registry import MODELS
 
 
 def evaluation_config(task: Config, source: Config,
@@ -22,12 +21,12 @@ def evaluation_config(task: Config, source: Config,
     Args:
         task (Config): One of configs/linear_eval, or the like: a model whose
             backbone is a :class:`FrozenBackbone`.
-        source (Config): A distillation recipe, or a plain model's config.
+        source (Config): A distillation recipe, a plain model's config, or
+            one of configs/_base_/teachers alone.
         checkpoint (str, optional): The weights. Of a student: a
             ``*_student.pth``, a training checkpoint or a plain one. Defaults
             to None, the one that the config names.
-        teacher (bool): Evaluate the teacher of a recipe. Defaults to False,
-            its student.
+        teacher (bool): Evaluate the teacher. Defaults to False, the student.
 
     Returns:
         Config: A plain config for ``tools/train.py``; neither argument is
@@ -39,7 +38,7 @@ def evaluation_config(task: Config, source: Config,
     """
     cfg = copy.deepcopy(task)
     frozen = cfg.model.get('backbone') or {}
-    if MODELS.get(frozen.get('type') or '') is not FrozenBackbone:
+    if frozen.get('type') not in (FrozenBackbone, 'mmsinger.FrozenBackbone'):
         raise ConfigError(
             'The task config has model.backbone.type='
             f'{frozen.get("type")!r}; a linear evaluation needs '
@@ -57,6 +56,10 @@ def evaluation_config(task: Config, source: Config,
 def _student(source: Config, checkpoint: Optional[str]
              ) -> Tuple[Dict[str, Any], Optional[dict]]:
     """Arguments of FrozenBackbone, and the data preprocessor's config."""
+    if 'model' not in source:
+        raise ConfigError('The source config has no model. Give a recipe or '
+                          "a plain model's config; for a file of "
+                          'configs/_base_/teachers add --teacher.')
     student = source.model.student if is_distiller(source.model) \
         else source.model
     backbone = _scoped(student.get('backbone', student), source)
@@ -75,21 +78,25 @@ def _student(source: Config, checkpoint: Optional[str]
 def _teacher(source: Config, checkpoint: Optional[str]
              ) -> Tuple[Dict[str, Any], Optional[dict]]:
     """The same of a recipe's teacher."""
-    if not is_distiller(source.model):
+    if 'model' not in source and 'teacher' in source:
+        teacher, student = source.teacher, {}
+    elif 'model' in source and is_distiller(source.model):
+        teacher, student = source.model.teacher, source.model.student
+    else:
+        found = source.get('model', {}).get('type')
         raise ConfigError(
-            f'--teacher: the source config is a {source.model.get("type")}, '
-            'which has no teacher. Give a distillation recipe, or leave out '
-            '--teacher.')
-    teacher = source.model.teacher
+            f'--teacher: the source config is a {found}, which has no '
+            'teacher. Give a distillation recipe or a file of '
+            'configs/_base_/teachers, or leave out --teacher.')
     given = {key: teacher[key] for key in ('ignore_keys', 'input_size')
              if key in teacher}
     weights = dict(
         backbone=_scoped(teacher.backbone, source),
         checkpoint=checkpoint or teacher.get('checkpoint'),
         prefix=teacher.get('prefix', ''), **given)
-    preprocessor = _preprocessor(source, source.model.student)
+    preprocessor = _preprocessor(source, student)
     if preprocessor is not None or teacher.get('mean') is not None:
-        preprocessor = dict(preprocessor or {})
+        preprocessor = dict(preprocessor or dict(to_rgb=True))
         in_rgb = _in_rgb(preprocessor) != teacher.get('swap_channels', False)
         statistics = preprocessor if teacher.get('mean') is None else teacher
         preprocessor = dict(mean=statistics.get('mean'),
@@ -105,7 +112,7 @@ def _scoped(backbone: dict, source: Config) -> dict:
 
 
 def _preprocessor(source: Config, student: dict) -> Optional[dict]:
-    for owner in (student, source.model, source):
+    for owner in (student, source.get('model', {}), source):
         if owner.get('data_preprocessor'):
             return owner['data_preprocessor']
     return None

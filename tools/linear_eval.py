@@ -32,12 +32,18 @@ def parse_args():
     parser.add_argument('--teacher', action='store_true',
                         help="evaluate the recipe's teacher")
     parser.add_argument(
+        '--head', metavar='CHECKPOINT', help='train nothing: evaluate with '
+        'the head of an earlier linear evaluation, on other data')
+    parser.add_argument(
         '--work-dir', help='where logs and the head go '
         '(default: work_dirs/linear_eval/SOURCE/TASK)')
     parser.add_argument('--seed', type=int, help="(default: the task's)")
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
         help='override settings of the task config')
+    parser.add_argument(
+        '--source-options', nargs='+', action=DictAction,
+        metavar='KEY=VALUE', help='override settings of the source config')
     parser.add_argument(
         '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none', help='how a distributed job was started')
@@ -54,17 +60,20 @@ def stem(path):
 def main():
     args = parse_args()
     cfg = evaluation_config(
-        load_config(args.task, args.cfg_options), load_config(args.source),
-        args.checkpoint, args.teacher)
+        load_config(args.task, args.cfg_options),
+        load_config(args.source, args.source_options), args.checkpoint,
+        args.teacher)
     cfg.launcher = args.launcher
     evaluated = stem(args.source) + ('_teacher' if args.teacher else '')
     cfg.work_dir = args.work_dir or os.path.join(
         'work_dirs', 'linear_eval', evaluated, stem(args.task))
     if args.seed is not None:
         cfg.randomness = dict(seed=args.seed)
+    if args.head:
+        cfg.load_from = args.head
     prepare_training(cfg)
     runner = Runner.from_cfg(cfg)
-    if cfg.get('train_cfg') is None:  # k-NN
+    if args.head or cfg.get('train_cfg') is None:  # a trained head, k-NN
         metrics = runner.val()
     else:
         runner.train()

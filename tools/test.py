@@ -24,7 +24,9 @@ from mmsinger.export import is_distiller, load_student, student_config
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('config', help='the config file')
-    parser.add_argument('checkpoint', help='the checkpoint file')
+    parser.add_argument(
+        'checkpoint', nargs='?', help='the checkpoint file (not needed for a '
+        'model that loads its own, such as mmsinger.KNNClassifier)')
     parser.add_argument(
         '--work-dir', help='where logs and metrics go '
         '(default: work_dirs/NAME of the config)')
@@ -67,14 +69,20 @@ def main():
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     distilled = is_distiller(cfg.model)
     cfg = student_config(cfg)
-    student = load_student(args.checkpoint)
+    weights = load_student(args.checkpoint)['state_dict'] \
+        if args.checkpoint else None
     cfg.load_from, cfg.resume = None, False
     runner = Runner.from_cfg(cfg)
-    load_strict(
-        unwrap(runner.model), student['state_dict'],
-        what=f"{'student' if distilled else 'model'} of {args.config!r} and "
-        f'checkpoint {args.checkpoint!r}',
-        fix='Give the config that the checkpoint was trained with.')
+    model = unwrap(runner.model)
+    if weights is not None:
+        load_strict(
+            model, weights,
+            what=f"{'student' if distilled else 'model'} of {args.config!r} "
+            f'and checkpoint {args.checkpoint!r}',
+            fix='Give the config that the checkpoint was trained with.')
+    elif getattr(model, 'needs_checkpoint', True):
+        raise ConfigError(f'A {type(model).__name__} needs a checkpoint: '
+                          f'python tools/test.py {args.config} CHECKPOINT')
     runner.test()
 
 

@@ -8,7 +8,7 @@ _base_ = [
 model = dict(
     data_preprocessor=dict(size=(32, 32)), decode_head=dict(num_classes=11))
 train_dataloader = dict(
-    batch_size=64, num_workers=0, persistent_workers=False,
+    batch_size=32, num_workers=0, persistent_workers=False,
     dataset=dict(indices=3000, pipeline=_base_.test_pipeline))
 val_dataloader = dict(num_workers=0, persistent_workers=False)
 test_dataloader = val_dataloader

@@ -9,7 +9,9 @@ gets darker with distance. The stock datasets read what is written::
     ├── images/{training,validation}/scene_000000.png       8-bit colour
     ├── annotations/{training,validation}/scene_000000.png  8-bit classes
     ├── depth/{training,validation}/scene_000000.png        16-bit millimetres
-    └── meta/{train,val}.txt                                "file label"
+    └── meta/{train,val,train_longtail}.txt                 "file label"
+
+Of the long-tailed list digit c keeps the share 0.6^c of its training scenes.
 """
 import json
 import math
@@ -32,7 +34,8 @@ DIGIT_SCENES_PALETTE = [[40, 40, 40], [230, 25, 75], [60, 180, 75],
 
 MARKER = 'digit_scenes.json'
 SPLITS = {'training': 'train', 'validation': 'val'}  # folder, list in meta/
-FORMAT = 2  # raise it when the same settings give other scenes
+LONGTAIL = 0.6
+FORMAT = 3  # raise it when the same settings give other scenes
 
 PIXEL_METRES = 48.  # size of a digit [px] = 48 / its distance [m]
 WALL_METRES = 8.
@@ -95,6 +98,7 @@ def make_digit_scenes(root: str,
         used[split] = _write_split(
             partial, split, name, total, images, labels, pools[split],
             settings, [seed, number])
+    _write_longtail(os.path.join(partial, 'meta'))
     with open(os.path.join(partial, MARKER), 'w') as file:
         json.dump(dict(settings=settings, digits=used), file)
     if os.path.isdir(root):
@@ -227,6 +231,20 @@ def _write_split(root: str, split: str, name: str, total: int,
     with open(os.path.join(root, 'meta', f'{name}.txt'), 'w') as file:
         file.writelines(lines)
     return sorted(used)
+
+
+def _write_longtail(folder: str) -> None:
+    """The beginning of each digit's scenes, in the order of the whole."""
+    with open(os.path.join(folder, 'train.txt')) as file:
+        lines = file.readlines()
+    digits = [int(line.split()[1]) for line in lines]
+    left = {digit: math.ceil(digits.count(digit) * LONGTAIL**digit)
+            for digit in set(digits)}
+    with open(os.path.join(folder, 'train_longtail.txt'), 'w') as file:
+        for digit, line in zip(digits, lines):
+            if left[digit]:
+                left[digit] -= 1
+                file.write(line)
 
 
 def _write_png(path: str, picture: np.ndarray) -> None:

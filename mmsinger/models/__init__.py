@@ -8,15 +8,17 @@ from mmsinger.models.distillers import (BaseDistiller, FeatureDistiller,
                                         ViTKDDistiller)
 from mmsinger.models.frozen_backbone import FrozenBackbone
 from mmsinger.models.heads import LinearDepthHead
+from mmsinger.models.knn_classifier import KNNClassifier
 from mmsinger.models.losses import (FeatureMSELoss, GramInformationLoss,
                                     LogitKLLoss, OutlierSuppressionLoss)
+from mmsinger.models.planted_artifacts import PlantedArtifacts
 from mmsinger.models.teacher import FrozenClassifier, FrozenTeacher
 
 __all__ = [
     'BaseDistiller', 'ConvStem', 'FeatureDistiller', 'FeatureMSELoss',
     'FitNetDistiller', 'FrozenBackbone', 'FrozenClassifier', 'FrozenTeacher',
-    'GatedSiNGERDistiller', 'GramInformationLoss', 'LinearDepthHead',
-    'LogitKDDistiller', 'LogitKLLoss', 'OutlierSuppressionLoss',
-    'SiNGERAdapter', 'SiNGERDistiller', 'ViTKDDistiller',
-    'VisionTransformerWithRegisters'
+    'GatedSiNGERDistiller', 'GramInformationLoss', 'KNNClassifier',
+    'LinearDepthHead', 'LogitKDDistiller', 'LogitKLLoss',
+    'OutlierSuppressionLoss', 'PlantedArtifacts', 'SiNGERAdapter',
+    'SiNGERDistiller', 'ViTKDDistiller', 'VisionTransformerWithRegisters'
 ]

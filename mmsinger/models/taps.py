@@ -229,9 +229,23 @@ class BlockTaps:
         return _first(self.blocks.modules[layer](
             values, *extras.args, **extras.kwargs))
 
+    def with_outputs(self, outputs: Dict[int, Tensor]) -> 'BlockTaps':
+        """The record of a like pass over other images.
+
+        Args:
+            outputs (dict[int, Tensor]): Block outputs (B, N, C) by index.
+
+        Returns:
+            BlockTaps: With the same grid and extra arguments.
+        """
+        taps = BlockTaps(self.blocks, self.layers)
+        taps._outputs = outputs
+        taps._extras, taps._grid = self._extras, self._grid
+        return taps
+
     def _record_grid(self, module: nn.Module, args: tuple, output: Any
                      ) -> None:
-        self._grid = _patch_grid(module, args[0], output)
+        self._grid = patch_grid(module, args[0], output)
 
     def _record_extras(self, layer: int):
 
@@ -254,7 +268,7 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
-def _patch_grid(patch_embed: nn.Module, images: Tensor, output: Any) -> Grid:
+def patch_grid(patch_embed: nn.Module, images: Tensor, output: Any) -> Grid:
     if isinstance(output, (tuple, list)) and len(output) == 2:  # mmcv
         height, width = output[1]
         return int(height), int(width)

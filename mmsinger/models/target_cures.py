@@ -67,6 +67,11 @@ class TargetCure:
                 "itself: teacher.backbone=dict(type="
                 "'mmsinger.PlantedArtifacts', backbone=…). For any other, "
                 'use mask=dict(mad=6.0).')
+        if self.mask == 'oracle' and teacher.remember:
+            raise ConfigError(
+                "mask='oracle' asks the teacher about its last pass, which "
+                f'teacher.remember={teacher.remember} leaves out for known '
+                'images. Set teacher.remember=0.')
 
     def __call__(self, target: Tokens, teacher: nn.Module
                  ) -> Tuple[Tokens, Optional[Tensor]]:

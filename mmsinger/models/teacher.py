@@ -9,6 +9,7 @@ from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
 from mmsinger.errors import ConfigError
 from mmsinger.models.taps import (BlockTaps, Blocks, Layer, find_blocks,
                                   fixed_input_size, patch_stride)
+from mmsinger.models.teacher_memory import TokenMemory
 from mmsinger.registry import MODELS
 
 
@@ -235,6 +236,9 @@ class FrozenTeacher(FrozenModule):
         layers (Sequence[int | str]): The blocks that feature methods distil
             unless their own ``layers`` says otherwise. Defaults to
             ``(17, 23)``, the paper's for 24 blocks.
+        remember (int): How many images to keep the tokens of, in memory, so
+            that the teacher sees each only once. For small data sets and
+            pipelines without random augmentation. Defaults to 0, none.
 
     Raises:
         ConfigError: If a value is not valid or the backbone is no vision
@@ -252,11 +256,22 @@ class FrozenTeacher(FrozenModule):
                  std: Optional[Sequence[float]] = None,
                  swap_channels: bool = False,
                  input_size: Union[int, Sequence[int], None] = None,
-                 layers: Sequence[Layer] = (17, 23)) -> None:
+                 layers: Sequence[Layer] = (17, 23),
+                 remember: int = 0) -> None:
+        if not isinstance(remember, int) or remember < 0:
+            raise ConfigError(f'{self.role}.remember={remember!r} must be a '
+                              'number of images, 0 for none.')
         super().__init__(backbone, checkpoint, prefix, ignore_keys, mean, std,
                          swap_channels, input_size)
         self.blocks: Blocks = find_blocks(self.backbone, self.role)
         self.layers = layers
+        self.remember = remember
+        self.memory = TokenMemory(remember)
+
+    def load_weights(self) -> None:
+        """See :class:`FrozenModule`; tokens of other weights are forgotten."""
+        super().load_weights()
+        self.memory = TokenMemory(self.remember)
 
     def forward(self, images: Tensor, layers: Sequence[int],
                 normalisation: Normalisation) -> BlockTaps:
@@ -273,10 +288,17 @@ class FrozenTeacher(FrozenModule):
             without gradients. Blocks can be run again through it.
         """
         self.check_loaded()
-        with torch.no_grad(), BlockTaps(self.blocks, layers, stop=True) \
-                as taps:
-            taps.run(self.backbone, self.prepare(images, normalisation))
-        return taps
+
+        def run(prepared: Tensor) -> BlockTaps:
+            with torch.no_grad(), BlockTaps(self.blocks, layers, stop=True) \
+                    as taps:
+                taps.run(self.backbone, prepared)
+            return taps
+
+        images = self.prepare(images, normalisation)
+        if self.remember:
+            return self.memory.recall(images, layers, run)
+        return run(images)
 
     def fitting_size(self, size: Tuple[int, int]) -> Tuple[int, int]:
         stride = patch_stride(self.blocks.patch_embed)

@@ -87,7 +87,8 @@ class LinearDepthHead(BaseModule):
         target = self.binned(depth)
         logits = self._upsample(self(inputs), depth.shape[1:])
         total = nn.functional.cross_entropy(
-            logits, target, ignore_index=IGNORED, reduction='sum')
+            logits.flatten(0, 2), target.flatten(), ignore_index=IGNORED,
+            reduction='sum')
         return dict(loss_ce=total / (target != IGNORED).sum().clamp(min=1))
 
     def predict(self, inputs: Tuple[Tensor], batch_img_metas: List[dict],
@@ -112,12 +113,16 @@ class LinearDepthHead(BaseModule):
         return torch.where(valid, bins, IGNORED).long()
 
     def depth(self, logits: Tensor) -> Tensor:
-        """Soft-argmax of logits (B, num_bins, H, W) in metres,
+        """Soft-argmax of logits (B, H, W, num_bins) in metres,
         (B, 1, H, W)."""
-        shares = (logits / self.temperature).softmax(dim=1)
-        return torch.einsum('bnhw,n->bhw', shares, self.bins).unsqueeze(1)
+        shares = (logits / self.temperature).softmax(dim=-1)
+        return (shares @ self.bins.to(shares)).unsqueeze(1)
 
     def _upsample(self, logits: Tensor, size: Tuple[int, int]) -> Tensor:
-        return nn.functional.interpolate(
-            logits, size=tuple(size), mode='bilinear',
+        """(B, num_bins, h, w) -> (B, H, W, num_bins), bins side by side in
+        memory, which makes a softmax over them several times faster."""
+        logits = nn.functional.interpolate(
+            logits.contiguous(memory_format=torch.channels_last),
+            size=tuple(size), mode='bilinear',
             align_corners=self.align_corners)
+        return logits.permute(0, 2, 3, 1).contiguous()

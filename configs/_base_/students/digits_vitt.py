@@ -1,0 +1,13 @@
+# Stands in for ViT-T on the digit scenes, without a head
+student = dict(
+    type='ImageClassifier',
+    backbone=dict(
+        type='VisionTransformer',
+        arch=dict(embed_dims=32, num_layers=3, num_heads=4,
+                  feedforward_channels=128),
+        img_size=32,
+        patch_size=4),
+    data_preprocessor=dict(
+        mean=[127.5, 127.5, 127.5],
+        std=[64., 64., 64.],
+        to_rgb=True))

@@ -1,0 +1,187 @@
+"""Artifacts planted into a clean teacher, to judge methods against."""
+from typing import Optional, Sequence, Tuple
+
+import torch
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from mmsinger.errors import ConfigError, check_choice
+from mmsinger.models.adapters import left_singular_directions, linearised_ffn
+from mmsinger.models.taps import (Layer, find_blocks, patch_grid,
+                                  patch_stride, resolve_layer)
+from mmsinger.registry import MODELS
+
+DIRECTIONS = ('null', 'random')
+
+
+@MODELS.register_module()
+class PlantedArtifacts(BaseModule):
+    """A backbone with a few patch tokens of abnormally high norm.
+
+    Real artifacts appear only in large teachers trained at scale. This
+    wrapper adds their likeness to any vision transformer: after one block, a
+    few patches of little content get a long vector each, which the residual
+    stream then carries to all later blocks. Which patches, and how long, is a
+    hash of the image: the same image always gets the same artifacts.
+
+    Goes wherever the backbone itself would, with the same checkpoint::
+
+        teacher=dict(backbone=dict(type='mmsinger.PlantedArtifacts',
+                                   backbone=dict(...)), checkpoint=...)
+
+    Args:
+        backbone (dict): Config of the clean backbone.
+        after (int | str): The block after which to plant. Defaults to 1.
+        share (float): Share of the patch tokens; the number varies from image
+            to image, by up to a half of it. 0 plants nothing: the clean
+            teacher. Defaults to 0.03.
+        norm (tuple[float, float]): Length of a planted vector, smallest and
+            largest, in units of the image's median patch norm. Defaults to
+            (7.0, 9.0).
+        dims (int): 1: the same direction everywhere. More: a random direction
+            for each image, in a subspace of so many dimensions. Defaults
+            to 1.
+        direction (str): Where the directions come from. ``'null'``: the left
+            singular directions of the following block's linearised FFN with
+            the smallest singular values. ``'random'``: anywhere. Defaults to
+            ``'random'``.
+        seed (int): Of the random directions. Defaults to 0.
+
+    Raises:
+        ConfigError: If a value is not valid.
+    """
+
+    def __init__(self,
+                 backbone: dict,
+                 after: Layer = 1,
+                 share: float = 0.03,
+                 norm: Sequence[float] = (7.0, 9.0),
+                 dims: int = 1,
+                 direction: str = 'random',
+                 seed: int = 0) -> None:
+        super().__init__()
+        check_choice('direction', direction, DIRECTIONS)
+        if not 0 <= share < 0.5:
+            raise ConfigError(f'share={share} must lie in [0, 0.5): '
+                              'artifacts are planted into the half of the '
+                              'patches that has the least content.')
+        if len(norm) != 2 or not 0 < norm[0] <= norm[1]:
+            raise ConfigError(f'norm={norm} must be the smallest and the '
+                              'largest length, for instance (7.0, 9.0).')
+        self.backbone = MODELS.build(backbone)
+        blocks = find_blocks(self.backbone, 'PlantedArtifacts.backbone')
+        self.after = resolve_layer(after, blocks, 'after')
+        if self.after == len(blocks) - 1:
+            raise ConfigError(f'after={after} is the last block: there is no '
+                              'following block to plant for.')
+        if not 1 <= dims <= blocks.dim:
+            raise ConfigError(f'dims={dims} must lie between 1 and the '
+                              f"tokens' {blocks.dim} channels.")
+        self.share = share
+        self.norm = tuple(norm)
+        self.dims = dims
+        self.direction = direction
+        self.seed = seed
+        self.planted_mask: Optional[Tensor] = None
+        self._images: Optional[Tensor] = None
+        self._basis: Optional[Tensor] = None
+        blocks.patch_embed.register_forward_hook(self._record_patches)
+        blocks.modules[self.after].register_forward_hook(self._plant)
+        self._register_load_state_dict_pre_hook(self._accept_clean_backbone)
+
+    def forward(self, images: Tensor, *args, **kwargs):
+        """As the backbone. :attr:`planted_mask` then tells which patch tokens
+        of this batch are artifacts, bool, shape (B, P)."""
+        return self.backbone(images, *args, **kwargs)
+
+    def basis(self) -> Tensor:
+        """The directions that artifacts are combined from, orthonormal rows,
+        shape (dims, D), float32 on the CPU."""
+        blocks = find_blocks(self.backbone, 'PlantedArtifacts.backbone')
+        if self.direction == 'null':
+            weight = linearised_ffn(blocks.modules[self.after + 1])
+            directions, _ = left_singular_directions(weight)
+            return directions[:, -self.dims:].T.float().cpu().contiguous()
+        generator = torch.Generator().manual_seed(self.seed)
+        columns = torch.randn(blocks.dim, self.dims, generator=generator)
+        return torch.linalg.qr(columns).Q.T.contiguous()
+
+    def _accept_clean_backbone(self, state_dict, prefix, *_) -> None:
+        own = f'{prefix}backbone.'
+        for key in list(state_dict):
+            if key.startswith(prefix) and not key.startswith(own):
+                state_dict[own + key[len(prefix):]] = state_dict.pop(key)
+        self._basis = None  # of other weights
+
+    def _record_patches(self, module: nn.Module, args: tuple, output) -> None:
+        self._images = args[0]
+        self._grid = patch_grid(module, args[0], output)
+
+    @torch.no_grad()
+    def _plant(self, module: nn.Module, args: tuple, output):
+        tokens = output[0] if isinstance(output, (tuple, list)) else output
+        count = self._grid[0] * self._grid[1]
+        patches = tokens[:, -count:]
+        mask, uniform = choose_patches(self._images, self._grid, self.share)
+        self.planted_mask = mask
+        if self._basis is None:
+            self._basis = self.basis()
+        basis = self._basis.to(patches)
+        if self.dims > 1:
+            # A standard normal vector for each image, from its hash
+            angles = 1e4 * uniform[:, :1].double() * torch.arange(
+                1, self.dims + 1, device=patches.device)
+            mixture = torch.special.ndtri(
+                _fraction(angles).clamp(1e-6, 1 - 1e-6)).to(patches)
+            direction = nn.functional.normalize(mixture @ basis, dim=-1)
+        else:
+            direction = basis.expand(len(patches), -1)
+        median = patches.norm(dim=-1).median(dim=1, keepdim=True).values
+        low, high = self.norm
+        length = (low + (high - low) * _fraction(1e3 * uniform)) * median
+        planted = patches + (mask * length).unsqueeze(-1) * \
+            direction.unsqueeze(1)
+        tokens = torch.cat([tokens[:, :-count], planted], dim=1)
+        if isinstance(output, (tuple, list)):
+            return type(output)([tokens, *output[1:]])
+        return tokens
+
+
+def choose_patches(images: Tensor, grid: Tuple[int, int], share: float
+                   ) -> Tuple[Tensor, Tensor]:
+    """Patches of little content to plant artifacts into.
+
+    Of the half of an image's patches whose pixels vary least, those with the
+    smallest hash are taken.
+
+    Args:
+        images (Tensor): Shape (B, C, H, W).
+        grid (tuple[int, int]): Rows and columns of patches.
+        share (float): Mean share of the patches; an image has between a half
+            and one and a half times as many, at least one; none if it is 0.
+
+    Returns:
+        tuple[Tensor, Tensor]: Which patches, bool, shape (B, P), and a number
+        in [0, 1) for each patch that depends on its content, shape (B, P).
+    """
+    batch, channels = images.shape[:2]
+    rows, columns = grid
+    height, width = images.shape[-2] // rows, images.shape[-1] // columns
+    cells = images[..., :rows * height, :columns * width].float().reshape(
+        batch, channels, rows, height, columns, width)
+    # (B, C, rows, h, columns, w) -> (B, P, C h w)
+    cells = cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
+    variance = cells.var(dim=-1)
+    plain = variance <= variance.median(dim=1, keepdim=True).values
+    position = torch.arange(rows * columns, device=images.device)
+    uniform = _fraction(cells.mean(dim=-1).double() * 977.13
+                        + position * 0.6180339887)
+    count = (share * rows * columns * (0.5 + uniform.mean(dim=1, keepdim=True)
+                                       .mul(1e4).frac())).round().clamp(min=share > 0)
+    order = uniform.masked_fill(~plain, 2).argsort(dim=1).argsort(dim=1)
+    return (order < count) & plain, uniform.to(images.dtype)
+
+
+def _fraction(values: Tensor) -> Tensor:
+    """A well-mixed number in [0, 1) from any."""
+    return (torch.sin(values * 12.9898 + 4.1414) * 43758.5453).frac().abs()

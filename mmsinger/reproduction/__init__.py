@@ -1,0 +1,2 @@
+"""The paper's tables: planned, run and written beside the published
+figures."""

@@ -1,0 +1,142 @@
+"""Reproduce a table of the paper: distil, evaluate, put side by side.
+
+    python tools/reproduce.py 1 --profile digits
+
+Runs what is missing, goes on where an earlier call was interrupted, and writes
+Markdown, CSV, LaTeX and a plot. Runs are shared between tables.
+"""
+import argparse
+import os
+import shlex
+import signal
+import sys
+
+import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
+import torch
+from mmengine.logging import MMLogger
+
+from mmsinger.datasets import make_digit_scenes
+from mmsinger.errors import ConfigError, check_choice, readable_errors
+from mmsinger.reproduction.execute import Resources, Workspace, run_jobs
+from mmsinger.reproduction.plan import ordered
+from mmsinger.reproduction.planted import planted_all, planted_core
+from mmsinger.reproduction.profiles import PROFILES
+from mmsinger.reproduction.report import write_report
+from mmsinger.reproduction.tables import (sweep, table1, table3, table4,
+                                          table5a, table5b, table7, table8)
+
+TABLES = {'1': table1, '3': table3, '4': table4, '5a': table5a,
+          '5b': table5b, '7': table7, '8': table8, 'sweep': sweep}
+PLANTED = {'planted': planted_core, 'planted_all': planted_all}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('table', nargs='+',
+                        help=f'one or several of {", ".join(TABLES)}; all of '
+                        'these; or, with --profile digits, '
+                        f'{" or ".join(PLANTED)}')
+    parser.add_argument(
+        '--profile', default='full',
+        help='full: the paper\'s models and data; digits: small models on '
+        'the built-in data (default: full)')
+    parser.add_argument('--seeds', type=int, default=1, metavar='N',
+                        help='runs with seeds 0 to N - 1 (default: 1)')
+    parser.add_argument('--dry-run', action='store_true',
+                        help='print the plan and stop')
+    parser.add_argument('--quick', action='store_true',
+                        help='a few steps of everything, to see that it runs')
+    parser.add_argument(
+        '--report-only', action='store_true',
+        help='run nothing, write the report of what is there')
+    parser.add_argument(
+        '--root', help='where runs and reports go '
+        '(default: work_dirs/reproduce/PROFILE)')
+    parser.add_argument(
+        '--jobs', type=int, metavar='N',
+        help='jobs at the same time (default: as many as the GPUs hold; on '
+        'the CPU one, with --profile digits one for each core). More than '
+        'that share GPUs')
+    parser.add_argument('--gpus', metavar='0,1,...',
+                        help='which to use (default: all that torch sees)')
+    parser.add_argument('--gpus-per-job', type=int, default=1, metavar='N',
+                        help='(default: 1)')
+    parser.add_argument(
+        '--srun', metavar='ARGS', help='run each job through slurm, for '
+        "instance --srun '-p gpu --gres=gpu:8 --ntasks=8 "
+        "--ntasks-per-node=8'; --jobs is then how many are queued at once")
+    return parser.parse_args()
+
+
+def chosen_tables(args):
+    check_choice('--profile', args.profile, tuple(PROFILES))
+    if args.seeds < 1:
+        raise ConfigError(f'--seeds {args.seeds}: at least 1 is needed.')
+    known = TABLES
+    if args.profile == 'digits':
+        known = {**TABLES, **PLANTED}
+    elif args.quick:
+        raise ConfigError('--quick is for --profile digits, whose data are '
+                          'built in.')
+    names = list(TABLES) if 'all' in args.table else args.table
+    for name in names:
+        check_choice('table', name, (*known, 'all'))
+    return [known[name](PROFILES[args.profile], range(args.seeds),
+                        args.quick) for name in names]
+
+
+def resources_of(args):
+    gpus = () if args.srun else tuple(
+        args.gpus.split(',') if args.gpus else
+        map(str, range(torch.cuda.device_count())))
+    if args.gpus_per_job < 1 or (args.jobs is not None and args.jobs < 1):
+        raise ConfigError('--jobs and --gpus-per-job must be at least 1.')
+    jobs = args.jobs or len(gpus) // args.gpus_per_job
+    if not jobs:
+        jobs = len(os.sched_getaffinity(0)) if args.profile == 'digits' else 1
+    return Resources(jobs, gpus, args.gpus_per_job, args.srun)
+
+
+def show_plan(jobs, workspace):
+    for job in ordered(jobs):
+        print(f'{workspace.state(job, jobs):<12}{job.name}\n'
+              f'            {shlex.join([job.tool, *workspace.arguments(job)])}')
+    states = [workspace.state(job, jobs) for job in jobs.values()]
+    print(f'{len(states)} jobs, {states.count("finished")} finished')
+
+
+def main():
+    args = parse_args()
+    tables = chosen_tables(args)
+    resources = resources_of(args)
+    workspace = Workspace(args.root or os.path.join(
+        'work_dirs', 'reproduce', args.profile + '_quick' * args.quick))
+    jobs = {name: job for table in tables for name, job in table.jobs.items()}
+    if args.dry_run:
+        show_plan(jobs, workspace)
+        return
+    # So that what is running is ended in an orderly way
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with workspace.lock():
+        if args.report_only:
+            records = {name: record for name in jobs
+                       if (record := workspace.record(name)) is not None}
+        else:
+            if args.profile == 'digits':
+                MMLogger.get_instance('mmengine')
+                make_digit_scenes('data/digit_scenes')
+            with resources.reserve():
+                records = run_jobs(jobs, workspace, resources)
+        for table in tables:
+            own = {n: r for n, r in records.items() if n in table.jobs}
+            paths = write_report(table, own, workspace.root)
+            print(f'\n{table.title}: {", ".join(paths)}')
+    failed = sum(r.status == 'failed' for r in records.values())
+    if failed:
+        sys.exit(f'{failed} of {len(jobs)} jobs failed; the reports say which '
+                 'and why.')
+
+
+if __name__ == '__main__':
+    with readable_errors():
+        main()
