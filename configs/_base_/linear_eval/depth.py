@@ -1,7 +1,7 @@
 # A 1x1 convolution on the patch tokens of the frozen backbone, the CLS token
 # beside each, to 256 depth bins over 0 to 10 m. tools/linear_eval.py adds the
-# backbone, its normalisation and in_channels. Temperature: of the official test
-# command (0.03 while the official code trains).
+# backbone, its normalisation and in_channels. The temperature is of the
+# official test command (0.03 while the official code trains).
 model = dict(
     type='mmseg.DepthEstimator',
     data_preprocessor=dict(
