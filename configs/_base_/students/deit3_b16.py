@@ -1,8 +1,10 @@
-# DeiT-III-B/16 without a head, for feature pre-training
+# DeiT-III-B/16 without a head, for feature pre-training.
+# Not mmpretrain's DeiT3, see docs/converters.md.
 student = dict(
     type='ImageClassifier',
     backbone=dict(
-        type='DeiT3', arch='b', img_size=224, patch_size=16),
+        type='VisionTransformer', arch='b', img_size=224,
+        patch_size=16, layer_scale_init_value=1e-4),
     data_preprocessor=dict(
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],

@@ -2,9 +2,10 @@
 student = dict(
     type='ImageClassifier',
     backbone=dict(
-        type='DeiT3',
+        type='VisionTransformer',
         arch=dict(embed_dims=32, num_layers=4, num_heads=4,
                   feedforward_channels=128),
+        layer_scale_init_value=0.1,
         img_size=32,
         patch_size=4),
     data_preprocessor=dict(

@@ -1,7 +1,9 @@
-# DeiT-III-B/16, ImageNet-1k, in mmpretrain's key layout: evaluated as it is
+# DeiT-III-B/16, ImageNet-1k, in mmpretrain's key layout: evaluated as it is.
+# Not mmpretrain's DeiT3, see docs/converters.md.
 teacher = dict(
     backbone=dict(
-        type='mmpretrain.DeiT3', arch='b', img_size=224, patch_size=16,
+        type='mmpretrain.VisionTransformer', arch='b', img_size=224,
+        patch_size=16, layer_scale_init_value=1e-4,
         out_type='raw'),
     checkpoint='checkpoints/deit3_b16_in1k.pth',
     prefix='backbone.',

@@ -1,9 +1,11 @@
-# DeiT-III-L/16 with its head, ImageNet-1k, in mmpretrain's key layout
+# DeiT-III-L/16 with its head, ImageNet-1k, in mmpretrain's key layout.
+# Not mmpretrain's DeiT3, see docs/converters.md.
 teacher = dict(
     model=dict(
         type='mmpretrain.ImageClassifier',
         backbone=dict(
-            type='mmpretrain.DeiT3', arch='l', img_size=224, patch_size=16),
+            type='mmpretrain.VisionTransformer', arch='l', img_size=224,
+            patch_size=16, layer_scale_init_value=1e-4),
         head=dict(
             type='mmpretrain.VisionTransformerClsHead', num_classes=1000,
             in_channels=1024)),

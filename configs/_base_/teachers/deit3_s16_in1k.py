@@ -1,7 +1,9 @@
-# DeiT-III-S/16, ImageNet-1k, in mmpretrain's key layout
+# DeiT-III-S/16, ImageNet-1k, in mmpretrain's key layout.
+# Not mmpretrain's DeiT3, see docs/converters.md.
 teacher = dict(
     backbone=dict(
-        type='mmpretrain.DeiT3', arch='s', img_size=224, patch_size=16,
+        type='mmpretrain.VisionTransformer', arch='deit-small', img_size=224,
+        patch_size=16, layer_scale_init_value=1e-4,
         out_type='raw'),
     checkpoint='checkpoints/deit3_s16_in1k.pth',
     prefix='backbone.',

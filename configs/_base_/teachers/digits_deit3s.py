@@ -2,9 +2,10 @@
 # configs/digits/supervised_deit3s.py
 teacher = dict(
     backbone=dict(
-        type='mmpretrain.DeiT3',
+        type='mmpretrain.VisionTransformer',
         arch=dict(embed_dims=64, num_layers=4, num_heads=4,
                   feedforward_channels=256),
+        layer_scale_init_value=0.1,
         img_size=32,
         patch_size=4,
         patch_cfg=dict(kernel_size=8, stride=4, padding=2),
