@@ -111,8 +111,9 @@ setup(
         'demo': ['scikit-learn', 'matplotlib'],
         'test': [
             'pytest>=7', 'hypothesis', 'timm', 'scikit-learn', 'matplotlib',
-            'setuptools>=70.1', 'wheel'
+            'h5py', 'setuptools>=70.1', 'wheel'
         ],
+        'nyu': ['h5py'],  # for NYUd-v2's .mat file
         'docs': ['sphinx', 'myst-parser'],
     },
     zip_safe=False)
