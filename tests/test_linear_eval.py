@@ -501,3 +501,54 @@ def test_wrong_checkpoint_is_refused(place):
         'source.py', 'nowhere.pth', cwd=place, check=False)
     assert missing.returncode == 1
     assert "checkpoint='nowhere.pth': no such file" in missing.stdout
+
+
+# -- recipes ---------------------------------------------------------------
+
+RECIPES = sorted(glob.glob(os.path.join(CONFIGS, '*.py')))
+EPOCHS = dict(cls=150, seg=200, depth=200)
+
+
+def name_of(path):
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+@pytest.mark.parametrize('path', RECIPES, ids=name_of)
+def test_recipe_fits_a_student(path):
+    """One model for each, with a head as wide as the student."""
+    with open(path) as file:
+        lines = file.read().splitlines()
+    assert lines[0].startswith('#') and len(lines) <= 25
+    cfg = evaluation_config(load_config(path), load_config(DIGITS), 'x.pth')
+    cfg.model.backbone.checkpoint = None
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model).eval()
+    inputs = torch.randn(2, 3, 32, 32)
+    if isinstance(model, KNNClassifier):
+        assert model.features(inputs).shape == (2, 64)
+        return
+    logits = model(inputs, mode='tensor')
+    if hasattr(model, 'decode_head'):
+        assert logits.shape == (2, model.decode_head.num_classes, 8, 8)
+    else:
+        assert logits.shape == (2, model.head.num_classes)
+    trained = {name.split('.')[0] for name, p in model.named_parameters()
+               if p.requires_grad}
+    assert trained == {'decode_head' if logits.dim() == 4 else 'head'}
+
+
+@pytest.mark.parametrize(
+    'path', [p for p in RECIPES if 'digits' not in p and 'knn' not in p],
+    ids=name_of)
+def test_full_recipe_is_the_official_one(path):
+    cfg = load_config(path)
+    epochs = EPOCHS[name_of(path).split('_')[0]]
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay,
+            optimizer.momentum) == ('SGD', 0.5, 1e-6, 0.)
+    schedule, = cfg.param_scheduler
+    assert (schedule.type, schedule.eta_min, schedule.end) == \
+        ('CosineAnnealingLR', 1e-8, epochs)
+    assert cfg.train_cfg.max_epochs == epochs
+    assert cfg.train_dataloader.batch_size == 64
+    assert cfg.train_dataloader.sampler.type == 'DefaultSampler'
