@@ -14,7 +14,9 @@ import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 from mmengine.config import DictAction
 from mmengine.runner import Runner
 
+from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
 from mmsinger.engine.config import load_config, prepare_training
+from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import readable_errors
 from mmsinger.linear_eval import evaluation_config
 
@@ -32,8 +34,8 @@ def parse_args():
     parser.add_argument('--teacher', action='store_true',
                         help="evaluate the recipe's teacher")
     parser.add_argument(
-        '--head', metavar='CHECKPOINT', help='train nothing: evaluate with '
-        'the head of an earlier linear evaluation, on other data')
+        '--head', metavar='CHECKPOINT', help='train nothing: evaluate the '
+        'head of an earlier linear evaluation on other data')
     parser.add_argument(
         '--work-dir', help='where logs and the head go '
         '(default: work_dirs/linear_eval/SOURCE/TASK)')
@@ -70,10 +72,19 @@ def main():
     if args.seed is not None:
         cfg.randomness = dict(seed=args.seed)
     if args.head:
-        cfg.load_from = args.head
+        for key in ('train_dataloader', 'train_cfg', 'optim_wrapper',
+                    'param_scheduler'):
+            cfg[key] = None
     prepare_training(cfg)
     runner = Runner.from_cfg(cfg)
-    if args.head or cfg.get('train_cfg') is None:  # a trained head, k-NN
+    if args.head:
+        load_strict(
+            unwrap(runner.model),
+            weights_of(load_checkpoint(args.head, '--head'), args.head),
+            what=f'--head {args.head!r} and {args.task!r}',
+            fix='Give a checkpoint that tools/linear_eval.py made with the '
+            'same source and the same number of classes.')
+    if cfg.get('train_cfg') is None:  # a trained head, or k-NN
         metrics = runner.val()
     else:
         runner.train()

@@ -139,4 +139,7 @@ def main():
 
 if __name__ == '__main__':
     with readable_errors():
-        main()
+        try:
+            main()
+        except KeyboardInterrupt:
+            sys.exit('Interrupted. The same command goes on from here.')

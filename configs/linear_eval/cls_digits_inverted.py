@@ -7,3 +7,6 @@ val_dataloader = dict(dataset=dict(pipeline=[
     dict(type='mmpretrain.PackInputs'),
 ]))
 test_dataloader = val_dataloader
+# The transform draws a number even where it is certain, so features are not
+# stored
+custom_hooks = [dict(type='mmsinger.RunGuardHook')]

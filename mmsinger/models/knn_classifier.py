@@ -53,6 +53,8 @@ class KNNClassifier(BaseModel):
         self.k = k
         self.temperature = temperature
         self.chunk_size = chunk_size
+        # DistributedDataParallel refuses a model that cannot be trained
+        self.unused = nn.Parameter(torch.zeros(()))
         self.register_buffer('bank', None, persistent=False)
         self.register_buffer('labels', None, persistent=False)
 
