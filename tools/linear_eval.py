@@ -12,6 +12,7 @@ import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 from mmengine.config import DictAction
+from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 
 from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
@@ -92,8 +93,9 @@ def main():
         metrics = {name[len('val/'):]: scalars[name].current()
                    for name in scalars if name.startswith('val/')
                    and not name.endswith('time')}
-    print(f'{evaluated} on {stem(args.task)}: ' + ', '.join(
-        f'{name} {value:.4f}' for name, value in metrics.items()))
+    if is_main_process():
+        print(f'{evaluated} on {stem(args.task)}: ' + ', '.join(
+            f'{name} {value:.4f}' for name, value in metrics.items()))
 
 
 if __name__ == '__main__':
