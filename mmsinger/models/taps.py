@@ -119,8 +119,9 @@ def resolve_layer(layer: Layer, blocks: Blocks, key: str) -> int:
                 f'{key}={layer} is out of range: there are {depth} blocks, '
                 f'so choose from 0 to {depth - 1} (or -{depth} to -1).')
         return layer % depth
-    paths = [f'{blocks.path}.{i}' for i in range(depth)]
-    path = re.sub(r'^(backbone|student\.backbone)\.', '', str(layer))
+    path, *paths = [  # a wrapper's blocks are below another backbone
+        re.sub(r'^(student\.)?(backbone\.)*', '', p) for p in (
+            str(layer), *(f'{blocks.path}.{i}' for i in range(depth)))]
     if path not in paths:
         raise ConfigError(
             f'{key}={layer!r}: no such block. The blocks are {paths[0]!r} to '
@@ -178,11 +179,8 @@ class BlockTaps:
     def run(self, backbone: nn.Module, images: Tensor) -> None:
         """Forward images of shape (B, 3, H, W), up to the last tap if
         ``stop`` is set."""
-        # MAE and other masked pre-training backbones mask unless told not to
-        unmasked = dict(mask=None) if 'mask' in inspect.signature(
-            backbone.forward).parameters else {}
         try:
-            backbone(images, **unmasked)
+            backbone(images, **unmasked(backbone))
         except _StopForward:
             pass
 
@@ -226,7 +224,7 @@ class BlockTaps:
             Tensor: Its output, shape (B, N, C).
         """
         extras = self._extras[layer]
-        return _first(self.blocks.modules[layer](
+        return first_output(self.blocks.modules[layer](
             values, *extras.args, **extras.kwargs))
 
     def with_outputs(self, outputs: Dict[int, Tensor]) -> 'BlockTaps':
@@ -257,14 +255,22 @@ class BlockTaps:
     def _record_output(self, layer: int):
 
         def hook(module, args, output):
-            self._outputs[layer] = _first(output)
+            self._outputs[layer] = first_output(output)
             if self.stop and layer == self.layers[-1]:
                 raise _StopForward
 
         return hook
 
 
-def _first(output: Any) -> Tensor:
+def unmasked(backbone: nn.Module) -> Dict[str, Any]:
+    """Arguments of a backbone's forward pass that keep all patches: MAE and
+    other masked pre-training backbones mask unless told not to."""
+    return dict(mask=None) if 'mask' in inspect.signature(
+        backbone.forward).parameters else {}
+
+
+def first_output(output: Any) -> Tensor:
+    """The tokens among what a block returns."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
