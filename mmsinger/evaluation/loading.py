@@ -49,6 +49,7 @@ def load_distiller(cfg: Config, checkpoint: Optional[str] = None
     if cfg.get('data_preprocessor') is not None:  # as a Runner does
         model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
     distiller = MODELS.build(model_cfg)
+    distiller.teacher.remember = 0  # some measures watch its blocks
     if checkpoint is None:
         distiller.init_weights()
         return distiller

@@ -258,7 +258,8 @@ class FrozenTeacher(FrozenModule):
                  input_size: Union[int, Sequence[int], None] = None,
                  layers: Sequence[Layer] = (17, 23),
                  remember: int = 0) -> None:
-        if not isinstance(remember, int) or remember < 0:
+        if not isinstance(remember, int) or isinstance(remember, bool) or \
+                remember < 0:
             raise ConfigError(f'{self.role}.remember={remember!r} must be a '
                               'number of images, 0 for none.')
         super().__init__(backbone, checkpoint, prefix, ignore_keys, mean, std,

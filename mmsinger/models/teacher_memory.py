@@ -39,24 +39,24 @@ class TokenMemory:
         Returns:
             BlockTaps: As of a pass over the whole batch.
         """
-        kind = (tuple(layers), tuple(images.shape[1:]), images.dtype)
+        layers = sorted(set(layers))
+        kind = (tuple(layers), tuple(images.shape[1:]), images.dtype,
+                images.device)
         keys = [hashlib.blake2b(
             repr(kind).encode() + image.tobytes(), digest_size=16).digest()
             for image in _as_bytes(images)]
         tokens = {key: self._tokens[key] for key in keys
                   if key in self._tokens}
         self._count(len(keys), sum(key in tokens for key in keys))
-        new = [i for i, key in enumerate(keys) if key not in tokens]
-        if kind not in self._examples and not new:
-            new = [0]
+        new = {key: i for i, key in enumerate(keys) if key not in tokens}
         if new:
-            taps = run(images[new])
-            self._examples[kind] = taps
-            for row, i in enumerate(new):
-                tokens[keys[i]] = [taps.tokens(layer).values[row].clone()
-                                   for layer in layers]
+            taps = run(images[list(new.values())])
+            self._examples[kind] = taps.with_outputs({})
+            for row, key in enumerate(new):
+                tokens[key] = [taps.tokens(layer).values[row].clone()
+                               for layer in layers]
                 if len(self._tokens) < self.capacity:
-                    self._tokens[keys[i]] = tokens[keys[i]]
+                    self._tokens[key] = tokens[key]
         return self._examples[kind].with_outputs({
             layer: torch.stack([tokens[key][n] for key in keys])
             for n, layer in enumerate(layers)})
@@ -67,9 +67,9 @@ class TokenMemory:
         if self.seen >= 4 * self.capacity and not self.recalled:
             print_log(
                 f'teacher.remember={self.capacity}: none of {self.seen} '
-                'images came a second time, so remembering only costs. Take '
-                'random augmentation out of the train pipeline, or set '
-                'teacher.remember=0.', logger='current', level=30)
+                'images came a second time, so remembering only costs so '
+                'far. Take random augmentation out of the train pipeline, or '
+                'set teacher.remember=0.', logger='current', level=30)
             self.seen = 0
 
 
