@@ -16,9 +16,10 @@ import torch
 from mmengine.logging import MMLogger
 
 from mmsinger.datasets import make_digit_scenes
+from mmsinger.datasets.digit_scenes import MARKER
 from mmsinger.errors import ConfigError, check_choice, readable_errors
 from mmsinger.reproduction.execute import Resources, Workspace, run_jobs
-from mmsinger.reproduction.plan import ordered
+from mmsinger.reproduction.plan import all_jobs, ordered
 from mmsinger.reproduction.planted import planted_all, planted_core
 from mmsinger.reproduction.profiles import PROFILES
 from mmsinger.reproduction.report import write_report
@@ -78,7 +79,8 @@ def chosen_tables(args):
     elif args.quick:
         raise ConfigError('--quick is for --profile digits, whose data are '
                           'built in.')
-    names = list(TABLES) if 'all' in args.table else args.table
+    names = list(TABLES) if 'all' in args.table else \
+        list(dict.fromkeys(args.table))
     for name in names:
         check_choice('table', name, (*known, 'all'))
     return [known[name](PROFILES[args.profile], range(args.seeds),
@@ -86,9 +88,7 @@ def chosen_tables(args):
 
 
 def resources_of(args):
-    gpus = () if args.srun else tuple(
-        args.gpus.split(',') if args.gpus else
-        map(str, range(torch.cuda.device_count())))
+    gpus = () if args.srun else chosen_gpus(args.gpus)
     if args.gpus_per_job < 1 or (args.jobs is not None and args.jobs < 1):
         raise ConfigError('--jobs and --gpus-per-job must be at least 1.')
     jobs = args.jobs or len(gpus) // args.gpus_per_job
@@ -97,10 +97,35 @@ def resources_of(args):
     return Resources(jobs, gpus, args.gpus_per_job, args.srun)
 
 
+def chosen_gpus(wanted):
+    count = torch.cuda.device_count()
+    seen = os.environ.get('CUDA_VISIBLE_DEVICES')
+    seen = [gpu.strip() for gpu in seen.split(',')][:count] \
+        if seen is not None else list(map(str, range(count)))
+    if wanted is None:
+        return tuple(seen)
+    gpus = wanted.split(',')
+    if len(set(gpus)) < len(gpus) or not set(gpus) <= set(seen):
+        raise ConfigError(
+            f'--gpus {wanted}: give each once, from those that torch sees: '
+            f'{", ".join(seen) or "none"}. Without --gpus all of them are '
+            'used.')
+    return tuple(gpus)
+
+
+def make_data(quick):
+    root = 'data/digit_scenes'
+    if quick and os.path.exists(os.path.join(root, MARKER)):
+        return  # any scenes will do
+    MMLogger.get_instance('mmengine')
+    make_digit_scenes(root)
+
+
 def show_plan(jobs, workspace):
     for job in ordered(jobs):
+        command = shlex.join([job.tool, *workspace.arguments(job)])
         print(f'{workspace.state(job, jobs):<12}{job.name}\n'
-              f'            {shlex.join([job.tool, *workspace.arguments(job)])}')
+              f'{"":<12}{command}')
     states = [workspace.state(job, jobs) for job in jobs.values()]
     print(f'{len(states)} jobs, {states.count("finished")} finished')
 
@@ -111,7 +136,7 @@ def main():
     resources = resources_of(args)
     workspace = Workspace(args.root or os.path.join(
         'work_dirs', 'reproduce', args.profile + '_quick' * args.quick))
-    jobs = {name: job for table in tables for name, job in table.jobs.items()}
+    jobs = all_jobs(tables)
     if args.dry_run:
         show_plan(jobs, workspace)
         return
@@ -123,8 +148,7 @@ def main():
                        if (record := workspace.record(name)) is not None}
         else:
             if args.profile == 'digits':
-                MMLogger.get_instance('mmengine')
-                make_digit_scenes('data/digit_scenes')
+                make_data(args.quick)
             with resources.reserve():
                 records = run_jobs(jobs, workspace, resources)
         for table in tables:

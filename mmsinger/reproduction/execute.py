@@ -5,17 +5,13 @@ import fcntl
 import glob
 import hashlib
 import json
-import multiprocessing
 import os
 import re
-import runpy
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from dataclasses import asdict, dataclass, field
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -23,17 +19,12 @@ from mmengine.config import Config
 
 from mmsinger.errors import ConfigError
 from mmsinger.paths import tools
+from mmsinger.reproduction import warm
 from mmsinger.reproduction.plan import Checkpoint, InWorkDir, Job, ordered
 
 RECORD = 'job.json'
 OUTPUT = 'output.txt'
-# What a tool spends most of a small run on; imported once, then forked.
-LIBRARIES = (
-    'mmengine.runner', 'mmseg.models', 'mmseg.datasets', 'mmseg.engine',
-    'mmseg.evaluation', 'mmseg.visualization', 'mmpretrain.models',
-    'mmpretrain.datasets', 'mmpretrain.engine', 'mmpretrain.evaluation',
-    'mmpretrain.visualization', 'mmsinger.models', 'mmsinger.datasets',
-    'mmsinger.engine.hooks', 'mmsinger.linear_eval', 'mmsinger.export')
+SINGLE = ('measure.py', )  # tools that run in one process only
 
 
 @dataclass
@@ -268,20 +259,17 @@ class _Running:
         os.makedirs(work_dir, exist_ok=True)
         arguments = workspace.arguments(job)
         script = os.path.join(tools(), job.tool)
-        command = _command(script, arguments, resources, gpus)
+        command = command_of(script, arguments, resources, gpus)
         self.record = Record(
-            'running', workspace.fingerprint(job, jobs),
-            shlex.join(command or ['python', script, *arguments]),
+            'running', workspace.fingerprint(job, jobs), shlex.join(command),
             job.config, job.seed, _commit())
         workspace.save(job.name, self.record)
         self.output = os.path.join(work_dir, OUTPUT)
         self.begin = time.monotonic()
-        environment = _environment(resources, gpus)
-        self.process = _server().Process(
-            target=_run_command if command else _run_warm,
-            args=(command or [script, *arguments], environment, os.getcwd(),
-                  self.output))
-        self.process.start()
+        is_script = command[1] == script and not gpus
+        self.process = warm.start(
+            command[1:] if is_script else command, self.output, is_script,
+            _environment(resources, gpus))
 
     def poll(self) -> Optional[Record]:
         """The record once the job has ended."""
@@ -304,25 +292,34 @@ class _Running:
 
     def kill(self) -> None:
         """End the job and what it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGTERM)
-        self.process.join(10)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        warm.kill(self.process)
 
 
-def _command(script: str, arguments: Sequence[str], resources: Resources,
-             gpus: Tuple[str, ...]) -> Optional[List[str]]:
-    """The command of a job of several processes; None if it is a single one,
-    which runs in a fork that has its imports done."""
+def command_of(script: str, arguments: Sequence[str], resources: Resources,
+               gpus: Tuple[str, ...]) -> List[str]:
+    """What starts a job.
+
+    Args:
+        script (str): The tool.
+        arguments (Sequence[str]): Its arguments.
+        resources (Resources): What it runs on.
+        gpus (tuple[str, ...]): The job's own.
+
+    Returns:
+        list[str]: Program and arguments.
+    """
+    single = os.path.basename(script) in SINGLE
     if resources.srun is not None:
-        return ['srun', *shlex.split(resources.srun), sys.executable, '-u',
-                script, *arguments, '--launcher', 'slurm']
-    if len(gpus) > 1 and not script.endswith('measure.py'):
+        # Of two --ntasks srun takes the last
+        return ['srun', *shlex.split(resources.srun),
+                *(['--ntasks=1'] if single else []),
+                sys.executable, '-u', script, *arguments,
+                *([] if single else ['--launcher', 'slurm'])]
+    if len(gpus) > 1 and not single:
         return [sys.executable, '-m', 'torch.distributed.run', '--standalone',
                 f'--nproc_per_node={len(gpus)}', script, *arguments,
                 '--launcher', 'pytorch']
-    return None
+    return [sys.executable, script, *arguments]
 
 
 def _environment(resources: Resources, gpus: Tuple[str, ...]
@@ -332,60 +329,6 @@ def _environment(resources: Resources, gpus: Tuple[str, ...]
     threads = max(1, len(os.sched_getaffinity(0)) // resources.jobs)
     return dict(CUDA_VISIBLE_DEVICES=','.join(gpus),
                 OMP_NUM_THREADS=str(threads))
-
-
-def _server():
-    """Forks from a process that has the libraries imported and has never
-    touched a GPU."""
-    server = multiprocessing.get_context('forkserver')
-    server.set_forkserver_preload(['mmsinger', *LIBRARIES])
-    return server
-
-
-def _enter(environment: Dict[str, str], folder: str, output: str) -> None:
-    """Stand in for the shell: own process group, folder, output file."""
-    os.setsid()
-    os.chdir(folder)
-    os.environ.update(environment)
-    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.stdout, sys.stderr = (
-        open(fd, 'w', buffering=1, closefd=False) for fd in (1, 2))
-
-
-def _run_command(command: List[str], environment: Dict[str, str],
-                 folder: str, output: str) -> None:
-    _enter(environment, folder, output)
-    sys.exit(subprocess.call(command))
-
-
-def _run_warm(argv: List[str], environment: Dict[str, str], folder: str,
-              output: str) -> None:
-    _enter(environment, folder, output)
-    import torch
-    from yapf.yapflib import yapf_api
-    if 'OMP_NUM_THREADS' in environment:
-        torch.set_num_threads(int(environment['OMP_NUM_THREADS']))
-    # The dumped config in one line a key is good enough: formatting it takes
-    # longer than a small evaluation
-    yapf_api.FormatCode = lambda text, **_: (text, True)
-    sys.argv = argv
-    sys.path.insert(0, os.path.dirname(argv[0]))
-    code = 0
-    try:
-        runpy.run_path(argv[0], run_name='__main__')
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else \
-            int(error.code is not None)
-        if isinstance(error.code, str):
-            print(error.code, file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def read_metrics(work_dir: str) -> Dict[str, float]:
@@ -431,8 +374,10 @@ def _last_error(output: str, code: Optional[int]) -> str:
             lines = [line.strip() for line in file if line.strip()]
     except OSError:
         lines = []
-    errors = [line for line in lines
-              if re.match(r'([\w.]*(Error|Exception|Interrupt)\b)', line)]
+    lines = [re.sub(r'^\[rank\d+\]: ', '', line) for line in lines]
+    errors = [line for line in lines if re.match(
+        r'[\w.]*(Error|Exception|Interrupt)(: |$)', line)
+        and 'ChildFailedError' not in line]  # of torchrun: says nothing
     said = (errors or lines or ['it wrote nothing'])[-1]
     return f'{said[:300]} (exit code {code})'
 

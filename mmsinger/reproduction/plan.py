@@ -133,6 +133,15 @@ class Table:
         self.rows.append((label, cells))
 
 
+def all_jobs(tables: Iterable[Table]) -> Dict[str, Job]:
+    """The jobs of several tables by name; those that they share, once."""
+    together = Table('', '', '', [])
+    for table in tables:
+        for job in table.jobs.values():
+            together.add_job(job)
+    return together.jobs
+
+
 def ordered(jobs: Dict[str, Job]) -> List[Job]:
     """Jobs so that each comes after those it needs.
 

@@ -171,18 +171,20 @@ def conclude(results: dict, cases: Sequence[str]) -> List[str]:
     lines = [f'## Against the bars, by {column}', '']
 
     def of(method: str, case: str):
-        return results.get((row(method, case), column))
+        return results[row(method, case), column]
 
     clean = of('fitnet', 'clean')
     for case in cases:
         if case == 'clean':
             continue
         fitnet, singer = of('fitnet', case), of('singer', case)
-        own = [results[row('teacher', c), OWN.title].mean
-               for c in ('clean', case)]
-        if None in (*own, clean.mean, fitnet.mean, singer.mean):
-            lines.append(f'- {CASES[case][0]}: not all runs are finished.')
+        owns = [results[row('teacher', c), OWN.title]
+                for c in ('clean', case)]
+        if any(r.missing for r in (*owns, clean, fitnet, singer)):
+            lines.append(f'- {CASES[case][0]}: incomplete, not all runs are '
+                         'finished.')
             continue
+        own = [result.mean for result in owns]
         own_loss, loss = own[0] - own[1], clean.mean - fitnet.mean
         lines.append(
             f'- {CASES[case][0]}: planting costs the teacher itself '
@@ -203,7 +205,10 @@ def conclude(results: dict, cases: Sequence[str]) -> List[str]:
                 f'({_met(recovered >= LEAST_RECOVERY)}: at least '
                 f'{100 * LEAST_RECOVERY:.0f} %).')
     singer = of('singer', 'clean')
-    if singer is not None and None not in (singer.mean, clean.mean):
+    if singer.missing or clean.missing:
+        lines.append('- Clean teacher: incomplete, not all runs are '
+                     'finished.')
+    else:
         gain = singer.mean - clean.mean
         lines.append(
             f'- Clean teacher: SiNGER {gain:+.1f} points against FitNet '
@@ -217,5 +222,4 @@ def _met(met: bool) -> str:
 
 
 def _wins(first, second) -> int:
-    return sum(a is not None and b is not None and a > b
-               for a, b in zip(first, second))
+    return sum(a > b for a, b in zip(first, second))

@@ -150,7 +150,8 @@ DIGITS = Profile(
     quantiles=(0.90, 0.95, 0.97, 0.99),
     images=256,
     quick=('train_cfg.max_iters=4', 'train_cfg.val_interval=1000',
-           'train_dataloader.batch_size=4'),
+           'train_dataloader.batch_size=4',
+           'train_dataloader.dataset.indices=32'),
     quick_task=('train_cfg.max_iters=4', 'train_cfg.val_interval=4',
                 'train_dataloader.dataset.indices=32',
                 'val_dataloader.dataset.indices=32'))

@@ -20,7 +20,8 @@ class Result:
         mean (float, optional): Over seeds; None if nothing was measured.
         std (float, optional): Over seeds; None for fewer than two.
         values (list[float | None]): Of each seed; None: not measured.
-        missing (str): Why not all were; empty if they were.
+        missing (str): ``'failed'``, ``'not logged'`` or ``'not run'`` if not
+            all were; empty if they were.
     """
     mean: Optional[float]
     std: Optional[float]
@@ -38,24 +39,24 @@ def result_of(cell: Cell, records: Dict[str, Record]) -> Result:
     Returns:
         Result: A seed counts only if all its members were measured.
     """
-    values, missing = [], ''
+    values, problems = [], set()
     for members in cell.sources:
         found = []
         for source in members:
             record = records.get(source.job)
             if record is None or record.status == 'running':
-                missing = missing or 'not run'
+                problems.add('not run')
             elif record.status != 'finished':
-                missing = 'failed'
+                problems.add('failed')
             elif source.metric not in record.metrics:
-                missing = 'failed'
+                problems.add('not logged')
             else:
                 found.append(source.scale * record.metrics[source.metric])
         values.append(mean(found) if len(found) == len(members) else None)
     measured = [value for value in values if value is not None]
     return Result(mean(measured) if measured else None,
                   stdev(measured) if len(measured) > 1 else None,
-                  values, missing)
+                  values, min(problems, default=''))
 
 
 def write_report(table: Table, records: Dict[str, Record], folder: str
@@ -280,9 +281,11 @@ def _one_line(text: str) -> str:
 
 
 def _escape(text: str) -> str:
-    for plain, escaped in (('\\', r'\textbackslash{}'), ('&', r'\&'),
-                           ('%', r'\%'), ('_', r'\_'), ('#', r'\#'),
-                           ('±', r'$\pm$'), ('->', r'$\rightarrow$'),
-                           ('→', r'$\rightarrow$'), ('^', r'\^{}')):
-        text = text.replace(plain, escaped)
-    return text
+    return text.replace('->', '→').translate(_LATEX)
+
+
+_LATEX = str.maketrans({
+    **{symbol: f'\\{symbol}' for symbol in '&%_#${}'},
+    '\\': r'\textbackslash{}', '^': r'\^{}', '~': r'\textasciitilde{}',
+    '<': r'\textless{}', '>': r'\textgreater{}', '±': r'$\pm$',
+    '→': r'$\rightarrow$'})

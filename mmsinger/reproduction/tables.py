@@ -344,5 +344,3 @@ def sweep(profile: Profile, seeds: Sequence[int], quick: bool = False
                                      f'{quantile}')), task, seed))
         table.add_row(f'rank {rank}', cells)
     return table
-
-
