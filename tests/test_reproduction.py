@@ -344,7 +344,7 @@ def test_errors_of_several_processes(tmp_path):
         'it wrote nothing (exit code -9)'
 
 
-def wait_for(path, seconds=60):
+def wait_for(path, seconds=240):
     deadline = time.monotonic() + seconds
     while not (os.path.exists(path) and open(path).read().endswith('\n')):
         assert time.monotonic() < deadline, path
