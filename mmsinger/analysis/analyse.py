@@ -1,0 +1,121 @@
+"""The whole analysis of a teacher, from images to verdict."""
+from typing import Any, Dict, List, NamedTuple, Optional
+
+import mmengine
+import torch
+from mmengine.utils import ProgressBar
+
+from mmsinger.analysis.collect import Collection, collect
+from mmsinger.analysis.images import ImageFolder
+from mmsinger.analysis.nullspace import compare_with_jacobian, ffn_spectra
+from mmsinger.analysis.subject import Subject
+from mmsinger.analysis.verdict import (Suggestion, Verdict, judge, snippet,
+                                       suggest)
+from mmsinger.errors import ConfigError
+from mmsinger.version import __version__
+
+
+class Analysis(NamedTuple):
+    """All that is known of a teacher.
+
+    Attributes:
+        meta (dict): What was looked at, and how.
+        collection (Collection): Norms of all blocks, and sample images.
+        spectra (list[dict]): See :func:`ffn_spectra`.
+        jacobian (list[dict] | None): See :func:`compare_with_jacobian`; None
+            if it was not asked for.
+        verdict (Verdict): The judgement.
+        suggestion (Suggestion): What to begin with.
+        snippet (str): The same as a config to paste.
+    """
+    meta: Dict[str, Any]
+    collection: Collection
+    spectra: List[Dict[str, Any]]
+    jacobian: Optional[List[Dict[str, Any]]]
+    verdict: Verdict
+    suggestion: Suggestion
+    snippet: str
+
+    def numbers(self) -> Dict[str, Any]:
+        """Everything but the pictures, for JSON."""
+        verdict = self.verdict._asdict()
+        verdict['signs'] = [signs._asdict() for signs in self.verdict.signs]
+        layers = []
+        for index, record in enumerate(self.collection.layers):
+            layers.append(dict(
+                layer=index, **record.numbers(),
+                ffn=self.spectra[index],
+                jacobian=self.jacobian[index] if self.jacobian and
+                index < len(self.jacobian) else None))
+        return dict(
+            meta=self.meta, verdict=verdict,
+            suggestion=dict(**self.suggestion._asdict(),
+                            config=self.snippet),
+            layers=layers)
+
+
+def analyse(subject: Subject, folder: ImageFolder, config: str,
+            batch_size: int = 8, num_samples: int = 4,
+            jacobian_images: int = 0, jacobian_products: int = 64,
+            seed: int = 0) -> Analysis:
+    """Look at a teacher.
+
+    Args:
+        subject (Subject): The teacher; it runs where its parameters are.
+        folder (ImageFolder): The images.
+        config (str): The config's path, for the report and the snippet.
+        batch_size (int): Images at a time. Defaults to 8.
+        num_samples (int): Images to show. Defaults to 4.
+        jacobian_images (int): Images at which blocks are linearised. Defaults
+            to 0: the FFN is not compared with the Jacobian.
+        jacobian_products (int): See :func:`compare_with_jacobian`. Defaults
+            to 64.
+        seed (int): Of whatever is random. Defaults to 0.
+
+    Returns:
+        Analysis: Everything for report and JSON.
+
+    Raises:
+        ConfigError: If a number is not valid or there are no images.
+    """
+    for option, value, least in (
+            ('--batch-size', batch_size, 1), ('--samples', num_samples, 0),
+            ('--jacobian', jacobian_images, 0),
+            ('--jacobian-products', jacobian_products, 1)):
+        if value < least:
+            raise ConfigError(f'{option} {value}: at least {least} is '
+                              'needed.')
+    bar = ProgressBar(len(folder))
+    collection = collect(subject, folder, batch_size, num_samples,
+                         jacobian_images, bar.update)
+    print()
+    evidence = [record.evidence() for record in collection.layers]
+    verdict = judge(evidence, collection.count)
+    suggestion = suggest(verdict, evidence, subject.teacher.blocks.dim)
+    spectra = ffn_spectra(subject.teacher, [
+        record.excess.rows for record in collection.layers])
+    jacobian = None
+    if jacobian_images:
+        bar = ProgressBar(len(collection.layers) - 1)
+        jacobian = compare_with_jacobian(
+            subject.teacher, collection.inputs, subject.normalisation,
+            suggestion.rank, jacobian_products, seed, bar.update)
+        print()
+    teacher = subject.teacher
+    meta = dict(
+        config=config, part=subject.source,
+        checkpoint=teacher.checkpoint,
+        backbone=type(teacher.backbone).__name__,
+        blocks=len(collection.layers), channels=teacher.blocks.dim,
+        grid=list(collection.grid), configured_layers=list(teacher.layers)
+        if subject.source != 'model.backbone' else None,
+        folder=folder.folder, images=collection.count,
+        image_size=list(folder.size), unreadable=len(folder.unreadable),
+        too_small=len(folder.too_small), skipped=folder.skipped(),
+        seed=seed, jacobian_images=jacobian_images,
+        jacobian_products=jacobian_products if jacobian_images else None,
+        notes=subject.notes,
+        versions=dict(mmsinger=__version__, torch=torch.__version__,
+                      mmengine=mmengine.__version__))
+    return Analysis(meta, collection, spectra, jacobian, verdict, suggestion,
+                    snippet(suggestion, config if subject.recipe else None))

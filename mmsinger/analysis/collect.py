@@ -1,0 +1,223 @@
+"""One pass over the images: what is known of every block afterwards."""
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from mmsinger.analysis.separation import (NUM_BINS, excess, far_outliers,
+                                          patch_contrast, ratio_histogram,
+                                          ratio_spread, spanned_dimensions,
+                                          tail_group, within_image_rank)
+from mmsinger.analysis.subject import Subject
+from mmsinger.analysis.verdict import Evidence
+from mmsinger.errors import ConfigError
+from mmsinger.evaluation.accumulators import Moments, Sample
+from mmsinger.evaluation.norms import (norm_statistics, quantile_outliers,
+                                       robust_outliers, token_norms)
+from mmsinger.models.tokens import Grid, Tokens
+
+QUANTILE = 0.95  # of the share by quantile, the default of L_outlier
+
+
+class SampleImage(NamedTuple):
+    """An image to show.
+
+    Attributes:
+        name (str): Its file, relative to the folder.
+        image (Tensor): RGB, uint8, shape (3, H, W).
+        norms (list[Tensor]): Patch norms after each block, over the median of
+            the image, each of shape (h, w).
+        far (list[Tensor]): Which are far outliers, each (h, w), bool.
+    """
+    name: str
+    image: Tensor
+    norms: List[Tensor]
+    far: List[Tensor]
+
+
+class LayerRecord:
+    """What one block's patch tokens were like, in constant memory.
+
+    Attributes:
+        moments (dict[str, Moments]): Of one value an image each.
+        histogram (Tensor): Counts of log2(norm / median), (NUM_BINS, ).
+        positions (Tensor): How many images had a far outlier at each patch,
+            shape (h, w).
+        excess (Sample): Of far outliers, rows (n, D).
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.moments: Dict[str, Moments] = {}
+        self.histogram = torch.zeros(NUM_BINS, dtype=torch.float64)
+        self.positions: Optional[Tensor] = None
+        self.excess = Sample(512, seed)
+        self.far_shares = Sample(seed=seed)
+        self._before = self._stayed = 0
+
+    def add(self, layer: int, tokens: Tokens, ranks: Tensor,
+            previous: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
+        """Take in one batch.
+
+        Args:
+            layer (int): Which block it is, for messages.
+            tokens (Tokens): Its output, values of shape (B, N, D).
+            ranks (Tensor): Of each patch's contrast within its image, (B, P).
+            previous (Tensor | None): The far outliers after the block before,
+                shape (B, P), bool.
+
+        Returns:
+            tuple[Tensor, Tensor]: Norms over their median, and far outliers,
+            both (B, P).
+        """
+        norms = token_norms(tokens.patches)
+        statistics = norm_statistics(norms)
+        if not torch.isfinite(norms).all() or (statistics.median == 0).any():
+            raise ConfigError(
+                f'Block {layer} gives patch tokens that are not finite, or '
+                'all zero. Check the checkpoint, and the normalisation '
+                '(--mean, --std).')
+        # The histogram of all images so far: one pass is enough
+        self.histogram += ratio_histogram(norms).cpu()
+        far = far_outliers(norms, ratio_spread(self.histogram))
+        for name, values in statistics._asdict().items():
+            self._take(name, values)
+        self._take('p99_over_median', statistics.p99 / statistics.median)
+        for name, outliers in (
+                ('quantile', quantile_outliers(norms, QUANTILE)),
+                ('robust', robust_outliers(norms)), ('far', far)):
+            self._take(f'{name}_share', outliers.double().mean(dim=1))
+        self._take('far_images', far.any(dim=1).double())
+        self.far_shares.add(far.double().mean(dim=1, keepdim=True).cpu())
+        counts = far.sum(dim=0).unflatten(0, tuple(tokens.grid)).cpu()
+        self.positions = counts if self.positions is None \
+            else self.positions + counts
+        if far.any():
+            self.excess.add(excess(tokens.patches, far).cpu())
+            self._take('contrast_rank', ranks[far])
+        if previous is not None:
+            self._before += int(previous.sum())
+            self._stayed += int((previous & far).sum())
+        return norms / statistics.median[:, None], far
+
+    def _take(self, name: str, values: Tensor) -> None:
+        # NaN is the kurtosis of norms that are all the same
+        self.moments.setdefault(name, Moments()).add(
+            values[torch.isfinite(values)])
+
+    @property
+    def stayed(self) -> Optional[float]:
+        """Of the far outliers after the block before, the share that still
+        are; None if there were none."""
+        return self._stayed / self._before if self._before else None
+
+    def mean(self, name: str) -> Optional[float]:
+        """Of one value an image; None if no image has it."""
+        moments = self.moments.get(name)
+        return moments.summary()['mean'] if moments and moments.count \
+            else None
+
+    def evidence(self) -> Evidence:
+        """What the verdict is built on."""
+        rows = self.excess.rows
+        return Evidence(
+            far_share=self.mean('far_share'),
+            far_images=self.mean('far_images'),
+            max_over_median=self.mean('max_over_median'),
+            group=tail_group(self.histogram),
+            busiest=float(self.far_shares.rows.quantile(0.95)),
+            dimensions=0 if rows is None else spanned_dimensions(rows))
+
+    def numbers(self) -> Dict[str, Any]:
+        """Everything for JSON."""
+        group = tail_group(self.histogram)
+        rows = self.excess.rows
+        return dict(
+            norms={name: moments.summary() if moments.count else None
+                   for name, moments in self.moments.items()},
+            histogram=[int(count) for count in self.histogram],
+            group=None if group is None else group._asdict(),
+            positions=self.positions.tolist(),
+            stayed=self.stayed,
+            busiest=float(self.far_shares.rows.quantile(0.95)),
+            dimensions=None if rows is None else spanned_dimensions(rows))
+
+
+class Collection(NamedTuple):
+    """What one pass found.
+
+    Attributes:
+        layers (list[LayerRecord]): Of every block.
+        samples (list[SampleImage]): The first images, to show.
+        inputs (list[Tensor]): Some images as they were fed, (1, 3, H, W).
+        count (int): Images seen.
+        grid (tuple[int, int]): Rows and columns of patches.
+    """
+    layers: List[LayerRecord]
+    samples: List[SampleImage]
+    inputs: List[Tensor]
+    count: int
+    grid: Grid
+
+
+@torch.no_grad()
+def collect(subject: Subject, images: Iterable[Tuple[str, Tensor]],
+            batch_size: int = 8, num_samples: int = 4, num_inputs: int = 0,
+            progress=lambda count: None) -> Collection:
+    """Run the teacher over images, once, in constant memory.
+
+    Args:
+        subject (Subject): The teacher.
+        images (Iterable): ``(name, image)`` with images in RGB, 0 to 255, all
+            of one shape (3, H, W).
+        batch_size (int): Images at a time. Defaults to 8.
+        num_samples (int): Images to keep for showing. Defaults to 4.
+        num_inputs (int): Images to keep as they were fed. Defaults to 0.
+        progress (Callable): Called with the number of images just seen.
+
+    Returns:
+        Collection: All that was found.
+
+    Raises:
+        ConfigError: If there are no images, or the tokens are not finite.
+    """
+    teacher = subject.teacher
+    device = next(teacher.backbone.parameters()).device
+    depth = len(teacher.blocks)
+    records = [LayerRecord() for _ in range(depth)]
+    samples: List[SampleImage] = []
+    inputs: List[Tensor] = []
+    count, grid = 0, None
+    for names, batch in _batches(images, batch_size):
+        batch = batch.to(device)
+        fed = subject.feed(batch)
+        taps = teacher(fed, range(depth), subject.normalisation)
+        grid = taps.tokens(0).grid
+        ranks = within_image_rank(patch_contrast(batch, grid))
+        ratios, fars, far = [], [], None
+        for layer, record in enumerate(records):
+            ratio, far = record.add(layer, taps.tokens(layer), ranks, far)
+            ratios.append(ratio.unflatten(1, tuple(grid)).cpu())
+            fars.append(far.unflatten(1, tuple(grid)).cpu())
+        for i in range(min(len(names), num_samples - len(samples))):
+            samples.append(SampleImage(names[i], batch[i].cpu(),
+                                       [r[i] for r in ratios],
+                                       [f[i] for f in fars]))
+        inputs += fed[:num_inputs - len(inputs)].split(1) \
+            if len(inputs) < num_inputs else ()
+        count += len(names)
+        progress(len(names))
+    if not count:
+        raise ConfigError('There are no images to look at.')
+    return Collection(records, samples, inputs, count, grid)
+
+
+def _batches(images: Iterable[Tuple[str, Tensor]], size: int):
+    names, batch = [], []
+    for name, image in images:
+        names.append(name)
+        batch.append(image)
+        if len(batch) == size:
+            yield names, torch.stack(batch)
+            names, batch = [], []
+    if batch:
+        yield names, torch.stack(batch)

@@ -1,0 +1,120 @@
+"""Images of a folder, one at a time."""
+import os
+from typing import Iterator, List, Sequence, Tuple
+
+import cv2
+import mmcv
+import numpy as np
+import torch
+from mmengine.utils import scandir
+from torch import Tensor
+
+from mmsinger.errors import ConfigError
+
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff',
+            '.ppm', '.pgm')
+
+
+class ImageFolder:
+    """A seeded choice of the images below a folder.
+
+    Iterating yields ``(name, image)`` with the image in RGB, 0 to 255, uint8,
+    shape (3, H, W): scaled so that it covers the size, then cropped in the
+    middle. Grey images become colour. What cannot be used is skipped, and the
+    next one taken; :attr:`unreadable` and :attr:`too_small` list it.
+
+    Args:
+        folder (str): Searched with all folders below it.
+        size (tuple[int, int]): H and W wanted.
+        patch (tuple[int, int]): Images smaller than this are skipped.
+        count (int): The most images to yield.
+        seed (int): Of the choice. Defaults to 0.
+
+    Raises:
+        ConfigError: If there is no such folder, or no image in it.
+    """
+
+    def __init__(self, folder: str, size: Tuple[int, int],
+                 patch: Tuple[int, int], count: int, seed: int = 0) -> None:
+        if count < 1:
+            raise ConfigError(f'--num {count}: at least 1 image is needed.')
+        if not os.path.isdir(folder):
+            kind = 'a file, not' if os.path.exists(folder) else 'no such'
+            raise ConfigError(f'--images {folder!r}: {kind} folder (working '
+                              f'directory {os.getcwd()}). Give a folder of '
+                              'images.')
+        names = sorted(scandir(folder, SUFFIXES, recursive=True,
+                               case_sensitive=False))
+        if not names:
+            raise ConfigError(
+                f'--images {folder!r} holds no image: no file in it or below '
+                f'ends with {", ".join(SUFFIXES)}. Give a folder of images.')
+        self.folder = folder
+        self.size = size
+        self.patch = patch
+        self.count = min(count, len(names))
+        order = torch.randperm(
+            len(names), generator=torch.Generator().manual_seed(seed))
+        self.names = [names[i] for i in order]
+        self.unreadable: List[str] = []
+        self.too_small: List[str] = []
+
+    def __len__(self) -> int:
+        """How many images there will be, if all can be used."""
+        return self.count
+
+    def __iter__(self) -> Iterator[Tuple[str, Tensor]]:
+        self.unreadable, self.too_small = [], []
+        found = 0
+        for name in self.names:
+            image = read_image(os.path.join(self.folder, name))
+            if image is None:
+                self.unreadable.append(name)
+            elif image.shape[0] < self.patch[0] or \
+                    image.shape[1] < self.patch[1]:
+                self.too_small.append(name)
+            else:
+                found += 1
+                yield name, cover(image, self.size)
+                if found == self.count:
+                    return
+        if not found:
+            raise ConfigError(
+                f'--images {self.folder!r}: none of its {len(self.names)} '
+                f'images can be used; {self.skipped()}. Give larger or '
+                'intact images.')
+
+    def skipped(self) -> str:
+        """What was skipped, in words; empty if nothing was."""
+        parts = [
+            f'{len(names)} {what} (the first is {names[0]!r})'
+            for names, what in (
+                (self.unreadable, 'cannot be read'),
+                (self.too_small, 'smaller than a patch of '
+                 f'{self.patch[0]} x {self.patch[1]} px')) if names
+        ]
+        return ', '.join(parts)
+
+
+def read_image(path: str):
+    """An image in RGB, uint8, shape (H, W, 3); None if it cannot be read."""
+    try:
+        return mmcv.imread(path, flag='color', channel_order='rgb')
+    except (cv2.error, OSError, ValueError):
+        return None
+
+
+def cover(image: np.ndarray, size: Sequence[int]) -> Tensor:
+    """Scale an image (H', W', 3) to cover (H, W) and crop the middle: shape
+    (3, H, W)."""
+    scale = max(size[0] / image.shape[0], size[1] / image.shape[1])
+    shape = [max(wanted, round(scale * length))
+             for wanted, length in zip(size, image.shape)]
+    if tuple(shape) != image.shape[:2]:
+        image = mmcv.imresize(
+            image, (shape[1], shape[0]),
+            interpolation='area' if scale < 1 else 'bicubic')
+    top, left = ((length - wanted) // 2
+                 for length, wanted in zip(shape, size))
+    image = image[top:top + size[0], left:left + size[1]]
+    return torch.from_numpy(image.transpose(2, 0, 1).copy())

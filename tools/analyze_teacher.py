@@ -1,0 +1,102 @@
+"""Look at a teacher: has it artifacts, from which block on, what to choose?
+
+    python tools/analyze_teacher.py CONFIG [CHECKPOINT] --images DIR
+
+CONFIG is a distillation recipe (its teacher), a file of
+configs/_base_/teachers, or any config whose backbone is a vision transformer.
+Writes report.html, a page that needs nothing beside itself, and report.json.
+docs/analysis.md explains the verdict.
+"""
+import argparse
+import json
+import os
+
+import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
+import torch
+from mmengine.config import DictAction
+from mmengine.logging import MMLogger
+from mmengine.registry import init_default_scope
+
+from mmsinger.analysis import (ImageFolder, analyse, check_size, load_subject,
+                               natural_size, render)
+from mmsinger.engine.config import check_work_dir, load_config
+from mmsinger.errors import readable_errors
+from mmsinger.models.taps import patch_stride
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('config', help='a recipe, a teacher, or a model')
+    parser.add_argument('checkpoint', nargs='?',
+                        help="the teacher's weights (default: the config's)")
+    parser.add_argument('--images', required=True, metavar='DIR',
+                        help='a folder of images, searched with all below')
+    parser.add_argument('--out', metavar='DIR',
+                        help='where to write (default: '
+                        'work_dirs/analysis/CONFIG)')
+    parser.add_argument('--num', type=int, default=64, metavar='N',
+                        help='images to look at, a random choice')
+    parser.add_argument('--size', type=int, nargs='+', metavar='PX',
+                        help='height and width of the images, or one number '
+                        "for both (default: the teacher's own)")
+    parser.add_argument('--samples', type=int, default=4, metavar='N',
+                        help='images to show in the report')
+    parser.add_argument('--batch-size', type=int, default=8, metavar='N')
+    parser.add_argument('--jacobian', type=int, nargs='?', const=2, default=0,
+                        metavar='N', help='compare the FFN with the Jacobian '
+                        'of whole blocks at N images (2 without a number): '
+                        'slow')
+    parser.add_argument('--jacobian-products', type=int, default=64,
+                        metavar='N', help='Jacobian products for each block '
+                        'and image; more find more')
+    parser.add_argument('--mean', type=float, nargs=3, metavar='X',
+                        help="the teacher's normalisation, RGB, 0 to 255 "
+                        "(default: the config's)")
+    parser.add_argument('--std', type=float, nargs=3, metavar='X')
+    parser.add_argument('--seed', type=int, default=0,
+                        help='of the choice of images and all that is random')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction,
+                        metavar='KEY=VALUE',
+                        help='override settings of the config')
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    cfg = load_config(args.config, args.cfg_options)
+    name = os.path.splitext(os.path.basename(args.config))[0]
+    out = args.out or os.path.join('work_dirs', 'analysis', name)
+    check_work_dir(out)
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    MMLogger.get_current_instance().setLevel('WARNING')
+    subject = load_subject(cfg, args.checkpoint, args.mean, args.std)
+    size = tuple(args.size) if args.size else natural_size(subject.teacher)
+    size = size * 2 if len(size) == 1 else size
+    check_size(size, subject.teacher)
+    folder = ImageFolder(
+        args.images, size, patch_stride(subject.teacher.blocks.patch_embed),
+        args.num, args.seed)
+    subject.teacher.to('cuda' if torch.cuda.is_available() else 'cpu')
+    analysis = analyse(
+        subject, folder, args.config, args.batch_size, args.samples,
+        args.jacobian, args.jacobian_products, args.seed)
+
+    paths = [os.path.join(out, f'report.{kind}') for kind in ('html', 'json')]
+    with open(paths[0], 'w', encoding='utf-8') as file:
+        file.write(render(analysis))
+    with open(paths[1], 'w') as file:
+        json.dump(analysis.numbers(), file, indent=1, allow_nan=False)
+    print(f'\n{analysis.verdict.headline}')
+    for reason in analysis.verdict.reasons + subject.notes:
+        print(f'- {reason}')
+    if folder.skipped():
+        print(f'- Skipped images: {folder.skipped()}.')
+    print(f'\nA config to begin with:\n\n{analysis.snippet}\n'
+          f'{paths[0]}\n{paths[1]}')
+
+
+if __name__ == '__main__':
+    with readable_errors():
+        main()
