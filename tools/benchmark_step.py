@@ -3,9 +3,10 @@
     python tools/benchmark_step.py configs/singer_vitl_to_vits_in1k.py
 
 Compares, on random images of the recipe's size and random weights: the
-student alone (features only), FitNet, SiNGER, and SiNGER computed the way the
-official code does (the next block's output recomputed, weight gradients for
-that block). Rounds are interleaved, so that a busy machine slows all alike.
+student alone (features only), FitNet, SiNGER, SiNGER in a step that
+DiagnosticsHook measures, and SiNGER computed the way the official code does
+(the next block's output recomputed, weight gradients for that block). Rounds
+are interleaved, so that a busy machine slows all alike.
 """
 import argparse
 import statistics
@@ -17,8 +18,13 @@ from mmengine.config import DictAction
 from mmengine.registry import init_default_scope
 
 from mmsinger.engine.config import load_config
+from mmsinger.engine.hooks import DiagnosticsHook
 from mmsinger.errors import readable_errors
+from mmsinger.evaluation.diagnostics import (adapter_energies,
+                                             step_diagnostics)
+from mmsinger.evaluation.nullspace import decompose_ffn
 from mmsinger.models import FitNetDistiller, SiNGERDistiller
+from mmsinger.models.step_record import StepRecord
 
 
 class RecomputingSiNGER(SiNGERDistiller):
@@ -67,13 +73,31 @@ def main():
         models[name].teacher.blocks.modules[layer].requires_grad_(True)
     for model in models.values():
         model.to(device).train()
+        if model.needs_calibration:
+            model.calibrate_target_norms([images])
 
     def student_alone():
         model = models['FitNet']
-        _, tokens = model._run_student(images, None)
+        _, tokens = model.run_student(images, None)
         return sum(t.values.float().square().mean() for t in tokens.values())
 
-    steps = {'student alone': (models['FitNet'], student_alone)}
+    singer = models['SiNGER']
+    directions = {layer: decompose_ffn(singer, layer)[1][0]
+                  for layer in singer.layers}
+
+    def measured():
+        """What DiagnosticsHook adds to a step, apart from the logging."""
+        singer.records = [StepRecord()]
+        total = sum(singer.loss(images, None).values())
+        numbers = step_diagnostics(singer.records.pop())
+        torch.stack([value for layer in numbers.values()
+                     for value in layer.values()]).tolist()
+        for layer, basis in directions.items():
+            adapter_energies(singer.adapters[str(layer)], basis)
+        return total
+
+    steps = {'student alone': (models['FitNet'], student_alone),
+             'SiNGER, measured': (singer, measured)}
     for name, model in models.items():
         steps[name] = (model, lambda m=model: sum(
             m.loss(images, None).values()))
@@ -95,6 +119,10 @@ def main():
         median = statistics.median(values)
         peak = f'{memory[name] / 2**30:.2f} GiB' if memory[name] else '-'
         print(f'| {name} | {median:.3f} | {median / base:.3f} | {peak} |')
+    interval = DiagnosticsHook().interval
+    extra = statistics.median(times['SiNGER, measured']) / base - 1
+    print(f'\nDiagnosticsHook, every {interval} iterations: '
+          f'{extra / interval:+.3%} of the step time')
 
 
 def timed(model, loss, device, bf16):

@@ -18,4 +18,5 @@ custom_hooks = [
     dict(type='mmsinger.StudentCheckpointHook'),
     dict(type='mmsinger.RunGuardHook'),
     dict(type='mmsinger.RandomStateHook'),
+    dict(type='mmsinger.DiagnosticsHook'),
 ]

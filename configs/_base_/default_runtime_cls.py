@@ -16,4 +16,5 @@ custom_hooks = [
     dict(type='mmsinger.StudentCheckpointHook'),
     dict(type='mmsinger.RunGuardHook'),
     dict(type='mmsinger.RandomStateHook'),
+    dict(type='mmsinger.DiagnosticsHook'),
 ]

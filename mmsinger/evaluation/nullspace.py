@@ -20,10 +20,19 @@ def intermediate_layers(distiller: SiNGERDistiller) -> List[int]:
             if layer != distiller.last_layer]
 
 
-def _decompose(distiller: SiNGERDistiller, layer: int
+def decompose_ffn(distiller: SiNGERDistiller, layer: int
                ) -> Tuple[int, Tuple[Tensor, Tensor]]:
-    """The block whose FFN a layer's adapter starts from, and the singular
-    directions and values of that FFN."""
+    """The FFN that a layer's adapter starts from, as the recipe linearises
+    it.
+
+    Args:
+        distiller (SiNGERDistiller): With its teacher loaded.
+        layer (int): A distilled layer.
+
+    Returns:
+        tuple[int, tuple[Tensor, Tensor]]: The block that it belongs to, and
+        what :func:`left_singular_directions` makes of it.
+    """
     block = layer if layer == distiller.last_layer else layer + 1
     cfg = distiller.adapter_cfg
     weight = linearised_ffn(
@@ -48,7 +57,7 @@ def nullspace_energies(distiller: SiNGERDistiller, seed: int = 0
     """
     energies = {}
     for layer in distiller.layers:
-        block, (directions, _) = _decompose(distiller, layer)
+        block, (directions, _) = decompose_ffn(distiller, layer)
         adapter = distiller.adapters[str(layer)]
         rows = dict(
             up=adapter.up, down=adapter.down.T,
@@ -84,7 +93,7 @@ def null_directions(distiller: SiNGERDistiller, batches: Iterable[Tensor],
     cfg = distiller.adapter_cfg
     directions = {}
     for layer in layers:
-        block, decomposition = _decompose(distiller, layer)
+        block, decomposition = decompose_ffn(distiller, layer)
         dim, rank = len(decomposition[0]), distiller.adapters[str(layer)].rank
         ours = left_nullspace(
             None, rank, cfg.get('selection', 'smallest'),

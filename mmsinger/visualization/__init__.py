@@ -1,3 +1,17 @@
-from mmsinger.visualization.norm_maps import refined_norm_maps
+from mmsinger.visualization.curves import draw_curves, read_curves
+from mmsinger.visualization.features import Features, extract_features
+from mmsinger.visualization.maps import (draw_norm_maps, draw_pca_maps,
+                                         draw_similarity_maps)
+from mmsinger.visualization.norm_maps import norm_map, refined_norm_maps
+from mmsinger.visualization.pca import pca_map, principal_components
+from mmsinger.visualization.similarity import patch_at, similarity_map
+from mmsinger.visualization.style import save_figure, to_array
+from mmsinger.visualization.tables import draw_radar, draw_sweep, read_table
 
-__all__ = ['refined_norm_maps']
+__all__ = [
+    'Features', 'draw_curves', 'draw_norm_maps', 'draw_pca_maps',
+    'draw_radar', 'draw_similarity_maps', 'draw_sweep', 'extract_features',
+    'norm_map', 'patch_at', 'pca_map', 'principal_components',
+    'read_curves', 'read_table', 'refined_norm_maps', 'save_figure',
+    'similarity_map', 'to_array'
+]

@@ -1,16 +1,22 @@
 """Patch norms of the teacher before and after refinement."""
 from typing import Dict, Tuple
 
-import torch
 from torch import Tensor
 
+from mmsinger.evaluation.norms import token_norms
 from mmsinger.models import SiNGERDistiller
+from mmsinger.models.tokens import Tokens
+from mmsinger.visualization.features import extract_features
 
 
-@torch.no_grad()
+def norm_map(tokens: Tokens) -> Tensor:
+    """Norms of patch tokens, arranged as images: (B, h, w), float32."""
+    return token_norms(tokens.patches).unflatten(1, tuple(tokens.grid))
+
+
 def refined_norm_maps(distiller: SiNGERDistiller, inputs: Tensor
                       ) -> Dict[int, Tuple[Tensor, Tensor]]:
-    """Norms of patch tokens, arranged as images (Figure 2).
+    """Norms of patch tokens before and after refinement (Figure 2).
 
     Args:
         distiller (SiNGERDistiller): With its teacher and adapters loaded.
@@ -21,13 +27,7 @@ def refined_norm_maps(distiller: SiNGERDistiller, inputs: Tensor
         of F and of F_hat, each (B, h, w), in the space that ``target_norm``
         defines.
     """
-    taps = distiller.teacher(inputs, distiller.layers,
-                             distiller.student_normalisation)
-    maps = {}
-    for layer in distiller.layers:
-        tokens = distiller.teacher_tokens(taps, layer)
-        refined = distiller.adapters[str(layer)](tokens.patches)
-        maps[layer] = tuple(
-            patches.float().norm(dim=-1).unflatten(1, tokens.grid)
-            for patches in (tokens.patches, refined))
-    return maps
+    return {
+        layer: (norm_map(features.teacher), norm_map(features.refined))
+        for layer, features in extract_features(distiller, inputs).items()
+    }

@@ -18,6 +18,7 @@ from yapf.yapflib import yapf_api
 
 from mmsinger.checkpoint import load_checkpoint
 from mmsinger.engine.config import load_config, prepare_training
+from mmsinger.engine.hooks import target_norm_hook
 from mmsinger.engine.hooks import (RandomStateHook, RunGuardHook,
                                    SiNGERAdapterHook, StudentCheckpointHook,
                                    TargetNormHook)
@@ -204,15 +205,16 @@ def collapsing(make):
         """A run whose measured variance ratios are these."""
         values = iter(ratios)
 
-        def report(runner, *args, **kwargs):
-            model = runner.model
-            if model.track_inlier_variance:
-                assert set(model.inlier_variance) == {1, 3}
-                model.inlier_variance[1] = torch.tensor(next(values))
+        def install(runner):
+            measured = runner.model.inlier_variance
 
-        return make(len(ratios), hooks=[Spy('VERY_HIGH',
-                                            after_train_iter=report)],
-                    **kwargs)
+            def report(record):
+                assert set(measured(record)) == {1, 3}
+                return {1: torch.tensor(next(values))}
+
+            runner.model.inlier_variance = report
+
+        return make(len(ratios), hooks=[Spy(before_train=install)], **kwargs)
 
     return build
 
@@ -322,7 +324,7 @@ def test_no_calibration_where_nothing_is_to_calibrate(make, monkeypatch):
     def fail(*args):
         raise AssertionError('the data was read')
 
-    monkeypatch.setattr(TargetNormHook, '_batches', fail)
+    monkeypatch.setattr(target_norm_hook, 'training_images', fail)
     for mode in (None, 'layernorm'):
         make(1, **{'model.target_norm': mode}).train()
 

@@ -6,6 +6,7 @@ from torch._subclasses import FakeTensorMode
 
 from mmsinger.errors import ConfigError
 from mmsinger.models import GatedSiNGERDistiller, SiNGERDistiller
+from mmsinger.models.step_record import StepRecord
 from mmsinger.models.tokens import Tokens
 from tiny import vit
 
@@ -85,13 +86,16 @@ def test_without_outliers_it_is_fitnet():
 
 def test_gated_tokens_train_the_adapters():
     model = distiller(gate=dict(mad=0.5))
-    model.track_inlier_variance = True
+    record = StepRecord()
+    model.records.append(record)
     losses = model.loss(torch.randn(2, 3, 32, 32), None)
     assert losses['distill.loss_outlier'] > 0
     sum(losses.values()).backward()
     for p in model.adapters.parameters():
         assert torch.isfinite(p.grad).all() and p.grad.any()
-    assert all(torch.isfinite(v) for v in model.inlier_variance.values())
+    ratios = model.inlier_variance(record)
+    assert len(ratios) == 2
+    assert all(torch.isfinite(v) for v in ratios.values())
 
 
 def test_default_singer_is_the_papers():

@@ -1,5 +1,6 @@
 from mmsinger.engine.hooks.adapter_hook import SiNGERAdapterHook
 from mmsinger.engine.hooks.cache_features_hook import CacheFeaturesHook
+from mmsinger.engine.hooks.diagnostics_hook import DiagnosticsHook
 from mmsinger.engine.hooks.knn_bank_hook import KNNBankHook
 from mmsinger.engine.hooks.random_state_hook import RandomStateHook
 from mmsinger.engine.hooks.run_guard_hook import RunGuardHook
@@ -8,6 +9,7 @@ from mmsinger.engine.hooks.student_checkpoint_hook import \
 from mmsinger.engine.hooks.target_norm_hook import TargetNormHook
 
 __all__ = [
-    'CacheFeaturesHook', 'KNNBankHook', 'RandomStateHook', 'RunGuardHook',
-    'SiNGERAdapterHook', 'StudentCheckpointHook', 'TargetNormHook'
+    'CacheFeaturesHook', 'DiagnosticsHook', 'KNNBankHook', 'RandomStateHook',
+    'RunGuardHook', 'SiNGERAdapterHook', 'StudentCheckpointHook',
+    'TargetNormHook'
 ]

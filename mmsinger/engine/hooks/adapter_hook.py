@@ -1,8 +1,11 @@
+from typing import Optional
+
 from mmengine.dist import broadcast
 from mmengine.hooks import Hook
 
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.models import SiNGERDistiller
+from mmsinger.models.step_record import StepRecord
 from mmsinger.registry import HOOKS
 
 
@@ -36,6 +39,7 @@ class SiNGERAdapterHook(Hook):
         self.interval = interval
         self.min_variance_ratio = min_variance_ratio
         self._collapsed = set()
+        self._record: Optional[StepRecord] = None
 
     def before_train(self, runner) -> None:
         model = unwrap(runner.model)
@@ -60,16 +64,19 @@ class SiNGERAdapterHook(Hook):
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         model = unwrap(runner.model)
-        if isinstance(model, SiNGERDistiller):
-            model.track_inlier_variance = \
-                self.every_n_train_iters(runner, self.interval)
+        if isinstance(model, SiNGERDistiller) and \
+                self.every_n_train_iters(runner, self.interval):
+            self._record = StepRecord()
+            model.records.append(self._record)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None,
                          outputs=None) -> None:
-        model = unwrap(runner.model)
-        if not getattr(model, 'track_inlier_variance', False):
+        if self._record is None:
             return
-        for layer, ratio in model.inlier_variance.items():
+        model = unwrap(runner.model)
+        record, self._record = self._record, None
+        model.records.remove(record)
+        for layer, ratio in model.inlier_variance(record).items():
             value = ratio.item()
             runner.message_hub.update_scalar(
                 f'train/distill.inlier_variance_{layer}', value)

@@ -39,7 +39,8 @@ class TargetNormHook(Hook):
         if not getattr(model, 'needs_calibration', False):
             return
         with preserved_random_states(seed=0):
-            scales = model.calibrate_target_norms(self._batches(runner))
+            scales = model.calibrate_target_norms(
+                training_images(runner, self.num_images, self.batch_size))
         count = min(self.num_images, len(runner.train_dataloader.dataset))
         for buffer in model.target_norms.buffers():
             broadcast(buffer)
@@ -48,16 +49,28 @@ class TargetNormHook(Hook):
             'scale by teacher layer: ' +
             ', '.join(f'{k}: {v:.4g}' for k, v in scales.items()))
 
-    def _batches(self, runner) -> Iterator[Tensor]:
-        loader = runner.train_dataloader
-        total = len(loader.dataset)
-        count = min(self.num_images, total)
-        indices = [i * total // count for i in range(count)]
-        preprocess = unwrap(runner.model).data_preprocessor
-        for start in range(0, count, self.batch_size):
-            chosen = indices[start:start + self.batch_size]
-            batch = loader.collate_fn([loader.dataset[i] for i in chosen])
-            yield preprocess(batch, True)['inputs']
+
+def training_images(runner, num_images: int, batch_size: int
+                    ) -> Iterator[Tensor]:
+    """Evenly spaced training images, read past the sampler.
+
+    Args:
+        runner (Runner): Of a training run.
+        num_images (int): How many; all if there are fewer.
+        batch_size (int): Images at a time.
+
+    Yields:
+        Tensor: Preprocessed images, shape (B, 3, H, W).
+    """
+    loader = runner.train_dataloader
+    total = len(loader.dataset)
+    count = min(num_images, total)
+    indices = [i * total // count for i in range(count)]
+    preprocess = unwrap(runner.model).data_preprocessor
+    for start in range(0, count, batch_size):
+        chosen = indices[start:start + batch_size]
+        batch = loader.collate_fn([loader.dataset[i] for i in chosen])
+        yield preprocess(batch, True)['inputs']
 
 
 @contextlib.contextmanager

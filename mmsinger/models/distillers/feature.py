@@ -8,6 +8,8 @@ from mmsinger.errors import ConfigError, check_choice
 from mmsinger.models.distillers.base import (BaseDistiller, build_loss,
                                              reached_parameters)
 from mmsinger.models.layer_map import LAYER_MAPS, map_layers
+from mmsinger.models.losses import FeatureMSELoss
+from mmsinger.models.step_record import StepRecord, Value
 from mmsinger.models.taps import (BlockTaps, Layer, find_blocks,
                                   fixed_input_size, in_channels, patch_stride,
                                   resolve_layer)
@@ -96,6 +98,8 @@ class FeatureDistiller(BaseDistiller):
             for layer in self.layers
         })
         self.loss_kd = kd
+        # Put here by hooks, for the steps that they measure
+        self.records: List[StepRecord] = []
         if self.task_loss_weight == 0:
             self._freeze_what_features_do_not_reach()
 
@@ -217,6 +221,9 @@ class FeatureDistiller(BaseDistiller):
             Tensor: A scalar.
         """
         projected, target, weight = self.compare(layer, student, target)
+        if isinstance(self.loss_kd, FeatureMSELoss):
+            self.record_kd_gradient(layer, projected.values, target.values,
+                                    weight)
         weights = {} if weight is None else dict(weight=weight)
         return self.loss_kd(projected.values, target.values, **weights)
 
@@ -236,6 +243,7 @@ class FeatureDistiller(BaseDistiller):
             KD targets, (B, k, D); and the weight of each, 0 or 1, of shape
             (B, k), None if all count.
         """
+        self.record(layer, student=student)
         target, weight = self.cure(target, self.teacher)
         student, target = align_tokens(student, target)
         projected = self.projectors[str(layer)](student.values)
@@ -250,7 +258,41 @@ class FeatureDistiller(BaseDistiller):
         """Teacher tokens of one layer, normalised as ``target_norm`` says."""
         tokens = taps.tokens(layer)
         norm = self.target_norms[str(layer)]
-        return Tokens(norm.normalise(tokens.values), tokens.grid)
+        tokens = Tokens(norm.normalise(tokens.values), tokens.grid)
+        self.record(layer, teacher=tokens)
+        return tokens
+
+    # -- what hooks measure ------------------------------------------------
+
+    def record(self, layer: int, **values: Value) -> None:
+        """Offer values of a step to :attr:`records`, see
+        :class:`StepRecord`."""
+        for record in self.records:
+            record.add(layer, **values)
+
+    def record_kd_gradient(self, layer: int, pred: Tensor, target: Tensor,
+                           weight: Optional[Tensor] = None) -> None:
+        """Record how strongly each token pulls at the student (equation 3).
+
+        The gradient of a (weighted) MSE with respect to the prediction of
+        token i is ``c w_i (pred_i - target_i)`` with one c for all tokens. Its
+        norm, up to c, is ``w_i ||pred_i - target_i||``: no backward pass is
+        needed, and the step's own tokens suffice.
+
+        Args:
+            layer (int): The teacher layer.
+            pred (Tensor): What the MSE compares, (B, k, D).
+            target (Tensor): With this, (B, k, D).
+            weight (Tensor, optional): Of each token, (B, k). Defaults to
+                None, all the same.
+        """
+        if not self.records:
+            return
+        norms = torch.linalg.vector_norm(
+            pred.detach().float() - target.detach().float(), dim=-1)
+        if weight is not None:
+            norms = weight * norms
+        self.record(layer, kd_gradient=norms)
 
     # -- calibration -------------------------------------------------------
 

@@ -12,6 +12,7 @@ from mmsinger.models.adapters.singer_adapter import INITS
 from mmsinger.models.distillers.base import build_loss
 from mmsinger.models.distillers.feature import FeatureDistiller
 from mmsinger.models.losses import outlier_threshold
+from mmsinger.models.step_record import StepRecord
 from mmsinger.models.target_norm import TargetNorm
 from mmsinger.models.taps import BlockTaps
 from mmsinger.models.tokens import Tokens
@@ -90,9 +91,6 @@ class SiNGERDistiller(FeatureDistiller):
             if str(layer) not in self.target_norms:
                 self.target_norms[str(layer)] = TargetNorm(dim, target_norm)
         self.loss_outlier, self.loss_info = outlier, info
-        # Set for one step by SiNGERAdapterHook, which then reads the results.
-        self.track_inlier_variance = False
-        self.inlier_variance: Dict[int, Tensor] = {}
 
     @property
     def tapped_teacher_layers(self) -> List[int]:
@@ -146,6 +144,23 @@ class SiNGERDistiller(FeatureDistiller):
                 "dict(type='mmsinger.SiNGERAdapterHook') to custom_hooks, or "
                 'call initialise_adapters() after init_weights().')
 
+    def inlier_variance(self, record: StepRecord) -> Dict[int, Tensor]:
+        """How much ordinary tokens shrink, see
+        :func:`inlier_variance_ratio`.
+
+        Args:
+            record (StepRecord): Of a step.
+
+        Returns:
+            dict[int, Tensor]: A scalar for each layer, on its device.
+        """
+        return {
+            layer: inlier_variance_ratio(
+                values['teacher'].patches, values['refined'].patches,
+                self.loss_outlier.quantile)
+            for layer, values in record.layers.items()
+        }
+
     # -- losses ------------------------------------------------------------
 
     def distill(self, taps: BlockTaps, student_tokens: Dict[int, Tokens]
@@ -161,10 +176,7 @@ class SiNGERDistiller(FeatureDistiller):
             info.append(self._info_loss(taps, layer, tokens, refined,
                                         previous))
             previous = refined
-            if self.track_inlier_variance:
-                self.inlier_variance[layer] = inlier_variance_ratio(
-                    tokens.patches, refined.patches,
-                    self.loss_outlier.quantile)
+            self.record(layer, refined=refined)
         count = len(self.layers)
         return dict(loss_kd=sum(kd) / count,
                     loss_outlier=sum(outlier) / count,

@@ -116,7 +116,7 @@ class ViTKDDistiller(FeatureDistiller):
         student, target, weight = self.compare(layer, student, target)
         if weight is not None:
             weight = weight[:, target.num_prefix:]
-        return self._error(student.patches, target.patches, weight)
+        return self._error(layer, student.patches, target.patches, weight)
 
     def _generate(self, layer: int, student: Tokens, target: Tokens
                   ) -> Tensor:
@@ -129,13 +129,14 @@ class ViTKDDistiller(FeatureDistiller):
         counts = masked.float()
         if weight is not None:
             counts = counts * weight[:, target.num_prefix:]
-        error = self._error(generated.flatten(2).transpose(1, 2),
+        error = self._error(layer, generated.flatten(2).transpose(1, 2),
                             target.patches, counts)
         return error / self.mask_ratio if self.reduction == 'sum' else error
 
-    def _error(self, pred: Tensor, target: Tensor, weight: Optional[Tensor]
-               ) -> Tensor:
+    def _error(self, layer: int, pred: Tensor, target: Tensor,
+               weight: Optional[Tensor]) -> Tensor:
         """Squared error of tokens (B, P, D), weighted by (B, P)."""
+        self.record_kd_gradient(layer, pred, target, weight)
         if self.reduction == 'mean':
             return self.loss_kd(pred, target, weight)
         squares = (pred.float() - target.float()).square().sum(dim=-1)

@@ -1,0 +1,189 @@
+import math
+from typing import Dict, Optional, Tuple
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from torch import Tensor
+
+from mmsinger.engine.hooks.target_norm_hook import (preserved_random_states,
+                                                    training_images)
+from mmsinger.engine.unwrap import unwrap
+from mmsinger.errors import ConfigError
+from mmsinger.evaluation.diagnostics import (adapter_energies,
+                                             step_diagnostics)
+from mmsinger.evaluation.nullspace import decompose_ffn
+from mmsinger.models import FeatureDistiller, SiNGERDistiller
+from mmsinger.models.step_record import StepRecord
+from mmsinger.registry import HOOKS
+from mmsinger.visualization.features import extract_features
+from mmsinger.visualization.images import pictures_of
+from mmsinger.visualization.maps import (draw_norm_maps, draw_pca_maps,
+                                         draw_similarity_maps)
+from mmsinger.visualization.similarity import patch_at
+from mmsinger.visualization.style import to_array
+
+
+@HOOKS.register_module()
+class DiagnosticsHook(Hook):
+    """Logs what refinement does to the features, in numbers and pictures.
+
+    Every ``interval`` iterations, from the step's own tokens and without
+    another pass through a model: outlier share, token norms before and after,
+    cosine and D_G of F and F_hat, D_G of teacher and student, E_safe and
+    E_prob of the adapters, and the share of the KD gradient that comes from
+    outlier tokens (equation 3; of an MSE it follows from the residuals, see
+    :func:`gradient_share`). They are called ``diagnostics/NAME_LAYER``;
+    docs/diagnostics.md says what each means.
+
+    With ``draw``, after each validation (in runs without, after each epoch)
+    or every ``draw_interval`` iterations: norm maps, similarity maps and PCA
+    maps of teacher, refined teacher and student for the same training images.
+    They take seconds.
+
+    All goes to mmengine's visualizer, hence to every backend in
+    ``vis_backends``: files, TensorBoard, W&B, MLflow. The first process
+    measures and draws, on its own part of the batch. Iterations in between
+    are untouched, and nothing that is random in training changes.
+
+    For every :class:`FeatureDistiller` (what a method does not have is left
+    out); with another model it does nothing, so that recipes can share one
+    list of hooks.
+
+    Args:
+        interval (int): Iterations between two measurements; 0: none. Defaults
+            to 100.
+        num_images (int): Images of the batch to measure on. Defaults to 16.
+        draw (bool): Whether to draw pictures. Defaults to False.
+        draw_interval (int): Iterations between two sets of them. Defaults to
+            0: after each validation or epoch.
+        draw_images (int): How many images they show. Defaults to 4.
+        patch (tuple[float, float]): Where the marked patch of the similarity
+            maps is, as shares of height and width. Defaults to the middle.
+
+    Raises:
+        ConfigError: If a value is not valid.
+    """
+
+    priority = 'NORMAL'
+
+    def __init__(self,
+                 interval: int = 100,
+                 num_images: int = 16,
+                 draw: bool = False,
+                 draw_interval: int = 0,
+                 draw_images: int = 4,
+                 patch: Tuple[float, float] = (0.5, 0.5)) -> None:
+        for name, value, least in (
+                ('interval', interval, 0), ('num_images', num_images, 1),
+                ('draw_interval', draw_interval, 0),
+                ('draw_images', draw_images, 1)):
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f'DiagnosticsHook.{name}={value!r} must be '
+                                  f'a whole number, {least} or more.')
+        patch_at((1, 1), patch)
+        self.interval = interval
+        self.num_images = num_images
+        self.draw = draw
+        self.draw_interval = draw_interval
+        self.draw_images = draw_images
+        self.patch = tuple(patch)
+        self._record: Optional[StepRecord] = None
+        self._directions: Dict[int, Tensor] = {}
+        self._images: Optional[Tensor] = None
+        self._model: Optional[FeatureDistiller] = None
+
+    def before_train(self, runner) -> None:
+        model = unwrap(runner.model)
+        if not isinstance(model, FeatureDistiller) or not is_main_process():
+            return
+        self._model = model
+        if self.interval and isinstance(model, SiNGERDistiller):
+            self._directions = {
+                layer: decompose_ffn(model, layer)[1][0]
+                for layer in model.layers}
+
+    # -- numbers -----------------------------------------------------------
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        if self._model is not None and \
+                self.every_n_train_iters(runner, self.interval):
+            self._record = StepRecord(self.num_images)
+            self._model.records.append(self._record)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None,
+                         outputs=None) -> None:
+        if self._record is not None:
+            record, self._record = self._record, None
+            self._model.records.remove(record)
+            self._log(runner, record)
+        if self.every_n_train_iters(runner, self.draw_interval):
+            self._draw(runner, runner.iter + 1)
+
+    def _log(self, runner, record: StepRecord) -> None:
+        names, values = [], []
+        for layer, numbers in step_diagnostics(record).items():
+            names += [f'{name}_{layer}' for name in numbers]
+            values += numbers.values()
+        numbers = dict(zip(names, torch.stack(values).tolist()))
+        for layer, directions in self._directions.items():
+            numbers.update({
+                f'{name}_{layer}': value for name, value in adapter_energies(
+                    self._model.adapters[str(layer)], directions).items()})
+        step = runner.iter + 1
+        runner.visualizer.add_scalars(
+            {**{f'diagnostics/{name}': value
+                for name, value in numbers.items() if math.isfinite(value)},
+             'iter': step},
+            step=step, file_path=f'{runner.timestamp}.json')
+
+    # -- pictures ----------------------------------------------------------
+
+    def after_val_epoch(self, runner, metrics=None) -> None:
+        if self.draw_interval == 0:
+            self._draw(runner, runner.iter)
+
+    def after_train_epoch(self, runner) -> None:
+        if self.draw_interval == 0 and runner.val_loop is None:
+            self._draw(runner, runner.iter)
+
+    def _draw(self, runner, step: int) -> None:
+        model = self._model
+        # None in another process, with another model, and without training
+        if not self.draw or model is None:
+            return
+        if self._images is None:
+            with preserved_random_states(seed=0):
+                self._images = torch.cat(list(training_images(
+                    runner, self.draw_images, self.draw_images))).cpu()
+        with preserved_random_states(seed=0):
+            features = extract_features(
+                model, self._images.to(next(model.parameters()).device))
+        images = pictures_of(model, self._images)
+        note = f'Training images, iteration {step}.'
+        for name, figure in (
+                ('norm_maps', draw_norm_maps(images, features, note)),
+                ('similarity_maps', draw_similarity_maps(
+                    images, features, self.patch, note)),
+                ('pca_maps', draw_pca_maps(images, features, note))):
+            add_image(runner.visualizer, name, to_array(figure), step)
+
+
+def add_image(visualizer, name: str, image, step: int) -> None:
+    """Give a picture to all backends of a visualizer.
+
+    MLflow's needs a file suffix in the name, and without a step in it would
+    keep the last picture only.
+
+    Args:
+        visualizer (Visualizer): mmengine's.
+        name (str): Without a slash, which no file name may have.
+        image (np.ndarray): RGB, (H, W, 3), uint8.
+        step (int): The iteration.
+    """
+    from mmengine.visualization import MLflowVisBackend
+    for backend in visualizer._vis_backends.values():
+        if isinstance(backend, MLflowVisBackend):
+            backend.add_image(f'{name}_{step}.png', image, step)
+        else:
+            backend.add_image(name, image, step)
