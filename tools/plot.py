@@ -1,0 +1,133 @@
+"""Draw the paper's figures 1b, 2, 4 and 6, and training curves.
+
+    python tools/plot.py radar table1.csv --out radar.pdf
+    python tools/plot.py norms CONFIG CHECKPOINT IMAGE... --out norms.png
+    python tools/plot.py similarity CONFIG CHECKPOINT IMAGE... --patch 0.3 0.6
+    python tools/plot.py pca CONFIG CHECKPOINT IMAGE...
+    python tools/plot.py sweep sweep.csv
+    python tools/plot.py curves WORK_DIR... --keys 'diagnostics/cosine_*'
+
+CONFIG is a distillation recipe and CHECKPOINT a training checkpoint of it. The
+suffix of --out says what is written: PNG, SVG or PDF.
+"""
+import argparse
+import os
+
+import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
+import torch
+from mmengine.config import DictAction
+from mmengine.logging import MMLogger
+from mmengine.registry import init_default_scope
+
+from mmsinger.engine.config import load_config
+from mmsinger.errors import readable_errors
+from mmsinger.evaluation.loading import load_distiller
+from mmsinger.visualization.curves import (choose_keys, draw_curves,
+                                           read_curves, run_names)
+from mmsinger.visualization.features import extract_features
+from mmsinger.visualization.images import pictures_of, read_images
+from mmsinger.visualization.maps import (draw_norm_maps, draw_pca_maps,
+                                         draw_similarity_maps)
+from mmsinger.visualization.style import check_output, save_figure
+from mmsinger.visualization.tables import draw_radar, draw_sweep, read_table
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    figures = parser.add_subparsers(dest='figure', required=True)
+
+    def add(name, text, draw):
+        figure = figures.add_parser(
+            name, help=text, description=text,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        figure.add_argument('--out', default=f'{name}.png',
+                            help='.png, .svg or .pdf')
+        figure.set_defaults(draw=draw)
+        return figure
+
+    radar = add('radar', 'figure 1b: methods over the columns of Table 1',
+                radar_figure)
+    radar.add_argument('csv', help='table1.csv of tools/reproduce.py')
+    radar.add_argument('--values', default='measured',
+                       choices=('measured', 'published'))
+    for name, text in (
+            ('norms', 'figure 2: norm maps before and after refinement'),
+            ('similarity', 'figure 4: similarity to a marked patch'),
+            ('pca', 'main directions of patch tokens as colours')):
+        maps = add(name, text, map_figure)
+        maps.add_argument('config', help='a distillation recipe')
+        maps.add_argument('checkpoint', help='a training checkpoint of it')
+        maps.add_argument('images', nargs='+', help='image files')
+        maps.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'),
+                          help="pixels to bring them to (default: the "
+                          "student's own size)")
+        maps.add_argument('--cfg-options', nargs='+', action=DictAction,
+                          metavar='KEY=VALUE',
+                          help='override settings of the config')
+        if name == 'similarity':
+            maps.add_argument('--patch', type=float, nargs=2,
+                              default=(0.5, 0.5), metavar=('DOWN', 'RIGHT'),
+                              help='where the marked patch is, as shares of '
+                              'height and width')
+    sweep = add('sweep', 'figure 6: depth error by rank and quantile',
+                sweep_figure)
+    sweep.add_argument('csv', help='sweep.csv of tools/reproduce.py')
+    curves = add('curves', 'training curves of one or several runs',
+                 curve_figure)
+    curves.add_argument('work_dirs', nargs='+', metavar='WORK_DIR')
+    curves.add_argument('--keys', nargs='+', metavar='NAME',
+                        help="names in the log, or patterns such as "
+                        "'diagnostics/cosine_*' (default: losses and "
+                        'accuracies)')
+    return parser.parse_args()
+
+
+def radar_figure(args):
+    return draw_radar(read_table(args.csv, 'table1'), args.values)
+
+
+def sweep_figure(args):
+    return draw_sweep(read_table(args.csv, 'sweep'))
+
+
+def curve_figure(args):
+    names = run_names(args.work_dirs)
+    runs = dict(zip(names, map(read_curves, args.work_dirs)))
+    merged = {key: curve for curves in runs.values()
+              for key, curve in curves.items()}
+    return draw_curves(runs, choose_keys(merged, args.keys))
+
+
+def map_figure(args):
+    cfg = load_config(args.config, args.cfg_options)
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    # Initialisation logs a paragraph for each parameter.
+    MMLogger.get_current_instance().setLevel('WARNING')
+    distiller = load_distiller(cfg, args.checkpoint)
+    distiller.to('cuda' if torch.cuda.is_available() else 'cpu').eval()
+    inputs = read_images(args.images, distiller,
+                         tuple(args.size) if args.size else None)
+    features = extract_features(distiller, inputs)
+    images = pictures_of(distiller, inputs)
+    note = f'{os.path.basename(args.config)}, ' \
+        f'{os.path.basename(args.checkpoint)}; images: ' \
+        f'{", ".join(map(os.path.basename, args.images))}.'
+    if args.figure == 'norms':
+        return draw_norm_maps(images, features, note)
+    if args.figure == 'similarity':
+        return draw_similarity_maps(images, features, tuple(args.patch), note)
+    return draw_pca_maps(images, features, note)
+
+
+def main():
+    args = parse_args()
+    check_output(args.out)
+    save_figure(args.draw(args), args.out)
+    print(f'Written to {args.out}')
+
+
+if __name__ == '__main__':
+    with readable_errors():
+        main()
