@@ -207,6 +207,13 @@ def test_figures_show_the_maps():
     caption = next(text for text in texts(figure) if 'Two images.' in text)
     assert 'before and after' in caption.replace('\n', ' ')
 
+    to_array(figure)
+    for axis in figure.axes:  # no title is cut off
+        box = axis.get_tightbbox()
+        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
+    rows = [axis.get_position().y0 for axis in figure.axes[:7]]
+    assert max(rows) - min(rows) < 0.01  # maps stand beside their image
+
     figure = draw_similarity_maps(pictures, features, (0.9, 0.1))
     drawn = panels(figure)
     assert np.allclose(drawn[1],

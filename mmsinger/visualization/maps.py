@@ -136,8 +136,11 @@ def _numpy(maps: Tensor) -> np.ndarray:
 def _draw(images: np.ndarray, columns: List[Column], label: str,
           caption: str, point: Optional[Tuple[float, float]] = None) -> Any:
     rows, width = len(images), len(columns) + 1
-    figure = new_figure((max(4., 1.35 * width), 1.35 * rows + 1.4))
-    axes = figure.subplots(rows, width, squeeze=False)
+    figure = new_figure((max(4., 1.35 * width), 1.35 * rows + 1.2))
+    cells = figure.add_gridspec(rows + 1, width,
+                                height_ratios=[1.] * rows + [0.08])
+    axes = np.array([[figure.add_subplot(cells[row, column])
+                      for column in range(width)] for row in range(rows)])
     for axis in axes.flat:
         axis.set_axis_off()
     axes[0, 0].set_title('image', fontsize=8)
@@ -161,8 +164,8 @@ def _draw(images: np.ndarray, columns: List[Column], label: str,
             columns[number].limits != column.limits
         if column.limits is not None and last:
             bar = figure.colorbar(
-                shown, ax=list(axes[:, start:number + 1].flat),
-                location='bottom', pad=0.02, fraction=0.04, aspect=25)
+                shown, cax=figure.add_subplot(cells[rows, start:number + 1]),
+                orientation='horizontal')
             bar.set_label(label, fontsize=8)
             bar.ax.tick_params(labelsize=7)
             bar.ax.locator_params(nbins=3)
