@@ -4,8 +4,8 @@
 
 Makes scenes of real handwritten digits, trains a small ViT on them with and
 without SiNGER for as many steps, evaluates teacher and students on digits
-that none of them has seen, and draws what they see. What is finished is kept:
-a second run only shows it again.
+that none of them has seen, draws what they see, and writes a report on the
+teacher. What is finished is kept: a second run only shows it again.
 """
 import argparse
 import glob
@@ -139,17 +139,23 @@ def main():
     step(5, 'picture')
     picture = os.path.join(args.out, 'demo.png')
     draw(teacher, student, singer, picture)
+    step(6, 'report on the teacher: has it artifacts?')
+    report = os.path.join(args.out, 'teacher')
+    singer.tool('analyze_teacher.py', '--out', report, '--images',
+                os.path.join('data', 'digit_scenes', 'images', 'validation'))
 
     table = format_table(teacher, student, singer)
     with open(os.path.join(args.out, 'table.md'), 'w') as file:
         file.write(table + '\n')
     print(f'\n{table}\n\nOne seed, {time.time() - begin:.0f} s in all. '
-          f'Picture: {os.path.abspath(picture)}\nStudent weights for plain '
-          f'mmseg: {os.path.abspath(_student_file(singer))}')
+          f'Picture: {os.path.abspath(picture)}\n'
+          f'Report: {os.path.abspath(os.path.join(report, "report.html"))}\n'
+          'Student weights for plain mmseg: '
+          f'{os.path.abspath(_student_file(singer))}')
 
 
 def step(number, title):
-    print(f'\n== {number} of 5: {title}', flush=True)
+    print(f'\n== {number} of 6: {title}', flush=True)
 
 
 def format_table(teacher, *students):
