@@ -23,6 +23,7 @@ from mmengine.runner import Runner
 
 from mmsinger.compat import onedl_config_packages
 from mmsinger.errors import ConfigError
+from mmsinger.models import FeatureDistiller
 from mmsinger.registry import MODELS
 
 
@@ -116,6 +117,7 @@ def prepare_training(cfg: Config) -> None:
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     add_required_hooks(cfg)
     keep_workers(cfg)
+    compile_blocks_alone(cfg)
     use_cpu_amp(cfg)
     use_cpu_processes(cfg)
     check_work_dir(cfg.work_dir)
@@ -126,9 +128,7 @@ def prepare_training(cfg: Config) -> None:
 def add_required_hooks(cfg: Config) -> None:
     """Append the hooks that ``cfg.model`` asks for and the config lacks."""
     model_type = cfg.model.get('type')
-    model_class = MODELS.get(model_type) if isinstance(model_type, str) \
-        else model_type
-    required = getattr(model_class, 'required_hooks', ())
+    required = getattr(_model_class(cfg), 'required_hooks', ())
     hooks = list(cfg.get('custom_hooks') or [])
     present = {str(hook.get('type')).split('.')[-1] for hook in hooks}
     for name in required:
@@ -137,6 +137,22 @@ def add_required_hooks(cfg: Config) -> None:
                       'needs it', logger='current')
             hooks.append(ConfigDict(type=f'mmsinger.{name}'))
     cfg.custom_hooks = hooks
+
+
+def compile_blocks_alone(cfg: Config) -> None:
+    """Hand mmengine's ``compile`` over to a distiller that compares block
+    outputs: traced as a whole, a step breaks into pieces where it reads
+    them."""
+    model_class = _model_class(cfg)
+    if cfg.get('compile') and isinstance(model_class, type) and \
+            issubclass(model_class, FeatureDistiller):
+        cfg.model.setdefault('compile', cfg.pop('compile'))
+
+
+def _model_class(cfg: Config) -> Optional[type]:
+    model_type = cfg.model.get('type')
+    return MODELS.get(model_type) if isinstance(model_type, str) \
+        else model_type
 
 
 def use_cpu_amp(cfg: Config) -> None:

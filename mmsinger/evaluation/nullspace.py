@@ -9,8 +9,7 @@ from mmsinger.evaluation.block_jacobian import (differentiable,
                                                 smallest_directions)
 from mmsinger.evaluation.deviation import orthonormal_rows
 from mmsinger.models.adapters.nullspace import (left_nullspace,
-                                                left_singular_directions,
-                                                linearised_ffn, random_rows,
+                                                random_rows,
                                                 subspace_energy)
 from mmsinger.models.distillers import SiNGERDistiller
 
@@ -18,28 +17,6 @@ from mmsinger.models.distillers import SiNGERDistiller
 def intermediate_layers(distiller: SiNGERDistiller) -> List[int]:
     return [layer for layer in distiller.layers
             if layer != distiller.last_layer]
-
-
-def decompose_ffn(distiller: SiNGERDistiller, layer: int
-               ) -> Tuple[int, Tuple[Tensor, Tensor]]:
-    """The FFN that a layer's adapter starts from, as the recipe linearises
-    it.
-
-    Args:
-        distiller (SiNGERDistiller): With its teacher loaded.
-        layer (int): A distilled layer.
-
-    Returns:
-        tuple[int, tuple[Tensor, Tensor]]: The block that it belongs to, and
-        what :func:`left_singular_directions` makes of it.
-    """
-    block = layer if layer == distiller.last_layer else layer + 1
-    cfg = distiller.adapter_cfg
-    weight = linearised_ffn(
-        distiller.teacher.blocks.modules[block],
-        fold_layer_scale=cfg.get('fold_layer_scale', False),
-        fold_norm=cfg.get('fold_norm', False))
-    return block, left_singular_directions(weight)
 
 
 def nullspace_energies(distiller: SiNGERDistiller, seed: int = 0
@@ -57,7 +34,7 @@ def nullspace_energies(distiller: SiNGERDistiller, seed: int = 0
     """
     energies = {}
     for layer in distiller.layers:
-        block, (directions, _) = decompose_ffn(distiller, layer)
+        block, (directions, _) = distiller.decompose_ffn(layer)
         adapter = distiller.adapters[str(layer)]
         rows = dict(
             up=adapter.up, down=adapter.down.T,
@@ -93,7 +70,7 @@ def null_directions(distiller: SiNGERDistiller, batches: Iterable[Tensor],
     cfg = distiller.adapter_cfg
     directions = {}
     for layer in layers:
-        block, decomposition = decompose_ffn(distiller, layer)
+        block, decomposition = distiller.decompose_ffn(layer)
         dim, rank = len(decomposition[0]), distiller.adapters[str(layer)].rank
         ours = left_nullspace(
             None, rank, cfg.get('selection', 'smallest'),

@@ -5,11 +5,13 @@ timm models inside mmpretrain's ``TIMMBackbone``, and on whatever else keeps
 its blocks in one list beside a ``patch_embed``. The models are not edited;
 every hook is removed again.
 """
+import contextlib
 import inspect
 import re
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, \
-    Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, \
+    Sequence, Tuple, Union
 
+import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError, near_matches
@@ -148,13 +150,18 @@ class BlockTaps:
         layers (Sequence[int]): Indices of the blocks to record.
         stop (bool): End the pass after the deepest of them. Only for a pass
             started by :meth:`run`. Defaults to False.
+        dtype (torch.dtype, optional): The precision that the backbone was
+            cast to: it is kept under autocast too, and tokens are float32
+            outside. Defaults to None: that of the surroundings.
     """
 
     def __init__(self, blocks: Blocks, layers: Sequence[int],
-                 stop: bool = False) -> None:
+                 stop: bool = False,
+                 dtype: Optional[torch.dtype] = None) -> None:
         self.blocks = blocks
         self.layers = sorted(set(layers))
         self.stop = stop
+        self.dtype = dtype
         self._outputs: Dict[int, Tensor] = {}
         self._extras: Dict[int, Pass] = {}
         self._grid: Optional[Grid] = None
@@ -180,7 +187,8 @@ class BlockTaps:
         """Forward images of shape (B, 3, H, W), up to the last tap if
         ``stop`` is set."""
         try:
-            backbone(images, **unmasked(backbone))
+            with own_precision(images, self.dtype) as images:
+                backbone(images, **unmasked(backbone))
         except _StopForward:
             pass
 
@@ -203,6 +211,8 @@ class BlockTaps:
                 f'{where} was not reached by the forward pass. Its backbone '
                 'skips it, or does not call its patch_embed.')
         values = self._outputs[layer]
+        if self.dtype is not None:
+            values = values.float()
         tokens = Tokens(values, self._grid)
         if values.dim() != 3 or tokens.num_prefix < 0:
             raise ConfigError(
@@ -224,8 +234,10 @@ class BlockTaps:
             Tensor: Its output, shape (B, N, C).
         """
         extras = self._extras[layer]
-        return first_output(self.blocks.modules[layer](
-            values, *extras.args, **extras.kwargs))
+        with own_precision(values, self.dtype) as values:
+            output = first_output(self.blocks.modules[layer](
+                values, *extras.args, **extras.kwargs))
+        return output if self.dtype is None else output.float()
 
     def with_outputs(self, outputs: Dict[int, Tensor]) -> 'BlockTaps':
         """The record of a like pass over other images.
@@ -236,7 +248,7 @@ class BlockTaps:
         Returns:
             BlockTaps: With the same grid and extra arguments.
         """
-        taps = BlockTaps(self.blocks, self.layers)
+        taps = BlockTaps(self.blocks, self.layers, dtype=self.dtype)
         taps._outputs = outputs
         taps._extras, taps._grid = self._extras, self._grid
         return taps
@@ -260,6 +272,26 @@ class BlockTaps:
                 raise _StopForward
 
         return hook
+
+
+@contextlib.contextmanager
+def own_precision(values: Tensor, dtype: Optional[torch.dtype]
+                  ) -> Iterator[Tensor]:
+    """Work in another precision than the surroundings.
+
+    Args:
+        values (Tensor): What goes in.
+        dtype (torch.dtype, optional): The precision; None leaves all as it
+            is.
+
+    Yields:
+        Tensor: The values in that precision, with autocast off.
+    """
+    if dtype is None:
+        yield values
+    else:
+        with torch.autocast(values.device.type, enabled=False):
+            yield values.to(dtype)
 
 
 def unmasked(backbone: nn.Module) -> Dict[str, Any]:

@@ -8,9 +8,14 @@ from torch import Tensor, nn
 from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
 from mmsinger.errors import ConfigError
 from mmsinger.models.taps import (BlockTaps, Blocks, Layer, find_blocks,
-                                  fixed_input_size, patch_stride)
+                                  fixed_input_size, own_precision,
+                                  patch_stride)
 from mmsinger.models.teacher_memory import TokenMemory
 from mmsinger.registry import MODELS
+
+
+PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16,
+              'fp16': torch.float16}
 
 
 class Normalisation(NamedTuple):
@@ -82,6 +87,7 @@ class FrozenModule(nn.Module):
         self.input_size = tuple(input_size) if input_size is not None \
             else fixed_input_size(self.module)
         self.loaded = checkpoint is None
+        self.dtype: Optional[torch.dtype] = None
         self.requires_grad_(False)
         self.train(False)
 
@@ -128,6 +134,12 @@ class FrozenModule(nn.Module):
         self.loaded = True
         print_log(f'{self.role.capitalize()} {type(self.module).__name__} '
                   f'loaded from {self.checkpoint}', logger='current')
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Store the weights and compute in another precision, under autocast
+        too; what goes in and comes out is not affected."""
+        self.dtype = dtype
+        self.module.to(dtype)
 
     def read_checkpoint(self, key: str) -> Dict[str, Tensor]:
         """The weights in the checkpoint, by their keys there.
@@ -291,8 +303,8 @@ class FrozenTeacher(FrozenModule):
         self.check_loaded()
 
         def run(prepared: Tensor) -> BlockTaps:
-            with torch.no_grad(), BlockTaps(self.blocks, layers, stop=True) \
-                    as taps:
+            with torch.no_grad(), BlockTaps(
+                    self.blocks, layers, stop=True, dtype=self.dtype) as taps:
                 taps.run(self.backbone, prepared)
             return taps
 
@@ -350,7 +362,10 @@ class FrozenClassifier(FrozenModule):
             Tensor: Shape (B, K), or (B, K, h, w) of a segmentor.
         """
         self.check_loaded()
-        return self.model(self.prepare(images, normalisation))
+        images = self.prepare(images, normalisation)
+        with own_precision(images, self.dtype) as images:
+            logits = self.model(images)
+        return logits if self.dtype is None else logits.float()
 
 
 def _channels(values: Sequence[float], like: Tensor) -> Tensor:

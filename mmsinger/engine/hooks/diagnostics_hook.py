@@ -12,7 +12,6 @@ from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError
 from mmsinger.evaluation.diagnostics import (adapter_energies,
                                              step_diagnostics)
-from mmsinger.evaluation.nullspace import decompose_ffn
 from mmsinger.models import FeatureDistiller, SiNGERDistiller
 from mmsinger.models.step_record import StepRecord
 from mmsinger.registry import HOOKS
@@ -100,7 +99,7 @@ class DiagnosticsHook(Hook):
         self._model = model
         if self.interval and isinstance(model, SiNGERDistiller):
             self._directions = {
-                layer: decompose_ffn(model, layer)[1][0]
+                layer: model.decompose_ffn(layer)[1][0]
                 for layer in model.layers}
 
     # -- numbers -----------------------------------------------------------

@@ -9,8 +9,8 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from mmsinger.errors import ConfigError, check_keys
-from mmsinger.models.teacher import (FrozenModule, FrozenTeacher,
+from mmsinger.errors import ConfigError, check_choice, check_keys
+from mmsinger.models.teacher import (PRECISIONS, FrozenModule, FrozenTeacher,
                                      Normalisation)
 from mmsinger.registry import MODELS
 
@@ -36,6 +36,10 @@ class BaseDistiller(BaseModel):
         task_loss_weight (float): Factor of the student's own losses. 0 trains
             on the teacher alone: labels are not used, and what its outputs do
             not reach keeps its weights. Defaults to 1.0.
+        teacher_dtype (str, optional): ``'bf16'`` or ``'fp16'``: the teacher
+            is stored and run so, whatever the student's precision; half its
+            memory. ``'fp32'``: the same in float32. Defaults to None: stored
+            in float32, run as the student (autocast).
         data_preprocessor (dict, optional): Goes to the student if its config
             has none. Defaults to None.
 
@@ -54,9 +58,11 @@ class BaseDistiller(BaseModel):
                  student: dict,
                  teacher: dict,
                  task_loss_weight: float = 1.0,
+                 teacher_dtype: Optional[str] = None,
                  data_preprocessor: Optional[dict] = None,
                  **unknown: Any) -> None:
         reject_unknown_keys(unknown, type(self))
+        check_choice('teacher_dtype', teacher_dtype, (None, *PRECISIONS))
         if task_loss_weight < 0:
             raise ConfigError('task_loss_weight must not be negative, got '
                               f'{task_loss_weight}.')
@@ -65,6 +71,7 @@ class BaseDistiller(BaseModel):
             student_model, 'data_preprocessor', None) or data_preprocessor)
         self.student = student_model
         self.task_loss_weight = task_loss_weight
+        self.teacher_dtype = teacher_dtype
         # Not a submodule: never in state_dict(), parameters() or DDP.
         self.__dict__['teacher'] = build_teacher(teacher, self.teacher_class)
         self._register_load_state_dict_pre_hook(self._accept_plain_student)
@@ -121,7 +128,20 @@ class BaseDistiller(BaseModel):
         """Initialise the student as its config says, then load the
         teacher."""
         super().init_weights()
+        self.load_teacher()
+
+    def load_teacher(self) -> None:
+        """Load the teacher, and cast it as ``teacher_dtype`` says."""
+        if self.teacher.dtype is not None:  # loaded before
+            self.teacher.cast(torch.float32)
         self.teacher.load_weights()
+        self._read_teacher()
+        if self.teacher_dtype is not None:
+            self.teacher.cast(PRECISIONS[self.teacher_dtype])
+
+    def _read_teacher(self) -> None:
+        """What a method keeps of the teacher's weights in full precision,
+        before :attr:`teacher_dtype` applies."""
 
     def _accept_plain_student(self, state_dict: Dict[str, Tensor],
                               prefix: str, *_) -> None:

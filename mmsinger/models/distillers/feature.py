@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError, check_choice
+from mmsinger.models.compiled_blocks import compile_blocks
 from mmsinger.models.distillers.base import (BaseDistiller, build_loss,
                                              reached_parameters)
 from mmsinger.models.layer_map import LAYER_MAPS, map_layers
@@ -45,6 +46,10 @@ class FeatureDistiller(BaseDistiller):
             on features alone: labels are not used, heads not run, and what
             follows the last distilled block keeps its weights. Defaults
             to 1.0.
+        compile (bool | dict): Compile the blocks of teacher and student with
+            ``torch.compile``; a dict holds its options. ``tools/train.py``
+            sets it where a config has mmengine's ``compile``. Defaults to
+            False.
         loss_kd (dict): Config of the loss between projected student tokens
             and targets. Defaults to ``dict(type='mmsinger.FeatureMSELoss')``.
         data_preprocessor (dict, optional): See :class:`BaseDistiller`.
@@ -66,6 +71,7 @@ class FeatureDistiller(BaseDistiller):
                  target_norm: Optional[str] = None,
                  clip: Optional[dict] = None,
                  mask: Union[dict, str, None] = None,
+                 compile: Union[bool, dict] = False,
                  loss_kd: Optional[dict] = None,
                  **kwargs: Any) -> None:
         check_choice('layer_map', layer_map, self.layer_maps)
@@ -98,6 +104,7 @@ class FeatureDistiller(BaseDistiller):
             for layer in self.layers
         })
         self.loss_kd = kd
+        self._compile = compile
         # Put here by hooks, for the steps that they measure
         self.records: List[StepRecord] = []
         if self.task_loss_weight == 0:
@@ -202,6 +209,12 @@ class FeatureDistiller(BaseDistiller):
         }
 
     def _check_ready(self) -> None:
+        if self._compile is not False:
+            # Not while building: a copy made until then is a plain model
+            options = {} if self._compile is True else self._compile
+            for blocks in (self.teacher.blocks, self._student_blocks):
+                compile_blocks(blocks, **options)
+            self._compile = False
         if self.needs_calibration:
             raise RuntimeError(
                 "target_norm='standardise' has not been calibrated. Add "

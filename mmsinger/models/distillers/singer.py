@@ -4,7 +4,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from mmsinger.errors import check_choice, check_keys
+from mmsinger.errors import ConfigError, check_choice, check_keys
 from mmsinger.models.adapters import (SiNGERAdapter, left_singular_directions,
                                       linearised_ffn, subspace_energy)
 from mmsinger.models.adapters.nullspace import SELECTIONS
@@ -54,6 +54,10 @@ class SiNGERDistiller(FeatureDistiller):
             own FFN and its own tokens take that place. ``'final'``: the
             teacher's final block alone. ``'listed'``: the last of ``layers``
             whatever follows it (the official code). Defaults to ``'final'``.
+        info_fraction (float): L_info is computed on this share of each
+            batch's images, drawn anew in every step, at least one. Its mean
+            is an unbiased estimate, with the teacher's block run again for
+            these images alone. Defaults to 1.0, all.
         **kwargs: See :class:`FeatureDistiller`.
 
     Raises:
@@ -69,9 +73,17 @@ class SiNGERDistiller(FeatureDistiller):
                  loss_info: Optional[dict] = None,
                  last_layer: str = 'final',
                  target_norm: Optional[str] = None,
+                 info_fraction: float = 1.0,
                  **kwargs) -> None:
         # Mistakes are found before the models are built, which takes long.
         check_choice('last_layer', last_layer, ('final', 'listed'))
+        if isinstance(info_fraction, bool) or \
+                not isinstance(info_fraction, (int, float)) or \
+                not 0 < info_fraction <= 1:
+            raise ConfigError(
+                f'info_fraction={info_fraction!r} must be above 0 and at most '
+                '1, the share of images to compute L_info on. To leave L_info '
+                'out, set loss_info.loss_weight=0.')
         adapter_cfg = _check_adapter_keys(dict(adapter or {}))
         outlier = build_loss(
             'loss_outlier', loss_outlier, 'mmsinger.OutlierSuppressionLoss')
@@ -81,6 +93,8 @@ class SiNGERDistiller(FeatureDistiller):
         self.last_layer = self.layers[-1] if last_layer == 'listed' \
             else len(self.teacher.blocks) - 1
         self.adapter_cfg = adapter_cfg
+        self.info_fraction = info_fraction
+        self._linearised: Dict[int, Tensor] = {}
         dim = self.teacher.blocks.dim
         self.adapters = nn.ModuleDict({
             str(layer): SiNGERAdapter(dim, **_pick(
@@ -123,11 +137,7 @@ class SiNGERDistiller(FeatureDistiller):
                                'has no weights yet: call init_weights().')
         infos = []
         for layer in self.layers:
-            block = layer if layer == self.last_layer else layer + 1
-            weight = linearised_ffn(
-                self.teacher.blocks.modules[block],
-                **_pick(self.adapter_cfg, _FFN_KEYS))
-            decomposition = left_singular_directions(weight)
+            block, decomposition = self.decompose_ffn(layer)
             adapter = self.adapters[str(layer)]
             info = adapter.initialise(
                 decomposition, **_pick(self.adapter_cfg, _INIT_KEYS))
@@ -135,6 +145,34 @@ class SiNGERDistiller(FeatureDistiller):
             infos.append(dict(layer=layer, block=block, **info,
                               e_safe=e_safe, e_prob=e_prob))
         return infos
+
+    def decompose_ffn(self, layer: int) -> Tuple[int, Tuple[Tensor, Tensor]]:
+        """The linearised FFN that a layer's adapter starts from.
+
+        Args:
+            layer (int): A distilled layer.
+
+        Returns:
+            tuple[int, tuple[Tensor, Tensor]]: The block that it belongs to,
+            and what :func:`left_singular_directions` makes of it.
+        """
+        weight = self._linearised.get(layer)
+        if weight is None:
+            weight = self._linearise(layer)
+        return self._next_block(layer), left_singular_directions(weight)
+
+    def _next_block(self, layer: int) -> int:
+        return layer if layer == self.last_layer else layer + 1
+
+    def _linearise(self, layer: int) -> Tensor:
+        return linearised_ffn(
+            self.teacher.blocks.modules[self._next_block(layer)],
+            **_pick(self.adapter_cfg, _FFN_KEYS))
+
+    def _read_teacher(self) -> None:
+        # Small singular values do not survive rounding to bfloat16
+        self._linearised = {} if self.teacher_dtype in (None, 'fp32') else {
+            layer: self._linearise(layer) for layer in self.layers}
 
     def _check_ready(self) -> None:
         super()._check_ready()
@@ -168,13 +206,15 @@ class SiNGERDistiller(FeatureDistiller):
         """L_KD, L_outlier and L_info, see :meth:`FeatureDistiller.distill`."""
         kd, outlier, info = [], [], []
         previous = None
+        images = choose_images(
+            len(student_tokens[self.layers[0]].values), self.info_fraction)
         for layer in self.layers:
             tokens = self.teacher_tokens(taps, layer)
             refined, target, excess = self.refine(layer, tokens)
             kd.append(self.kd_loss(layer, student_tokens[layer], target))
             outlier.append(excess)
             info.append(self._info_loss(taps, layer, tokens, refined,
-                                        previous))
+                                        previous, images))
             previous = refined
             self.record(layer, refined=refined)
         count = len(self.layers)
@@ -199,19 +239,51 @@ class SiNGERDistiller(FeatureDistiller):
         return refined, refined, self.loss_outlier(refined.patches)
 
     def _info_loss(self, taps: BlockTaps, layer: int, tokens: Tokens,
-                   refined: Tokens, previous: Optional[Tokens]) -> Tensor:
+                   refined: Tokens, previous: Optional[Tokens],
+                   images: List[slice]) -> Tensor:
+        if self.loss_info.loss_weight == 0:
+            return refined.values.new_zeros(())
+        ours = take(refined.values, images)
         if layer == self.last_layer:
             reference = tokens
             if self.loss_info.last == 'previous' and previous is not None:
                 reference = previous
-            return self.loss_info(refined.values, reference.values,
+            return self.loss_info(ours, take(reference.values, images),
                                   num_prefix=tokens.num_prefix)
-        restored = self.target_norms[str(layer)].restore(refined.values)
+        restored = self.target_norms[str(layer)].restore(ours)
         following = self.target_norms[str(layer + 1)]
         return self.loss_info(
             following.normalise(taps.rerun(layer + 1, restored)),
-            following.normalise(taps.tokens(layer + 1).values),
+            following.normalise(
+                take(taps.tokens(layer + 1).values, images)),
             num_prefix=tokens.num_prefix, is_last=False)
+
+
+def choose_images(batch: int, fraction: float) -> List[slice]:
+    """Draw a share of a batch: neighbours from a random image on, beyond the
+    last one from the first on. Every image is as likely as any other, and
+    slices, unlike indices, need nothing from the device.
+
+    Args:
+        batch (int): Images in the batch.
+        fraction (float): In (0, 1].
+
+    Returns:
+        list[slice]: One or two parts of the batch, at least one image.
+    """
+    count = max(1, round(batch * fraction))
+    if count == batch:
+        return [slice(None)]
+    start = int(torch.randint(batch, ()))
+    if start + count <= batch:
+        return [slice(start, start + count)]
+    return [slice(start, batch), slice(0, start + count - batch)]
+
+
+def take(values: Tensor, images: List[slice]) -> Tensor:
+    """The chosen images of a batch (B, N, D)."""
+    parts = [values[part] for part in images]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @torch.no_grad()
