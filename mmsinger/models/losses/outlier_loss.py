@@ -32,7 +32,7 @@ class OutlierSuppressionLoss(nn.Module):
         quantile (float): alpha in (0, 1). The share of patches above it,
             1 - alpha, should exceed the share of artifacts: the quantile is
             an artifact itself otherwise. Defaults to 0.95.
-        loss_weight (float): Defaults to 0.01.
+        loss_weight (float): 0 leaves it out, at no cost. Defaults to 0.01.
 
     Raises:
         ConfigError: If the quantile is not in (0, 1).
@@ -59,6 +59,8 @@ class OutlierSuppressionLoss(nn.Module):
             Tensor: A scalar, times ``loss_weight``; 0 if no norm exceeds its
             quantile.
         """
+        if self.loss_weight == 0:
+            return patches.new_zeros(())
         norms = torch.linalg.vector_norm(patches.float(), dim=-1)  # (B, P)
         threshold = outlier_threshold(norms, self.quantile)  # (B, 1)
         excess = (norms - threshold).clamp(min=0)

@@ -1,0 +1,157 @@
+"""What a distillation step costs, as ratios within one run.
+
+    python tools/analysis_tools/benchmark_step.py \
+        --teacher vit_l16 --student vit_t16 --batch-size 4 --size 224
+
+Measures, on random images and weights, in turn and in one process: the
+teacher's pass and the student's forward and backward pass alone (the floor of
+any feature distillation), a FitNet step, and a SiNGER step with each of its
+losses on and off; counts their FLOPs and memory. With --levers also what might
+make a step cheaper, with --compile compiled blocks. --out writes JSON.
+docs/cost.md explains the table.
+"""
+import argparse
+import json
+import os
+import statistics
+
+import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
+import torch
+from mmengine.registry import init_default_scope
+
+from mmsinger.benchmark import (Steps, count_flops, describe_machine,
+                                interleaved, paired_ratio, peak_memory)
+from mmsinger.benchmark.steps import PRECISIONS
+from mmsinger.engine.config import check_work_dir
+from mmsinger.errors import ConfigError, readable_errors
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--teacher', default='vit_l16', metavar='VIT',
+                        help='vit_{t,s,b,l,h,g}PATCH')
+    parser.add_argument('--student', default='vit_t16', metavar='VIT')
+    parser.add_argument('--batch-size', type=int, default=4, metavar='N',
+                        help='images a step')
+    parser.add_argument('--size', type=int, default=224, metavar='PX',
+                        help='their side')
+    parser.add_argument('--precision', default='fp32', choices=PRECISIONS,
+                        help='bf16: autocast')
+    parser.add_argument('--rank', type=int, default=16, metavar='R',
+                        help='of the adapters')
+    parser.add_argument('--rounds', type=int, default=5, metavar='N',
+                        help='how often each step is timed')
+    parser.add_argument('--levers', action='store_true',
+                        help='also what might make a step cheaper')
+    parser.add_argument('--compile', action='store_true',
+                        help='also with compiled blocks; compiling takes '
+                        'minutes')
+    parser.add_argument('--out', metavar='FILE', help='write JSON')
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    for key in ('batch_size', 'rounds'):
+        if getattr(args, key) < 1:
+            raise ConfigError(f'--{key.replace("_", "-")} '
+                              f'{getattr(args, key)} must be at least 1.')
+    if args.out:
+        check_work_dir(os.path.dirname(args.out) or '.')
+    init_default_scope('mmpretrain')
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    bench = Steps(args.teacher, args.student, args.batch_size, args.size,
+                  args.precision, args.rank, device=device)
+    core = {**bench.parts(), **bench.methods()}
+    flops = {name: count_flops(step) for name, step in core.items()}
+    memory = {name: peak_memory(step, device) for name, step in core.items()}
+    steps = dict(core)
+    if args.levers:
+        steps.update(bench.levers())
+        memory['block l+1 checkpointed'] = peak_memory(
+            steps['block l+1 checkpointed'], device)
+    if args.compile:
+        steps.update(bench.compiled())
+    times = interleaved(steps, args.rounds, device)
+    settings = {key: value for key, value in vars(args).items()
+                if key not in ('out', 'levers', 'compile')}
+    result = dict(
+        machine=describe_machine(device), settings=settings,
+        seconds={name: statistics.median(t) for name, t in times.items()},
+        rounds=times, flops=flops, memory_bytes=memory,
+        weight_bytes=bench.weight_bytes,
+        ratios=ratios(times, flops, memory, bench.weight_bytes))
+    print(report(result))
+    if args.out:
+        with open(args.out, 'w') as file:
+            json.dump(result, file, indent=1)
+        print(f'\n{args.out}')
+
+
+def ratios(times, flops, memory, weights):
+    """What the project has targets for, and what explains it."""
+    floor = [a + b for a, b in zip(times['teacher'], times['student'])]
+    times = dict(times, floor=floor)
+    result = dict(
+        singer_over_fitnet=paired_ratio(times, 'SiNGER', 'FitNet'),
+        fitnet_over_floor=paired_ratio(times, 'FitNet', 'floor'),
+        flops_singer_over_fitnet=flops['SiNGER'] / flops['FitNet'],
+        flops_fitnet_over_floor=flops['FitNet'] / (
+            flops['teacher'] + flops['student']))
+    for kind in ('tensors', 'process'):
+        ours, theirs = (weights[name] + memory[name][kind]
+                        for name in ('SiNGER', 'FitNet'))
+        if memory['FitNet'][kind]:
+            key = 'memory_singer_over_fitnet'
+            result[key if kind == 'tensors' else f'{key}_{kind}'] = \
+                ours / theirs
+    for name in times:
+        if name not in ('teacher', 'student', 'floor', 'FitNet', 'SiNGER'):
+            result[f'{name}, over SiNGER'] = paired_ratio(
+                times, name, 'SiNGER')
+    return result
+
+
+def report(result):
+    """The table in Markdown.
+
+    "from floor" compares a step's time with its FLOPs at the rate of the
+    teacher's pass, which is nearly all matrix products.
+    """
+    seconds, flops, memory = (result[key] for key in (
+        'seconds', 'flops', 'memory_bytes'))
+    rate = flops['teacher'] / seconds['teacher']
+    machine, settings = result['machine'], result['settings']
+    lines = [
+        '', f'{settings["teacher"]} to {settings["student"]}, batch '
+        f'{settings["batch_size"]}, {settings["size"]} px, '
+        f'{settings["precision"]}; {machine["device"]}, {machine["threads"]} '
+        f'threads {" ".join(machine["instructions"])}, torch '
+        f'{machine["torch"]}; median of {settings["rounds"]} interleaved '
+        f'rounds, {rate / 1e9:.0f} GFLOP/s in the teacher\'s pass', '',
+        '| step | seconds | over SiNGER | GFLOP | time over FLOP floor | '
+        'memory, MiB: tensors | process |',
+        '|---|---|---|---|---|---|---|']
+    for name, value in seconds.items():
+        cells = [name, f'{value:.3f}', f'{value / seconds["SiNGER"]:.3f}']
+        if name in flops:
+            cells += [f'{flops[name] / 1e9:.0f}',
+                      f'{value / (flops[name] / rate):.2f}']
+        else:
+            cells += ['', '']
+        cells += [f'{memory[name][kind] / 2**20:.0f}' if name in memory
+                  else '' for kind in ('tensors', 'process')]
+        lines.append(f'| {" | ".join(cells)} |')
+    weights = result['weight_bytes']['SiNGER'] / 2**20
+    lines += ['', f'Memory is what a step needs beside the weights '
+              f'({weights:.0f} MiB).', '']
+    lines += [f'- {name}: {value:.3f}'
+              for name, value in result['ratios'].items()]
+    return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+    with readable_errors():
+        main()
