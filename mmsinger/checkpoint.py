@@ -9,7 +9,7 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 
-from mmsinger.errors import ConfigError
+from mmsinger.errors import ConfigError, near_paths
 
 SHIPPED = 'mmsinger://'
 
@@ -83,8 +83,8 @@ def _fetch(path: str, key: str) -> Union[str, io.BytesIO]:
         ) from error
     raise ConfigError(
         f'{key}={path!r}: no such file (working directory '
-        f'{os.getcwd()}). Download the weights, or set {key} to where '
-        'they are.')
+        f'{os.getcwd()}).{near_paths(path)} Download the weights, or set '
+        f'{key} to where they are.')
 
 
 def _download(address: str) -> str:

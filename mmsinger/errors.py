@@ -1,6 +1,7 @@
 """Errors that users see: what, where, got, valid choices, how to fix."""
 import contextlib
 import difflib
+import os
 import sys
 from typing import Iterable, Iterator
 
@@ -37,6 +38,34 @@ def near_matches(word: str, choices: Iterable[str], limit: int = 3) -> str:
     if not near:
         return ''
     return ' Did you mean ' + ', '.join(repr(n) for n in near) + '?'
+
+
+def near_paths(path: str) -> str:
+    """The same for a path that does not exist: what its folder holds."""
+    folder = os.path.dirname(path) or '.'
+    return near_matches(os.path.basename(path), os.listdir(folder)) \
+        if os.path.isdir(folder) else ''
+
+
+def check_output_file(path: str, key: str = '--out') -> None:
+    """Raise :class:`ConfigError` unless a file can be written there: said
+    before the work, not after it.
+
+    Args:
+        path (str): The file.
+        key (str): The option that named it.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path):
+        raise ConfigError(f'{key}={path!r} is a folder. Name a file, for '
+                          f'instance {os.path.join(path, "out")!r} with a '
+                          'suffix.')
+    if not os.path.isdir(folder):
+        raise ConfigError(f'{key}={path!r}: no folder {folder!r}. Make it, '
+                          'or choose another.')
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise ConfigError(f'{key}={path!r} cannot be written. Choose another '
+                          'place, or mend its permissions.')
 
 
 def check_choice(key: str, value, choices: Iterable) -> None:

@@ -8,6 +8,7 @@ from mmengine.registry import DefaultScope
 from mmsinger.errors import ConfigError
 from mmsinger.export import is_distiller
 from mmsinger.models.frozen_backbone import FrozenBackbone
+from mmsinger.models.teacher import feature_settings
 
 
 def evaluation_config(task: Config, source: Config,
@@ -88,10 +89,11 @@ def _teacher(source: Config, checkpoint: Optional[str]
             f'--teacher: the source config is a {found}, which has no '
             'teacher. Give a distillation recipe or a file of '
             'configs/_base_/teachers, or leave out --teacher.')
+    teacher = feature_settings(teacher)
     given = {key: teacher[key] for key in ('ignore_keys', 'input_size')
              if key in teacher}
     weights = dict(
-        backbone=_scoped(teacher.backbone, source),
+        backbone=_scoped(teacher['backbone'], source),
         checkpoint=checkpoint or teacher.get('checkpoint'),
         prefix=teacher.get('prefix', ''), **given)
     preprocessor = _preprocessor(source, student)

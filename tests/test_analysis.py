@@ -358,7 +358,9 @@ def test_far_outliers_are_the_planted_patches(scenes):
 
 def test_the_suggestion_is_a_recipe_that_builds(clean, tmp_path):
     path = tmp_path / 'pasted.py'
-    path.write_text(clean.snippet)
+    assert "_base_ = ['./singer_digits.py']" in clean.snippet
+    path.write_text(clean.snippet.replace('./', os.path.join(
+        paths.configs(), 'demo', '')))
     cfg = load_config(str(path))
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)
@@ -373,7 +375,8 @@ def test_the_suggestion_fits_the_papers_recipe(tmp_path):
     suggestion = suggest(judge(evidence, 64), evidence, 1024)
     recipe = os.path.join(paths.configs(), 'singer_vitl_to_vits_in1k.py')
     path = tmp_path / 'pasted.py'
-    path.write_text(snippet(suggestion, recipe))
+    path.write_text(snippet(suggestion, recipe).replace(
+        './', os.path.join(paths.configs(), '')))
     cfg = load_config(str(path))
     assert cfg.model.layers == [17, 23]
     cfg.model.teacher.checkpoint = None

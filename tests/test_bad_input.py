@@ -15,7 +15,8 @@ import tiny
 import torch
 from mmengine.registry import init_default_scope
 
-from mmsinger.engine.config import load_config, prepare_training
+from mmsinger.engine.config import (load_config, prepare_training,
+                                    resume_from_intact_checkpoint)
 from mmsinger.errors import ConfigError
 from mmsinger.registry import MODELS
 
@@ -161,6 +162,35 @@ def test_resume_from_a_checkpoint_that_is_not_there(place):
     code, output = train(place, args=('--resume', 'nowhere.pth'))
     assert code == 1
     assert "load_from (or --resume)='nowhere.pth'" in message_of(output)
+
+
+def test_resume_passes_over_a_checkpoint_that_was_cut_off(tmp_path):
+    """… and over a pointer to where the folder was before."""
+    cfg = load_config(tiny.SEG_CONFIG)
+    cfg.work_dir, cfg.resume = str(tmp_path), True
+    resume_from_intact_checkpoint(cfg)  # nothing there: from the start
+    assert not cfg.get('load_from')
+    for step in (2, 4, 6):
+        path = tmp_path / f'iter_{step}.pth'
+        torch.save(dict(step=torch.full((5000, ), step)), path)
+        os.utime(path, (step, step))
+        shutil.copy(path, tmp_path / f'iter_{step}_student.pth')
+    (tmp_path / 'last_checkpoint').write_text('/gone/iter_4.pth')
+    resume_from_intact_checkpoint(cfg)
+    assert cfg.load_from == str(tmp_path / 'iter_4.pth')
+    for step, kept in ((4, 2000), (6, 0)):
+        path = tmp_path / f'iter_{step}.pth'
+        path.write_bytes(path.read_bytes()[:kept])
+    cfg.load_from = None
+    resume_from_intact_checkpoint(cfg)
+    assert cfg.load_from == str(tmp_path / 'iter_2.pth')
+    path = tmp_path / 'iter_2.pth'
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 255
+    path.write_bytes(damaged)
+    cfg.load_from = None
+    with pytest.raises(ConfigError, match='none of the checkpoints'):
+        resume_from_intact_checkpoint(cfg)
 
 
 # -- in this process -------------------------------------------------------

@@ -302,6 +302,18 @@ def test_teacher_of_a_recipe():
     assert cfg.model.backbone.input_size == 64
 
 
+def test_teacher_with_a_head():
+    """Of a LogitKDDistiller: its backbone is evaluated."""
+    source = load_config(os.path.join(tiny.ROOT, 'configs', '_base_',
+                                      'teachers', 'vit_l16_in1k_cls.py'))
+    teacher = source.teacher
+    cfg = evaluation_config(task('cls_digits'), source, teacher=True)
+    assert cfg.model.backbone.backbone.type == teacher.model.backbone.type
+    assert cfg.model.backbone.prefix == \
+        teacher.get('prefix', '') + 'backbone.'
+    assert cfg.model.backbone.checkpoint == teacher.checkpoint
+
+
 def test_backbone_of_another_scope_is_the_same():
     source = Config(dict(default_scope='mmseg', model=dict(
         type='EncoderDecoder', backbone={

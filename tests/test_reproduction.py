@@ -295,6 +295,25 @@ def test_outdated(place):
                                    other='finished')
 
 
+def test_outdated_by_the_evaluated_config(place):
+    """A linear evaluation names its source among the arguments."""
+    jobs = chain(a=[])
+    (place / 'source.py').write_text('mean = 1\n')
+    jobs['a'] = dataclasses.replace(
+        jobs['a'], args=(*jobs['a'].args, 'source.py'))
+    before = Workspace('root').fingerprint(jobs['a'], jobs)
+    assert Workspace('root').fingerprint(jobs['a'], jobs) == before
+    (place / 'source.py').write_text('mean = 2\n')
+    assert Workspace('root').fingerprint(jobs['a'], jobs) != before
+
+
+def test_root_that_is_no_folder(place):
+    (place / 'file').write_text('')
+    with pytest.raises(ConfigError, match="--root 'file'"):
+        with Workspace('file').lock():
+            pass
+
+
 def test_damaged_record_is_none(place):
     jobs = chain(a=[])
     run(jobs)
@@ -755,7 +774,7 @@ def arguments(monkeypatch, *args):
 @pytest.mark.parametrize('args, words', [
     (['9'], ["table='9'", "'5a'", "'all'"]),
     (['plantd', '--profile', 'digits'], ["Did you mean 'planted'"]),
-    (['planted'], ["table='planted'"]),  # of the other profile
+    (['planted'], ["'planted' needs --profile digits"]),
     (['1', '--profile', 'digit'], ["'digit'", "Did you mean 'digits'"]),
     (['1', '--quick'], ['--quick', '--profile digits']),
     (['1', '--seeds', '0'], ['--seeds 0', 'at least 1']),
@@ -792,12 +811,35 @@ def test_errors_of_resources(monkeypatch, args, words):
     (None, 2, ['--srun', '-p x', '--jobs', '9'], (9, (), 1)),
 ])
 def test_resources(monkeypatch, visible, count, args, expected):
+    monkeypatch.setattr(REPRODUCE.shutil, 'which', lambda name: name)
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES')
     if visible is not None:
         monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: count)
     found = REPRODUCE.resources_of(arguments(monkeypatch, '1', *args))
     assert (found.jobs, found.gpus, found.gpus_per_job) == expected
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--srun', '-p x'], ['--srun', 'no command srun']),
+    (['--gpus-per-job', '2'], ['--gpus-per-job 2', 'no GPU']),
+])
+def test_resources_that_are_not_there(monkeypatch, args, words):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    monkeypatch.setattr(REPRODUCE.shutil, 'which', lambda name: None)
+    with pytest.raises(ConfigError) as error:
+        REPRODUCE.resources_of(arguments(monkeypatch, '1', *args))
+    assert all(word in str(error.value) for word in words)
+
+
+def test_report_of_a_root_that_is_not_there(monkeypatch, tmp_path):
+    (tmp_path / 'root').mkdir()
+    monkeypatch.setattr(sys, 'argv', [
+        'reproduce.py', '3', '--profile', 'digits', '--report-only',
+        '--root', str(tmp_path / 'rot')])
+    with pytest.raises(ConfigError, match="Did you mean 'root'"):
+        REPRODUCE.main()
+    assert not (tmp_path / 'rot').exists()
 
 
 def test_one_job_a_core_on_the_cpu(monkeypatch):

@@ -47,6 +47,10 @@ def main():
         cfg = load_config(args.dataset, args.cfg_options)
         report = check_config(cfg, args.dataset, args.root, samples)
     else:
+        if args.cfg_options:
+            raise ConfigError('--cfg-options belong to a config, and '
+                              f'{args.dataset!r} is a name. Use --root, or '
+                              'name a config file.')
         report = check_known(args.dataset, args.root, samples)
     print(report)
     sys.exit(1 if report.problems else 0)

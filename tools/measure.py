@@ -8,7 +8,7 @@ each number means.
 """
 import argparse
 import json
-import os
+import math
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 import mmengine
@@ -19,7 +19,8 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
 
 from mmsinger.engine.config import load_config
-from mmsinger.errors import ConfigError, readable_errors
+from mmsinger.errors import (ConfigError, check_output_file,
+                             readable_errors)
 from mmsinger.evaluation.loading import ImageBatches, load_distiller, prepare
 from mmsinger.evaluation.measure import (METRICS, applicable_metrics,
                                          check_metrics, measure)
@@ -60,10 +61,15 @@ def parse_args():
 
 def main():
     args = parse_args()
-    folder = os.path.dirname(os.path.abspath(args.out))
-    if not os.path.isdir(folder):
-        raise ConfigError(f'--out={args.out!r}: no folder {folder!r}. Make '
-                          'it, or choose another.')
+    check_output_file(args.out)
+    for name in ('images', 'jacobian_images', 'jacobian_products'):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f'--{name.replace("_", "-")} {value}: at least '
+                              '1 is needed.')
+    if not (math.isfinite(args.strength) and args.strength > 0):
+        raise ConfigError(f'--strength {args.strength} must be above 0, for '
+                          'instance 0.3.')
     cfg = load_config(args.config, args.cfg_options)
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     # Initialisation logs a paragraph for each parameter.

@@ -8,6 +8,7 @@ Markdown, CSV, LaTeX and a plot. Runs are shared between tables.
 import argparse
 import os
 import shlex
+import shutil
 import signal
 import sys
 
@@ -17,7 +18,8 @@ from mmengine.logging import MMLogger
 
 from mmsinger.datasets import make_digit_scenes
 from mmsinger.datasets.digit_scenes import MARKER
-from mmsinger.errors import ConfigError, check_choice, readable_errors
+from mmsinger.errors import (ConfigError, check_choice, near_paths,
+                             readable_errors)
 from mmsinger.reproduction.execute import Resources, Workspace, run_jobs
 from mmsinger.reproduction.plan import all_jobs, ordered
 from mmsinger.reproduction.planted import planted_all, planted_core
@@ -82,15 +84,25 @@ def chosen_tables(args):
     names = list(TABLES) if 'all' in args.table else \
         list(dict.fromkeys(args.table))
     for name in names:
+        if name in PLANTED and name not in known:
+            raise ConfigError(f'table {name!r} needs --profile digits: '
+                              'artifacts are planted in a teacher that ships '
+                              'with the package.')
         check_choice('table', name, (*known, 'all'))
     return [known[name](PROFILES[args.profile], range(args.seeds),
                         args.quick) for name in names]
 
 
 def resources_of(args):
+    if args.srun and shutil.which('srun') is None:
+        raise ConfigError('--srun: there is no command srun on this machine. '
+                          'Start where slurm is, or leave --srun out.')
     gpus = () if args.srun else chosen_gpus(args.gpus)
     if args.gpus_per_job < 1 or (args.jobs is not None and args.jobs < 1):
         raise ConfigError('--jobs and --gpus-per-job must be at least 1.')
+    if args.gpus_per_job > 1 and not gpus and not args.srun:
+        raise ConfigError(f'--gpus-per-job {args.gpus_per_job}: torch sees no '
+                          'GPU.')
     jobs = args.jobs or len(gpus) // args.gpus_per_job
     if not jobs:
         jobs = len(os.sched_getaffinity(0)) if args.profile == 'digits' else 1
@@ -140,12 +152,21 @@ def main():
     if args.dry_run:
         show_plan(jobs, workspace)
         return
+    if args.report_only and not os.path.isdir(workspace.root):
+        raise ConfigError(f'--report-only: there is no folder '
+                          f'{workspace.root!r}.{near_paths(workspace.root)} '
+                          'Run the table first, or name another --root.')
     # So that what is running is ended in an orderly way
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with workspace.lock():
         if args.report_only:
             records = {name: record for name in jobs
                        if (record := workspace.record(name)) is not None}
+            outdated = sum(workspace.state(job, jobs) == 'outdated'
+                           for job in jobs.values())
+            if outdated:
+                print(f'{outdated} of {len(records)} runs are of another '
+                      'command or config than today\'s; --dry-run says which.')
         else:
             if args.profile == 'digits':
                 make_data(args.quick)

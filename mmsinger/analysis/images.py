@@ -9,7 +9,7 @@ import torch
 from mmengine.utils import scandir
 from torch import Tensor
 
-from mmsinger.errors import ConfigError
+from mmsinger.errors import ConfigError, near_paths
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff',
             '.ppm', '.pgm')
@@ -41,7 +41,8 @@ class ImageFolder:
         if not os.path.isdir(folder):
             kind = 'a file, not' if os.path.exists(folder) else 'no such'
             raise ConfigError(f'--images {folder!r}: {kind} folder (working '
-                              f'directory {os.getcwd()}). Give a folder of '
+                              f'directory {os.getcwd()}).'
+                              f'{near_paths(folder)} Give a folder of '
                               'images.')
         names = sorted(scandir(folder, SUFFIXES, recursive=True,
                                case_sensitive=False))

@@ -7,7 +7,8 @@ from torch import Tensor
 from mmsinger.checkpoint import load_checkpoint, weights_of
 from mmsinger.errors import ConfigError
 from mmsinger.models.taps import patch_stride
-from mmsinger.models.teacher import FrozenTeacher, Normalisation
+from mmsinger.models.teacher import (FrozenTeacher, Normalisation,
+                                     feature_settings)
 
 IMAGENET = Normalisation((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
@@ -73,9 +74,9 @@ def load_subject(cfg: Config, checkpoint: Optional[str] = None,
     """
     model = cfg.get('model') or {}
     if isinstance(model.get('teacher'), dict):
-        source, settings = 'model.teacher', _teacher(model.teacher)
+        source, settings = 'model.teacher', feature_settings(model.teacher)
     elif isinstance(cfg.get('teacher'), dict):
-        source, settings = 'teacher', _teacher(cfg.teacher)
+        source, settings = 'teacher', feature_settings(cfg.teacher)
     elif isinstance(model.get('backbone'), dict):
         source, settings = 'model.backbone', dict(backbone=model.backbone)
     else:
@@ -113,16 +114,6 @@ def load_subject(cfg: Config, checkpoint: Optional[str] = None,
     kind = str(model.get('type', '')).split('.')[-1]
     return Subject(teacher, normalisation, channels, source, notes,
                    source == 'model.teacher' and 'SiNGER' in kind)
-
-
-def _teacher(cfg: Dict[str, Any]) -> Dict[str, Any]:
-    """The settings of a FrozenTeacher; of a whole model its backbone."""
-    settings = {key: cfg[key] for key in cfg if key != 'type'}
-    if 'model' in settings:  # a FrozenClassifier's
-        whole = settings.pop('model')
-        settings['backbone'] = whole.get('backbone', whole)
-        settings['prefix'] = settings.get('prefix', '') + 'backbone.'
-    return settings
 
 
 def _prefixed(settings: Dict[str, Any], cfg: Config) -> bool:

@@ -1,4 +1,5 @@
 """Has a teacher artifacts, from which block on, and what to do about it."""
+import os
 from typing import List, NamedTuple, Optional, Sequence
 
 from mmsinger.analysis.separation import TailGroup
@@ -231,13 +232,14 @@ def snippet(suggestion: Suggestion, recipe: Optional[str] = None) -> str:
 
     Args:
         suggestion (Suggestion): From :func:`suggest`.
-        recipe (str, optional): The SiNGER recipe to change. Defaults to None:
-            a placeholder.
+        recipe (str, optional): The SiNGER recipe to change, beside which the
+            config will lie. Defaults to None: a placeholder.
 
     Returns:
         str: Python text of a config file.
     """
-    return (f'_base_ = [{recipe or "./singer_YOUR_RECIPE.py"!r}]\n'
+    base = os.path.basename(recipe or 'singer_YOUR_RECIPE.py')
+    return (f'_base_ = [{"./" + base!r}]\n'
             'model = dict(\n'
             f'    layers={suggestion.layers},\n'
             f'    adapter=dict(rank={suggestion.rank}),\n'

@@ -28,6 +28,9 @@ def split_positions(pos_embed: Tensor, prefix: Iterable[int]
     Raises:
         ConfigError: If none leaves a square.
     """
+    if pos_embed.dim() != 3 or len(pos_embed) != 1:
+        raise ConfigError(f'pos_embed has shape {tuple(pos_embed.shape)}, '
+                          'expected (1, rows, channels).')
     rows = pos_embed.shape[1]
     prefix = tuple(prefix)
     for count in prefix:

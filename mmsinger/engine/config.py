@@ -8,9 +8,11 @@ of your own may too::
     Runner.from_cfg(cfg).train()
 """
 import difflib
+import glob
 import inspect
 import os
 import tempfile
+import zipfile
 from typing import Iterator, Optional, Tuple
 
 import torch
@@ -22,7 +24,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from mmsinger.compat import onedl_config_packages
-from mmsinger.errors import ConfigError
+from mmsinger.errors import ConfigError, near_paths
 from mmsinger.models import FeatureDistiller
 from mmsinger.registry import MODELS
 
@@ -42,7 +44,7 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
     """
     if not os.path.isfile(path):
         raise ConfigError(f'config {path!r}: no such file (working directory '
-                          f'{os.getcwd()}).')
+                          f'{os.getcwd()}).{near_paths(path)}')
     try:
         with onedl_config_packages():
             cfg = Config.fromfile(path)
@@ -122,6 +124,7 @@ def prepare_training(cfg: Config) -> None:
     use_cpu_processes(cfg)
     check_work_dir(cfg.work_dir)
     check_data_folders(cfg, ('train_dataloader', 'val_dataloader'))
+    resume_from_intact_checkpoint(cfg)
     check_checkpoint_files(cfg)
 
 
@@ -204,6 +207,50 @@ def check_work_dir(work_dir: str) -> None:
             f'work_dir={work_dir!r} is not writable: {error.strerror}. '
             'Choose another one with --work-dir, or mend its permissions.'
         ) from error
+
+
+def resume_from_intact_checkpoint(cfg: Config) -> None:
+    """Choose what ``--resume`` without a path goes on from: the newest
+    checkpoint in the work dir that was written to its end.
+
+    mmengine follows the path in ``last_checkpoint``, which leads elsewhere
+    after the folder was moved or copied, and fails on a file that was cut off.
+
+    Raises:
+        ConfigError: If there are checkpoints and none is intact.
+    """
+    if not cfg.get('resume') or cfg.get('load_from'):
+        return
+    found = [path for kind in ('iter_*.pth', 'epoch_*.pth')
+             for path in glob.glob(os.path.join(cfg.work_dir, kind))
+             if not path.endswith('_student.pth')]
+    pointer = os.path.join(cfg.work_dir, 'last_checkpoint')
+    last = ''
+    if os.path.isfile(pointer):
+        with open(pointer) as file:
+            last = os.path.basename(file.read().strip())
+    found.sort(key=lambda path: (os.path.basename(path) == last,
+                                 os.path.getmtime(path)), reverse=True)
+    for path in found:
+        if _is_intact(path):
+            cfg.load_from = path
+            return
+        print_log(f'--resume: {path!r} was not written to its end, it is '
+                  'passed over', logger='current', level=30)
+    if found:
+        raise ConfigError(
+            f'--resume: none of the checkpoints in {cfg.work_dir!r} was '
+            f'written to its end: {", ".join(map(os.path.basename, found))}. '
+            'Remove them to begin anew.')
+
+
+def _is_intact(path: str) -> bool:
+    """Whether all parts of a file of torch.save are there."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def check_checkpoint_files(cfg: Config) -> None:

@@ -24,8 +24,8 @@ class PlantedArtifacts(BaseModule):
     wrapper adds their likeness to any vision transformer: after one block, a
     few patches of little content get a long vector each, which the residual
     stream then carries to all later blocks. Which patches, and how long, is a
-    hash of the pixels: the same image always gets the same artifacts, on any
-    machine and in any batch.
+    hash of the pixels: the same image always gets the same artifacts, in any
+    batch and on any machine (lengths up to rounding).
 
     Goes wherever the backbone itself would, with the same checkpoint::
 

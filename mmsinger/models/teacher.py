@@ -1,5 +1,5 @@
 """The frozen teacher: a backbone that is only ever read."""
-from typing import Dict, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.logging import print_log
@@ -317,6 +317,31 @@ class FrozenTeacher(FrozenModule):
         stride = patch_stride(self.blocks.patch_embed)
         return tuple(max(1, round(length / step)) * step
                      for length, step in zip(size, stride))
+
+
+def feature_settings(cfg: Dict[str, Any]) -> Dict[str, Any]:
+    """The arguments of the :class:`FrozenTeacher` that a ``teacher`` in a
+    config stands for.
+
+    Args:
+        cfg (dict): Of a :class:`FrozenTeacher`; or of a
+            :class:`FrozenClassifier`, of whose model the backbone is taken.
+
+    Returns:
+        dict: A copy.
+
+    Raises:
+        ConfigError: If it names neither a backbone nor a model.
+    """
+    settings = {key: cfg[key] for key in cfg if key != 'type'}
+    if 'model' in settings:
+        whole = settings.pop('model')
+        settings['backbone'] = whole.get('backbone', whole)
+        settings['prefix'] = settings.get('prefix', '') + 'backbone.'
+    if 'backbone' not in settings:
+        raise ConfigError('teacher must be dict(backbone=…, checkpoint=…), '
+                          f'got the keys {sorted(settings)}.')
+    return settings
 
 
 class FrozenClassifier(FrozenModule):

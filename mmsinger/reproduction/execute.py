@@ -90,8 +90,11 @@ class Workspace:
         """Changes whenever the job's outcome might."""
         key = (job.name, job.config)
         if key not in self._fingerprints:
+            configs = dict.fromkeys([job.config, *(
+                arg for arg in job.args
+                if isinstance(arg, str) and arg.endswith('.py'))])
             parts = [job.tool, repr(job.args), repr(job.options),
-                     _config_content(job.config)]
+                     *map(_config_content, configs)]
             parts += [self.fingerprint(jobs[name], jobs)
                       for name in job.needs]
             self._fingerprints[key] = hashlib.sha256(
@@ -135,7 +138,12 @@ class Workspace:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Refuse a second process on the same folder."""
-        os.makedirs(self.root, exist_ok=True)
+        try:
+            os.makedirs(self.root, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f'--root {self.root!r} is no folder that can be '
+                              f'written: {error.strerror}. Choose another.'
+                              ) from error
         with _locked(os.path.join(self.root, '.lock'),
                      f'{self.root!r} is in use by another '
                      'tools/reproduce.py. Wait for it, or choose another '

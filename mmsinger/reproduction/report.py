@@ -75,10 +75,10 @@ def write_report(table: Table, records: Dict[str, Record], folder: str
     os.makedirs(folder, exist_ok=True)
     paths = [os.path.join(folder, f'{table.name}.{extension}')
              for extension in ('md', 'csv', 'tex', 'png')]
-    with open(paths[0], 'w') as file:
+    with open(paths[0], 'w', encoding='utf-8') as file:
         file.write(markdown(table, records))
     write_csv(table, records, paths[1])
-    with open(paths[2], 'w') as file:
+    with open(paths[2], 'w', encoding='utf-8') as file:
         file.write(latex(table, records))
     plot(table, records, paths[3])
     return paths
@@ -137,7 +137,7 @@ def write_csv(table: Table, records: Dict[str, Record], path: str) -> None:
         records (dict[str, Record]): Of its jobs, by name.
         path (str): Where to write.
     """
-    with open(path, 'w', newline='') as file:
+    with open(path, 'w', newline='', encoding='utf-8') as file:
         writer = csv.writer(file)
         writer.writerow((
             'table', 'row', 'column', 'published', 'measured', 'std', 'seeds',

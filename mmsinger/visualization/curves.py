@@ -6,7 +6,7 @@ import math
 import os
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
-from mmsinger.errors import ConfigError, near_matches
+from mmsinger.errors import ConfigError, near_matches, near_paths
 from mmsinger.visualization.style import (add_caption, line_style,
                                           new_figure)
 
@@ -44,7 +44,8 @@ def read_curves(work_dir: str) -> Dict[str, Curve]:
     """
     if not os.path.isdir(work_dir):
         raise ConfigError(f'work dir {work_dir!r}: no such folder (working '
-                          f'directory {os.getcwd()}). Give what --work-dir '
+                          f'directory {os.getcwd()}).'
+                          f'{near_paths(work_dir)} Give what --work-dir '
                           'was in training.')
     logs = sorted(path for pattern in ('', '*') for path in glob.glob(
         os.path.join(glob.escape(work_dir), pattern, 'vis_data', LOG)))
@@ -106,9 +107,14 @@ def choose_keys(curves: Dict[str, Curve], patterns: Optional[Sequence[str]]
     """
     names = sorted(curves)
     if not patterns:
-        return [name for name in names if 'loss' in name or not (
+        chosen = [name for name in names if 'loss' in name or not (
             name.startswith(('diagnostics/', 'distill.')) or 'lr' in name
             or 'grad_norm' in name)]
+        if not chosen:
+            raise ConfigError(
+                'The logs hold no losses and no accuracies. Choose with '
+                f'--keys from {", ".join(names)}.')
+        return chosen
     chosen: List[str] = []
     for pattern in patterns:
         found = fnmatch.filter(names, pattern)

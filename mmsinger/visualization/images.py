@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmsinger.errors import ConfigError
+from mmsinger.errors import ConfigError, near_paths
 from mmsinger.models import FeatureDistiller
 from mmsinger.models.taps import find_blocks, patch_stride
 
@@ -65,7 +65,7 @@ def _read(path: str, size: Size, patch: Size) -> np.ndarray:
     import cv2
     if not os.path.isfile(path):
         raise ConfigError(f'image {path!r}: no such file (working directory '
-                          f'{os.getcwd()}).')
+                          f'{os.getcwd()}).{near_paths(path)}')
     image = cv2.imread(path, cv2.IMREAD_COLOR)  # BGR, grey ones too
     if image is None:
         raise ConfigError(f'image {path!r} cannot be read: it is damaged or '

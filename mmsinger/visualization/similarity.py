@@ -38,9 +38,11 @@ def patch_at(grid: Grid, point: Tuple[float, float]) -> Tuple[int, int]:
     Raises:
         ConfigError: If the point is outside the image.
     """
-    if not all(0 <= share < 1 for share in point):
+    if not isinstance(point, (tuple, list)) or len(point) != 2 or not all(
+            isinstance(share, (int, float)) and 0 <= share < 1
+            for share in point):
         raise ConfigError(
-            f'patch={tuple(point)} is outside the image: give shares of '
+            f'patch={point} is outside the image: give two shares, of '
             'height and width, each from 0 to below 1; (0.5, 0.5) is the '
             'middle.')
     return tuple(int(share * count) for share, count in zip(point, grid))

@@ -9,7 +9,7 @@ from typing import Any, Tuple
 
 import numpy as np
 
-from mmsinger.errors import ConfigError
+from mmsinger.errors import ConfigError, check_output_file
 
 # Okabe and Ito: told apart by colour-blind readers. The yellow, too light for
 # print, is left out; no figure relies on colour alone.
@@ -54,10 +54,7 @@ def check_output(path: str) -> None:
     if suffix not in SUFFIXES:
         raise ConfigError(f'--out={path!r}: the suffix says what to write; '
                           f'end it with {", ".join(SUFFIXES)}.')
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise ConfigError(f'--out={path!r}: no folder {folder!r}. Make it, '
-                          'or choose another.')
+    check_output_file(path)
 
 
 def save_figure(figure: Any, path: str) -> None:

@@ -5,7 +5,7 @@ import os
 import re
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
-from mmsinger.errors import ConfigError
+from mmsinger.errors import ConfigError, near_paths
 from mmsinger.visualization.style import (add_caption, line_style,
                                           new_figure)
 
@@ -41,7 +41,7 @@ def read_table(path: str, name: str) -> Cells:
     fix = f'Give the {name}.csv that `python tools/reproduce.py` writes.'
     if not os.path.isfile(path):
         raise ConfigError(f'{path!r}: no such file (working directory '
-                          f'{os.getcwd()}). {fix}')
+                          f'{os.getcwd()}).{near_paths(path)} {fix}')
     needed = ('table', 'row', 'column', 'published', 'measured', 'std',
               'seeds')
     try:
@@ -220,7 +220,7 @@ def draw_sweep(cells: Cells) -> Any:
                  for (row, column), value in cells.items()}
     if all(value.measured is None for value in by_number.values()):
         raise ConfigError('The sweep has no measured value yet. Run it with '
-                          '`python tools/reproduce.py --tables sweep`.')
+                          '`python tools/reproduce.py sweep`.')
     figure = new_figure((5., 3.6))
     axis = figure.subplots()
     for number, quantile in enumerate(quantiles):
