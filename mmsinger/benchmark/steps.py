@@ -70,6 +70,7 @@ class Steps:
         layers (Sequence[int], optional): Distilled blocks of the teacher.
             Defaults to None: the one at three quarters of the depth and the
             last, the paper's 17 and 23 of 24.
+        depth (int, optional): Of the teacher. Defaults to None: as published.
         device (str): Defaults to ``'cpu'``.
 
     Raises:
@@ -79,7 +80,7 @@ class Steps:
     def __init__(self, teacher: str, student: str, batch_size: int, size: int,
                  precision: str = 'fp32', rank: int = 16,
                  layers: Optional[Sequence[int]] = None,
-                 device: str = 'cpu') -> None:
+                 depth: Optional[int] = None, device: str = 'cpu') -> None:
         check_choice('--precision', precision, PRECISIONS)
         if precision == 'tf32' and device != 'cuda':
             raise ConfigError('--precision tf32 needs a CUDA device.')
@@ -90,8 +91,11 @@ class Steps:
         torch.backends.cudnn.allow_tf32 = precision == 'tf32'
         self.images = torch.randn(batch_size, 3, size, size, device=device)
         backbone = vision_transformer(teacher, size)
+        arch = dict(VisionTransformer.arch_zoo[backbone['arch']])
+        depth = depth or arch['num_layers']
+        backbone['arch'] = dict(arch, num_layers=depth)
         if layers is None:
-            layers = _paper_layers(backbone)
+            layers = (3 * depth // 4 - 1, depth - 1)
         shared = dict(
             student=dict(type='mmpretrain.ImageClassifier',
                          backbone=vision_transformer(student, size)),
@@ -298,11 +302,6 @@ _RERUN = BlockTaps.rerun
 def _set_classes(modules: List[nn.Module], classes: List[type]) -> None:
     for module, cls in zip(modules, classes):
         module.__class__ = cls
-
-
-def _paper_layers(backbone: Dict[str, Any]) -> List[int]:
-    depth = VisionTransformer.arch_zoo[backbone['arch']]['num_layers']
-    return [3 * depth // 4 - 1, depth - 1]
 
 
 def _bytes(module: nn.Module) -> int:
