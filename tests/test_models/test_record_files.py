@@ -100,6 +100,7 @@ def test_files_may_end_anywhere(count, data):
             os.truncate(path, cut)
             cuts.append(cut // size)
         records = RecordFolder(folder, SIZE)
+        assert len(records) == min(cuts)
         assert found(records, count) == list(range(min(cuts)))
         for n in range(count):  # and the rest can be added again
             if records.get(key(n)) is None:
