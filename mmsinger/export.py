@@ -7,7 +7,6 @@ key layout of the plain mmpretrain or mmseg model and loads with
 """
 import copy
 import os
-import tempfile
 from typing import Any, Dict, Optional
 
 import torch
@@ -15,6 +14,7 @@ from mmengine.config import Config
 
 from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
 from mmsinger.errors import ConfigError
+from mmsinger.files import whole_file
 from mmsinger.registry import MODELS
 
 PREFIX = 'student.'
@@ -86,16 +86,8 @@ def save_student(weights: Dict[str, torch.Tensor], meta: Dict[str, Any],
     content = dict(
         meta={key: meta[key] for key in kept if key in meta},
         state_dict={k: v.detach().cpu().clone() for k, v in weights.items()})
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix='.tmp')
-    os.close(handle)
-    try:
+    with whole_file(path) as temporary:
         torch.save(content, temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def student_path(checkpoint: str) -> str:

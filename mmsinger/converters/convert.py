@@ -4,7 +4,6 @@ import contextlib
 import copy
 import hashlib
 import os
-import tempfile
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import torch
@@ -16,6 +15,7 @@ from mmsinger.converters.describe import describe
 from mmsinger.converters.layouts import LAYOUTS, Renamed, detect, rename
 from mmsinger.converters.positions import place
 from mmsinger.errors import ConfigError
+from mmsinger.files import whole_file
 from mmsinger.models.backbones import VisionTransformerWithRegisters
 from mmsinger.models.tokens import Grid
 from mmsinger.registry import MODELS
@@ -244,18 +244,10 @@ def _sha256(path: str) -> str:
 
 
 def _write(content: dict, out: str) -> None:
-    temporary = None
     try:
-        folder = os.path.dirname(os.path.abspath(out))
-        os.makedirs(folder, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, suffix='.tmp')
-        os.close(handle)
-        torch.save(content, temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, out)
+        os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+        with whole_file(out) as temporary:
+            torch.save(content, temporary)
     except (OSError, RuntimeError) as error:
         raise ConfigError(f'OUT={out!r} cannot be written: {error}. Choose '
                           'another place.') from error
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)

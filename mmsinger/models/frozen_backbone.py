@@ -73,7 +73,6 @@ class FrozenBackbone(FrozenTeacher, BaseModule):
                 'model.backbone.checkpoint.')
         super().__init__(backbone, checkpoint, prefix, ignore_keys,
                          input_size=input_size)
-        self.config = dict(backbone)
         self.layer = resolve_layer(layer, self.blocks, 'model.backbone.layer')
         self.output = output
 

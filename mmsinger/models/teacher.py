@@ -1,4 +1,5 @@
 """The frozen teacher: a backbone that is only ever read."""
+import os
 from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -6,11 +7,12 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
-from mmsinger.errors import ConfigError
+from mmsinger.errors import ConfigError, check_choice
+from mmsinger.files import content_hash
 from mmsinger.models.taps import (BlockTaps, Blocks, Layer, find_blocks,
                                   fixed_input_size, own_precision,
                                   patch_stride)
-from mmsinger.models.teacher_memory import TokenMemory
+from mmsinger.models.teacher_memory import TokenFolder, TokenMemory
 from mmsinger.registry import MODELS
 
 
@@ -74,6 +76,7 @@ class FrozenModule(nn.Module):
             checkpoint = init_cfg['checkpoint']
             prefix = prefix or init_cfg.get('prefix') or ''
         module.pop('init_cfg', None)
+        self.config = module
         self.add_module(self.part, MODELS.build(module))
         self.checkpoint = checkpoint
         self.prefix = f'{prefix}.' if prefix and prefix[-1] != '.' else prefix
@@ -251,6 +254,12 @@ class FrozenTeacher(FrozenModule):
         remember (int): How many images to keep the tokens of, in memory, so
             that the teacher sees each only once. For small data sets and
             pipelines without random augmentation. Defaults to 0, none.
+        remember_in (str, optional): A folder to keep them in instead of
+            memory, for this run and later ones, see :class:`TokenFolder`.
+            Defaults to None, in memory.
+        remember_dtype (str): Of the files there: ``'bfloat16'``, which rounds
+            tokens by up to 2^-8 of each number, or ``'float32'``. Defaults
+            to ``'bfloat16'``.
 
     Raises:
         ConfigError: If a value is not valid or the backbone is no vision
@@ -269,22 +278,50 @@ class FrozenTeacher(FrozenModule):
                  swap_channels: bool = False,
                  input_size: Union[int, Sequence[int], None] = None,
                  layers: Sequence[Layer] = (17, 23),
-                 remember: int = 0) -> None:
+                 remember: int = 0,
+                 remember_in: Optional[str] = None,
+                 remember_dtype: str = 'bfloat16') -> None:
         if not isinstance(remember, int) or isinstance(remember, bool) or \
                 remember < 0:
             raise ConfigError(f'{self.role}.remember={remember!r} must be a '
                               'number of images, 0 for none.')
+        if remember_in is not None and (
+                not isinstance(remember_in, (str, os.PathLike))
+                or not os.fspath(remember_in)):
+            raise ConfigError(
+                f'{self.role}.remember_in={remember_in!r} must be a folder, '
+                "for instance 'work_dirs/teacher_tokens', or None to remember "
+                'in memory.')
+        check_choice(f'{self.role}.remember_dtype', remember_dtype,
+                     ('bfloat16', 'float32'))
         super().__init__(backbone, checkpoint, prefix, ignore_keys, mean, std,
                          swap_channels, input_size)
         self.blocks: Blocks = find_blocks(self.backbone, self.role)
         self.layers = layers
         self.remember = remember
-        self.memory = TokenMemory(remember)
+        self.remember_in = remember_in
+        self.remember_dtype = remember_dtype
+        self.memory = self._new_memory()
 
     def load_weights(self) -> None:
         """See :class:`FrozenModule`; tokens of other weights are forgotten."""
         super().load_weights()
-        self.memory = TokenMemory(self.remember)
+        self.memory = self._new_memory()
+        if self.remember:
+            self.memory.check()
+
+    def _new_memory(self) -> TokenMemory:
+        if self.remember_in is None:
+            return TokenMemory(self.remember)
+        return TokenFolder(self.remember, os.fspath(self.remember_in),
+                           getattr(torch, self.remember_dtype), self._identify)
+
+    def _identify(self) -> Any:
+        """A hash of what tokens depend on, beside the prepared images and
+        what :class:`TokenFolder` sees of a pass."""
+        return content_hash(
+            [str(type(self.backbone)), str(self.dtype), self.config],
+            self.backbone.state_dict())
 
     def forward(self, images: Tensor, layers: Sequence[int],
                 normalisation: Normalisation) -> BlockTaps:

@@ -438,8 +438,9 @@ def test_no_direction_is_more_invisible_than_the_first(seed):
     assert (first @ W).norm() <= (others @ W).norm(dim=1).min() + 1e-12
 
 
-def test_exact_nullspace_is_found():
-    W = matrix_with([3, 0, 2, 0, 1e-3, 5, 0, 1])
+@pytest.mark.parametrize('columns', [8, 9, 16])
+def test_exact_nullspace_is_found(columns):
+    W = matrix_with([3, 0, 2, 0, 1e-3, 5, 0, 1], columns)
     null = left_nullspace(W, 4)
     torch.testing.assert_close(
         null.singular_values, torch.tensor([0, 0, 0, 1e-3], dtype=F64),

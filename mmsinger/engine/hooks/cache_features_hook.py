@@ -1,8 +1,5 @@
 """A frozen backbone is run over a small data set once, not every epoch."""
-import hashlib
-import json
 import os
-import tempfile
 from typing import Any, Dict, Iterator, List, Optional
 
 import torch
@@ -16,6 +13,7 @@ from mmsinger.engine.hooks.random_state_hook import random_states
 from mmsinger.engine.hooks.target_norm_hook import preserved_random_states
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError, check_choice
+from mmsinger.files import add_tensor, content_hash, whole_file
 from mmsinger.models.frozen_backbone import FrozenBackbone
 from mmsinger.models.tokens import Grid, Tokens
 from mmsinger.registry import HOOKS
@@ -185,18 +183,15 @@ class TokenStore:
         self.backbone = backbone
         self.dtype = dtype
         self.computed = 0
-        self._hash = hashlib.sha256(json.dumps(
+        self._hash = content_hash(
             [FORMAT, str(dtype), backbone.layer, backbone.input_size,
-             backbone.config], sort_keys=True, default=repr).encode())
-        for name, value in sorted(backbone.state_dict().items()):
-            self._hash.update(f'{name} {value.dtype}'.encode())
-            _update(self._hash, value)
+             backbone.config], backbone.state_dict())
         os.makedirs(folder, exist_ok=True)
 
     def __call__(self, images: Tensor) -> Tokens:
         """The tokens of preprocessed images (B, 3, H, W), memory-mapped."""
         key = self._hash.copy()
-        _update(key, images)
+        add_tensor(key, images)
         path = os.path.join(self.folder, f'{key.hexdigest()[:40]}.pth')
         if not os.path.isfile(path):
             self._write(path, self.backbone.tokens(images))
@@ -211,20 +206,8 @@ class TokenStore:
                 'CacheFeaturesHook: the backbone gives tokens that are not '
                 f'finite in {self.dtype}. Check its weights; what is beyond '
                 "float16 needs dtype='float32'.")
-        handle, temporary = tempfile.mkstemp(dir=self.folder, suffix='.tmp')
-        os.close(handle)
-        try:
+        with whole_file(path) as temporary:
             torch.save(dict(values=values, grid=tokens.grid), temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-
-
-def _update(digest: Any, value: Tensor) -> None:
-    digest.update(f'{value.dtype} {tuple(value.shape)}'.encode())
-    digest.update(value.detach().cpu().contiguous().flatten()
-                  .view(torch.uint8).numpy())
 
 
 class CachedTokens(Dataset):

@@ -2,9 +2,12 @@ from mmsinger.models.adapters.nullspace import (Nullspace, left_nullspace,
                                                 left_singular_directions,
                                                 linearised_ffn,
                                                 subspace_energy)
+from mmsinger.models.adapters.nullspace_cache import \
+    cached_singular_directions
 from mmsinger.models.adapters.singer_adapter import SiNGERAdapter
 
 __all__ = [
-    'Nullspace', 'SiNGERAdapter', 'left_nullspace',
-    'left_singular_directions', 'linearised_ffn', 'subspace_energy'
+    'Nullspace', 'SiNGERAdapter', 'cached_singular_directions',
+    'left_nullspace', 'left_singular_directions', 'linearised_ffn',
+    'subspace_energy'
 ]

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError, check_choice, check_keys
-from mmsinger.models.adapters import (SiNGERAdapter, left_singular_directions,
+from mmsinger.models.adapters import (SiNGERAdapter,
+                                      cached_singular_directions,
                                       linearised_ffn, subspace_energy)
 from mmsinger.models.adapters.nullspace import SELECTIONS
 from mmsinger.models.adapters.singer_adapter import INITS
@@ -154,12 +155,12 @@ class SiNGERDistiller(FeatureDistiller):
 
         Returns:
             tuple[int, tuple[Tensor, Tensor]]: The block that it belongs to,
-            and what :func:`left_singular_directions` makes of it.
+            and what :func:`cached_singular_directions` makes of it.
         """
         weight = self._linearised.get(layer)
         if weight is None:
             weight = self._linearise(layer)
-        return self._next_block(layer), left_singular_directions(weight)
+        return self._next_block(layer), cached_singular_directions(weight)
 
     def _next_block(self, layer: int) -> int:
         return layer if layer == self.last_layer else layer + 1
