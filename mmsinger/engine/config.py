@@ -187,6 +187,33 @@ def use_cpu_processes(cfg: Config) -> None:
         if 'device_ids' not in wrapper else wrapper
 
 
+def scale_learning_rate(cfg: Config) -> None:
+    """Scale the learning rate by the actual over the recipe's batch size.
+
+    mmengine multiplies images a process and processes; iterations that are
+    accumulated count here too.
+
+    Args:
+        cfg (Config): The config; changed in place.
+
+    Raises:
+        ConfigError: If it does not say the recipe's batch size.
+    """
+    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+        raise ConfigError(
+            '--auto-scale-lr: the config has no auto_scale_lr = '
+            'dict(base_batch_size=N), the batch size that its learning '
+            'rate was chosen for. Add it.')
+    cfg.auto_scale_lr.enable = True
+    accumulated = cfg.optim_wrapper.get('accumulative_counts', 1)
+    if accumulated > 1:
+        base = cfg.auto_scale_lr.base_batch_size
+        cfg.auto_scale_lr.base_batch_size = base / accumulated
+        print_log(f'--auto-scale-lr: {accumulated} iterations are accumulated '
+                  f'for the base batch size of {base}, {base / accumulated:g} '
+                  'an iteration', logger='current')
+
+
 def keep_workers(cfg: Config) -> None:
     """Keep data workers alive between epochs unless the config says
     otherwise, as mmpretrain's own ``tools/train.py`` does."""
