@@ -1,17 +1,25 @@
-"""Two processes (gloo) with DistributedDataParallel on the tiny run."""
+"""Two processes (gloo) on the tiny run: DistributedDataParallel and FSDP."""
+import glob
+import json
 import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import uuid
+from types import SimpleNamespace
 
 import forked
 import pytest
 import torch
 import torch.multiprocessing
+from mmengine.registry import init_default_scope
 from tiny import ROOT, SEG_CONFIG, workplace
 
+from mmsinger.engine.config import load_config, prepare_training
+from mmsinger.engine.hooks import diagnostics_hook
+from mmsinger.errors import ConfigError
+from mmsinger.registry import MODELS
 from mmsinger.reproduction import warm
 
 WORLD = 2
@@ -43,13 +51,20 @@ LEARNT = dict(
                     'model.student.decode_head.norm_cfg': dict(
                         _delete_=True, type='GN', num_groups=4)})
 
+FSDP = {**LEARNT['features_only'],
+        'strategy': dict(type='mmsinger.FSDPStrategy'),
+        'default_hooks.checkpoint.interval': 3,
+        'custom_hooks': [dict(type='mmsinger.SiNGERAdapterHook'),
+                         dict(type='mmsinger.DiagnosticsHook', interval=2)]}
 
-def train(folder, name, options, launcher='none', batch_size=2):
+
+def train(folder, name, options, launcher='none', batch_size=2,
+          validate=False):
     """A short run; what this process has in the end."""
     from mmengine.hooks import Hook
+    from mmengine.registry import RUNNERS
     from mmengine.runner import Runner
-    from mmsinger.engine.config import load_config, prepare_training
-    from mmsinger.engine.unwrap import unwrap
+    from mmsinger.engine.unwrap import full_parameters, unwrap
 
     class Recorder(Hook):
         priority = 'LOWEST'
@@ -72,11 +87,13 @@ def train(folder, name, options, launcher='none', batch_size=2):
 
     def state(runner):
         module = unwrap(runner.model)
-        tensors = dict(module.named_parameters())
-        tensors.update((f'target_norms.{key}', value) for key, value in
-                       module.target_norms.named_buffers())
-        return {key: value.detach().clone()
-                for key, value in tensors.items()}
+        with full_parameters(runner.model):
+            tensors = {name.replace('_fsdp_wrapped_module.', ''): value
+                       for name, value in module.named_parameters()}
+            tensors.update((f'target_norms.{key}', value) for key, value in
+                           module.target_norms.named_buffers())
+            return {key: value.detach().clone()
+                    for key, value in tensors.items()}
 
     cfg = load_config(SEG_CONFIG, {
         'train_cfg.max_iters': 3, 'train_dataloader.batch_size': batch_size,
@@ -86,20 +103,29 @@ def train(folder, name, options, launcher='none', batch_size=2):
         # other random numbers in each process: only broadcasts make them agree
         'randomness.diff_rank_seed': True, **options})
     cfg.experiment_name = cfg.visualizer.name = f'{name}_{uuid.uuid4().hex}'
-    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    if not validate:
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     prepare_training(cfg)
-    runner = Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else \
+        Runner.from_cfg(cfg)
     recorder = Recorder()
     runner.register_hook(recorder, recorder.priority)
     runner.train()
     return dict(
         start=recorder.start, end=state(runner), paths=recorder.paths,
-        losses=recorder.losses,
+        losses=recorder.losses, held=(
+            held(runner.model), held(unwrap(runner.model).teacher)),
         find_unused=getattr(runner.model, 'find_unused_parameters', None),
         teacher=[name for name, _ in runner.model.named_parameters()
                  if 'teacher' in name],
         trained=[name for name, p in unwrap(runner.model).named_parameters()
                  if p.requires_grad])
+
+
+def held(module):
+    """Numbers in the parameters that this process holds."""
+    return sum((p.to_local() if hasattr(p, 'to_local') else p).numel()
+               for p in module.parameters())
 
 
 def worker(rank, folder):
@@ -129,6 +155,11 @@ def worker(rank, folder):
     for name, options in LEARNT.items():
         results[f'shared_{name}'] = train(
             folder, f'shared_{name}', options, 'pytorch')
+    results['shared_fsdp'] = train(
+        folder, 'shared_fsdp', FSDP, 'pytorch', validate=True)
+    results['shared_fsdp_resumed'] = train(folder, 'shared_fsdp_resumed', {
+        **FSDP, 'strategy.shard_teacher': True, 'resume': True,
+        'load_from': 'shared_fsdp/iter_3.pth'}, 'pytorch')
 
     BaseDistiller._freeze_what_features_do_not_reach = lambda self: None
     try:
@@ -249,6 +280,74 @@ def test_two_small_batches_are_one_large_batch(outcome, name, how):
                                        rtol=1e-5, atol=1e-5)
 
 
+def test_fsdp_trains_as_one_process(outcome):
+    folder, results = outcome
+    whole, images = steps_of(results, 'whole_features_only')
+    parts, same_images = steps_of(results, 'shared_fsdp')
+    assert images == same_images
+    for expected, found in zip(whole, parts):
+        for key, value in expected.items():
+            assert found[key] == pytest.approx(value, rel=1e-5, abs=0), key
+    expected = results[0]['whole_features_only']
+    student, teacher = expected['held']
+    for ranks in results:
+        for moment in ('start', 'end'):
+            found = ranks['shared_fsdp'][moment]
+            assert found.keys() == expected[moment].keys()
+            for key, value in expected[moment].items():
+                torch.testing.assert_close(found[key], value,
+                                           rtol=1e-4, atol=2e-5)
+        # half of the student here, and the whole teacher
+        held = ranks['shared_fsdp']['held']
+        assert held[0] < 0.6 * student and held[1] == teacher
+    log, = glob.glob(os.path.join(folder, 'shared_fsdp', '2*', 'vis_data',
+                                  '2*.json'))
+    with open(log) as file:
+        names = set().union(*(json.loads(line) for line in file))
+    assert 'mIoU' in names and 'diagnostics/e_safe_up_1' in names
+
+
+def test_fsdp_resumes_and_divides_the_teacher(outcome):
+    _, results = outcome
+    for ranks in results:
+        found, expected = ranks['shared_fsdp_resumed'], ranks['shared_fsdp']
+        assert len(found['losses']) == STEPS - 3
+        assert found['held'][1] < 0.7 * expected['held'][1]
+        for key, value in expected['end'].items():
+            assert torch.equal(found['end'][key], value), key
+
+
+def test_fsdp_writes_whole_files(outcome):
+    folder, results = outcome
+    place = os.path.join(folder, 'shared_fsdp')
+    names = sorted(f for f in os.listdir(place) if f.endswith('.pth'))
+    assert names == ['iter_3.pth', 'iter_3_student.pth',
+                     'iter_6.pth', 'iter_6_student.pth']
+    content = checkpoint(folder, 'shared_fsdp/iter_6.pth')['state_dict']
+    like = checkpoint(folder, 'whole_features_only/iter_6.pth')['state_dict']
+    assert {k: v.shape for k, v in content.items()} == \
+        {k: v.shape for k, v in like.items()}
+    student = checkpoint(folder, 'shared_fsdp/iter_6_student.pth')
+    for key, value in results[1]['shared_fsdp']['end'].items():
+        assert torch.equal(content[key], value)
+        if key.startswith('student.'):
+            assert torch.equal(
+                student['state_dict'][key[len('student.'):]], value)
+
+
+@pytest.mark.parametrize('options,message', [
+    (['strategy.type=mmsinger.FSDPStrategy'], 'torchrun'),
+    (['strategy.type=mmsinger.FSDPStrategy',
+      'strategy.state_dict_cfg=local'], "Use 'full'"),
+])
+def test_fsdp_says_what_it_cannot_do(outcome, options, message):
+    result = forked.run('train.py', SEG_CONFIG, '--no-validate',
+                        '--cfg-options', *options, cwd=outcome[0],
+                        check=False)
+    assert result.returncode == 1
+    assert message in result.stdout and 'Traceback' not in result.stdout
+
+
 def run_of_six_steps(name, batch_size, *more, resume=None, **options):
     """Command line of a run whose six steps see the same four images each,
     however these are divided."""
@@ -329,3 +428,12 @@ def test_learning_rate_is_scaled_by_images_a_step(runs, name):
     groups = checkpoint(runs, name)['optimizer']['param_groups']
     multiples = {round(group['lr'] / 1e-3, 9) for group in groups}
     assert multiples == {2., 2. * 10, 2. * 0.1}  # lr_mult of the recipe
+
+
+def test_pictures_need_a_whole_model(outcome, monkeypatch):
+    monkeypatch.chdir(outcome[0])
+    monkeypatch.setattr(diagnostics_hook, 'is_sharded', lambda model: True)
+    init_default_scope('mmseg')
+    runner = SimpleNamespace(model=MODELS.build(load_config(SEG_CONFIG).model))
+    with pytest.raises(ConfigError, match='tools/plot.py'):
+        diagnostics_hook.DiagnosticsHook(draw=True).before_train(runner)

@@ -122,6 +122,7 @@ def prepare_training(cfg: Config) -> None:
     compile_blocks_alone(cfg)
     use_cpu_amp(cfg)
     use_cpu_processes(cfg)
+    use_strategy(cfg)
     check_work_dir(cfg.work_dir)
     check_data_folders(cfg, ('train_dataloader', 'val_dataloader'))
     resume_from_intact_checkpoint(cfg)
@@ -212,6 +213,15 @@ def scale_learning_rate(cfg: Config) -> None:
         print_log(f'--auto-scale-lr: {accumulated} iterations are accumulated '
                   f'for the base batch size of {base}, {base / accumulated:g} '
                   'an iteration', logger='current')
+
+
+def use_strategy(cfg: Config) -> None:
+    """Choose the runner that reads ``strategy``; mmengine's usual one passes
+    it over."""
+    if cfg.get('strategy') and 'runner_type' not in cfg:
+        print_log("strategy is set: runner_type is 'FlexibleRunner'",
+                  logger='current')
+        cfg.runner_type = 'FlexibleRunner'
 
 
 def keep_workers(cfg: Config) -> None:
