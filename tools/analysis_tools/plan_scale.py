@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import os
+import sys
 import tempfile
 import time
 import weakref
@@ -161,7 +162,8 @@ def counter() -> FlopCounterMode:
 
 
 def decode_rate(size: int, count: int) -> float:
-    """Images that the recipe's pipeline loads in a second of one core."""
+    """Images that the recipe's pipeline loads in a second of one core, from
+    a JPEG of 500 x 375 px and 105 kB, about the mean of ImageNet-1K."""
     pipeline = load_config(RECIPE).train_dataloader.dataset.pipeline
     for transform in pipeline:
         if transform.type == 'RandomResizedCrop':
@@ -178,7 +180,6 @@ def decode_rate(size: int, count: int) -> float:
         path = os.path.join(folder, 'image.jpg')
         cv2.imwrite(path, noise.astype(np.uint8),
                     [cv2.IMWRITE_JPEG_QUALITY, 90])
-        kilobytes = os.path.getsize(path) / 1000
         for i in range(count + 5):
             if i == 5:  # after a warm-up
                 start = time.process_time()
@@ -186,8 +187,6 @@ def decode_rate(size: int, count: int) -> float:
             for step in steps:
                 results = step(results)
         seconds = (time.process_time() - start) / count
-    print(f'\nData loading, {size} px: {1 / seconds:.0f} images/s a core '
-          f'(CPU time; JPEG of 500 x 375 px, {kilobytes:.0f} kB).')
     return 1 / seconds
 
 
@@ -229,10 +228,13 @@ def parse_args():
 
 def main():
     args = parse_args()
-    costs = {(teacher, student, size):
-             step_cost(teacher, student, size, args.batch)
-             for teacher in TEACHERS for student in STUDENTS
-             for size in args.sizes}
+    with contextlib.redirect_stdout(sys.stderr):  # what models log
+        costs = {(teacher, student, size):
+                 step_cost(teacher, student, size, args.batch)
+                 for teacher in TEACHERS for student in STUDENTS
+                 for size in args.sizes}
+        rates = {size: decode_rate(size, args.decode_images)
+                 for size in args.sizes}
 
     print('| teacher -> student | px | GFLOP an image: teacher | student, '
           'adapters, losses | together |\n|---|---|---|---|---|')
@@ -241,22 +243,24 @@ def main():
               f'{cost.teacher_flop / 1e9:.0f} | {cost.rest_flop / 1e9:.0f} | '
               f'{cost.flop / 1e9:.0f} |')
 
-    rates = {size: decode_rate(size, args.decode_images)
-             for size in args.sizes}
+    print('\nData loading, images a second of CPU time of one core: '
+          + ', '.join(f'{rate:.0f} at {size} px'
+                      for size, rate in rates.items()) + '.')
     print(f'\n**Estimates**: {args.epochs:g} epochs of {args.images:,.0f} '
           f'images at {args.utilisation:.0%} of the dense bf16 peak ('
           + ', '.join(f'{k} {v} TFLOP/s' for k, v in PEAKS.items()) + ').\n')
-    print('| teacher -> student | px | GPUs | hours | images/s | '
-          'images/s a GPU | cores for data loading a GPU |\n'
-          '|---|---|---|---|---|---|---|')
+    print('| teacher -> student | px | GPU | images/s a GPU | cores for data '
+          'loading a GPU | '
+          + ' | '.join(f'{n} GPUs: hours | images/s' for n in args.gpus)
+          + ' |\n' + '|---' * (5 + 2 * len(args.gpus)) + '|')
     for (teacher, student, size), cost in costs.items():
         for kind, peak in PEAKS.items():
-            for gpus in args.gpus:
-                each = peak * 1e12 * args.utilisation / cost.flop
-                hours = args.epochs * args.images / (each * gpus) / 3600
-                print(f'| {teacher} -> {student} | {size} | {gpus} {kind} | '
-                      f'{hours:,.1f} | {each * gpus:,.0f} | {each:,.0f} | '
-                      f'{each / rates[size]:.1f} |')
+            each = peak * 1e12 * args.utilisation / cost.flop
+            totals = ' | '.join(
+                f'{args.epochs * args.images / (each * n) / 3600:,.1f} | '
+                f'{each * n:,.0f}' for n in args.gpus)
+            print(f'| {teacher} -> {student} | {size} | {kind} | {each:,.0f} '
+                  f'| {each / rates[size]:.1f} | {totals} |')
 
     print(f'\nMemory a GPU in GiB, {args.batch} images, bf16 autocast, '
           'without CUDA context and fragmentation.\n')
