@@ -1,12 +1,26 @@
-"""Two processes (gloo) with DistributedDataParallel on the tiny run."""
+"""Two processes (gloo) on the tiny run: DistributedDataParallel and FSDP."""
+import glob
+import json
+import multiprocessing
 import os
+import socket
+import subprocess
+import sys
 import uuid
+from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 import torch.multiprocessing
+from mmengine.registry import init_default_scope
+from tiny import ROOT, SEG_CONFIG, workplace
 
-from tiny import SEG_CONFIG, workplace
+from mmsinger.engine.config import load_config, prepare_training
+from mmsinger.engine.hooks import diagnostics_hook
+from mmsinger.errors import ConfigError
+from mmsinger.registry import MODELS
+from mmsinger.reproduction import warm
 
 WORLD = 2
 RUNS = dict(
@@ -20,55 +34,98 @@ RUNS = dict(
         'model.student.decode_head.in_channels': [16, 16]})
 
 
-def train(rank, folder, name, options):
-    """Three iterations; what this process has in the end."""
+# The same images in the same order, whoever reads them
+STEPS = 6
+SAME = {
+    'randomness': dict(seed=3),
+    'param_scheduler': None,
+    'train_dataloader.dataset.pipeline.2.prob': 0.,
+    'train_cfg.max_iters': STEPS,
+    'default_hooks.checkpoint.interval': 100,
+}
+LEARNT = dict(
+    features_only={**SAME, **RUNS['features_only'],
+                   'model.target_norm': None},
+    # SyncBN needs a GPU; group norm knows no batch
+    with_task_loss={**SAME, **RUNS['with_task_loss'],
+                    'model.student.decode_head.norm_cfg': dict(
+                        _delete_=True, type='GN', num_groups=4)})
+
+FSDP = {**LEARNT['features_only'],
+        'strategy': dict(type='mmsinger.FSDPStrategy'),
+        'default_hooks.checkpoint.interval': 3,
+        'custom_hooks': [dict(type='mmsinger.SiNGERAdapterHook'),
+                         dict(type='mmsinger.DiagnosticsHook', interval=2)]}
+
+
+def train(folder, name, options, launcher='none', batch_size=2,
+          validate=False):
+    """A short run; what this process has in the end."""
     from mmengine.hooks import Hook
+    from mmengine.registry import RUNNERS
     from mmengine.runner import Runner
-    from mmsinger.engine.config import load_config, prepare_training
+    from mmsinger.engine.unwrap import full_parameters, unwrap
 
     class Recorder(Hook):
         priority = 'LOWEST'
-        start, paths = None, []
+
+        def __init__(self):
+            self.start, self.paths, self.losses = None, [], []
 
         def before_train(self, runner):
             self.start = state(runner)
 
         def before_train_iter(self, runner, batch_idx, data_batch=None):
-            self.paths = self.paths + [
+            self.paths += [
                 sample.img_path for sample in data_batch['data_samples']]
 
+        def after_train_iter(self, runner, batch_idx, data_batch=None,
+                             outputs=None):
+            self.losses.append({name: value.item()
+                                for name, value in outputs.items()
+                                if 'loss' in name})
+
     def state(runner):
-        module = runner.model.module
-        tensors = dict(module.named_parameters())
-        tensors.update((f'target_norms.{key}', value) for key, value in
-                       module.target_norms.named_buffers())
-        return {key: value.detach().clone()
-                for key, value in tensors.items()}
+        module = unwrap(runner.model)
+        with full_parameters(runner.model):
+            tensors = {name.replace('_fsdp_wrapped_module.', ''): value
+                       for name, value in module.named_parameters()}
+            tensors.update((f'target_norms.{key}', value) for key, value in
+                           module.target_norms.named_buffers())
+            return {key: value.detach().clone()
+                    for key, value in tensors.items()}
 
     cfg = load_config(SEG_CONFIG, {
-        'train_cfg.max_iters': 3, 'train_dataloader.batch_size': 2,
+        'train_cfg.max_iters': 3, 'train_dataloader.batch_size': batch_size,
         'default_hooks.checkpoint.interval': 3,
         'default_hooks.checkpoint.save_best': None,
-        'work_dir': os.path.join(folder, name), 'launcher': 'pytorch',
+        'work_dir': os.path.join(folder, name), 'launcher': launcher,
         # other random numbers in each process: only broadcasts make them agree
         'randomness.diff_rank_seed': True, **options})
-    cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel',
-                                 find_unused_parameters=False,
-                                 device_ids=None)  # the CPU
     cfg.experiment_name = cfg.visualizer.name = f'{name}_{uuid.uuid4().hex}'
-    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    if not validate:
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     prepare_training(cfg)
-    runner = Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else \
+        Runner.from_cfg(cfg)
     recorder = Recorder()
     runner.register_hook(recorder, recorder.priority)
     runner.train()
     return dict(
         start=recorder.start, end=state(runner), paths=recorder.paths,
-        find_unused=runner.model.find_unused_parameters,
+        losses=recorder.losses, held=(
+            held(runner.model), held(unwrap(runner.model).teacher)),
+        find_unused=getattr(runner.model, 'find_unused_parameters', None),
         teacher=[name for name, _ in runner.model.named_parameters()
                  if 'teacher' in name],
-        trained=[name for name, p in runner.model.module.named_parameters()
+        trained=[name for name, p in unwrap(runner.model).named_parameters()
                  if p.requires_grad])
+
+
+def held(module):
+    """Numbers in the parameters that this process holds."""
+    return sum((p.to_local() if hasattr(p, 'to_local') else p).numel()
+               for p in module.parameters())
 
 
 def worker(rank, folder):
@@ -80,16 +137,33 @@ def worker(rank, folder):
     from mmsinger.models import BaseDistiller
     from yapf.yapflib import yapf_api
     yapf_api.FormatCode = lambda text, **_: (text, True)
-    # mmengine's own set-up would ask for a GPU
+    results = {}
+    for name, options in LEARNT.items():  # alone, each at something else
+        if rank == 0:
+            results[f'whole_{name}'] = train(
+                folder, f'whole_{name}', options, batch_size=4)
+        else:
+            results[f'accumulated_{name}'] = train(
+                folder, f'accumulated_{name}', {
+                    **options, 'optim_wrapper.accumulative_counts': 2,
+                    'train_cfg.max_iters': 2 * STEPS})
     torch.distributed.init_process_group(
         'gloo', init_method=f'file://{folder}/rendezvous', rank=rank,
         world_size=WORLD)
-    results = {name: train(rank, folder, name, options)
-               for name, options in RUNS.items()}
+    for name, options in RUNS.items():
+        results[name] = train(folder, name, options, 'pytorch')
+    for name, options in LEARNT.items():
+        results[f'shared_{name}'] = train(
+            folder, f'shared_{name}', options, 'pytorch')
+    results['shared_fsdp'] = train(
+        folder, 'shared_fsdp', FSDP, 'pytorch', validate=True)
+    results['shared_fsdp_resumed'] = train(folder, 'shared_fsdp_resumed', {
+        **FSDP, 'strategy.shard_teacher': True, 'resume': True,
+        'load_from': 'shared_fsdp/iter_3.pth'}, 'pytorch')
 
     BaseDistiller._freeze_what_features_do_not_reach = lambda self: None
     try:
-        train(rank, folder, 'unfrozen', RUNS['features_only'])
+        train(folder, 'unfrozen', RUNS['features_only'], 'pytorch')
         results['unfrozen'] = ''
     except RuntimeError as error:
         results['unfrozen'] = str(error)
@@ -102,7 +176,10 @@ def outcome(tmp_path_factory):
     if not torch.distributed.is_available():
         pytest.skip('torch without distributed')
     folder = workplace(tmp_path_factory.mktemp('distributed'))
-    torch.multiprocessing.spawn(worker, (folder, ), nprocs=WORLD)
+    multiprocessing.get_context('forkserver').set_forkserver_preload(
+        warm.LIBRARIES)
+    torch.multiprocessing.start_processes(
+        worker, (folder, ), nprocs=WORLD, start_method='forkserver')
     return folder, [torch.load(os.path.join(folder, f'rank_{rank}.pth'))
                     for rank in range(WORLD)]
 
@@ -157,3 +234,206 @@ def test_files_are_written_once(outcome, name):
     for key, value in ranks[1][name]['end'].items():
         if key.startswith('student.'):
             assert torch.equal(student[key[len('student.'):]], value)
+
+
+def steps_of(results, name):
+    """The losses of each step as means over the images of all its parts, and
+    these images."""
+    parts = [ranks[name] for ranks in results if name in ranks]
+    losses = [part['losses'] for part in parts]
+    paths = [part['paths'] for part in parts]
+    micro = len(losses[0]) // STEPS
+    count = len(paths[0]) // STEPS
+    curve = []
+    for step in range(STEPS):
+        pieces = [piece for rank in losses
+                  for piece in rank[step * micro:(step + 1) * micro]]
+        curve.append({key: sum(piece[key] for piece in pieces) / len(pieces)
+                      for key in pieces[0]})
+    images = [sorted(path for rank in paths
+                     for path in rank[step * count:(step + 1) * count])
+              for step in range(STEPS)]
+    return curve, images
+
+
+@pytest.mark.parametrize('how', ['shared', 'accumulated'])
+@pytest.mark.parametrize('name', LEARNT)
+def test_two_small_batches_are_one_large_batch(outcome, name, how):
+    """Two processes, or two steps of gradient accumulation."""
+    _, results = outcome
+    whole, images = steps_of(results, f'whole_{name}')
+    parts, same_images = steps_of(results, f'{how}_{name}')
+    assert images == same_images and len(set(map(tuple, images))) > 1
+    assert {'distill.loss_kd', 'distill.loss_outlier',
+            'distill.loss_info'} <= whole[0].keys()
+    for expected, found in zip(whole, parts):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert found[key] == pytest.approx(value, rel=1e-5, abs=0), key
+    assert all(first != last for first, last in
+               zip(whole[0].values(), whole[-1].values()))
+    adapters = [next(ranks[f'{kind}_{name}']['end'] for ranks in results
+                     if f'{kind}_{name}' in ranks) for kind in ('whole', how)]
+    for key, value in adapters[0].items():
+        if key.startswith('adapters.'):
+            torch.testing.assert_close(adapters[1][key], value,
+                                       rtol=1e-5, atol=1e-5)
+
+
+def test_fsdp_trains_as_one_process(outcome):
+    folder, results = outcome
+    whole, images = steps_of(results, 'whole_features_only')
+    parts, same_images = steps_of(results, 'shared_fsdp')
+    assert images == same_images
+    for expected, found in zip(whole, parts):
+        for key, value in expected.items():
+            assert found[key] == pytest.approx(value, rel=1e-5, abs=0), key
+    expected = results[0]['whole_features_only']
+    student, teacher = expected['held']
+    for ranks in results:
+        for moment in ('start', 'end'):
+            found = ranks['shared_fsdp'][moment]
+            assert found.keys() == expected[moment].keys()
+            for key, value in expected[moment].items():
+                torch.testing.assert_close(found[key], value,
+                                           rtol=1e-4, atol=2e-5)
+        # half of the student here, and the whole teacher
+        held = ranks['shared_fsdp']['held']
+        assert held[0] < 0.6 * student and held[1] == teacher
+    log, = glob.glob(os.path.join(folder, 'shared_fsdp', '2*', 'vis_data',
+                                  '2*.json'))
+    with open(log) as file:
+        names = set().union(*(json.loads(line) for line in file))
+    assert 'mIoU' in names and 'diagnostics/e_safe_up_1' in names
+
+
+def test_fsdp_resumes_and_divides_the_teacher(outcome):
+    _, results = outcome
+    for ranks in results:
+        found, expected = ranks['shared_fsdp_resumed'], ranks['shared_fsdp']
+        assert len(found['losses']) == STEPS - 3
+        assert found['held'][1] < 0.7 * expected['held'][1]
+        for key, value in expected['end'].items():
+            assert torch.equal(found['end'][key], value), key
+
+
+def test_fsdp_writes_whole_files(outcome):
+    folder, results = outcome
+    place = os.path.join(folder, 'shared_fsdp')
+    names = sorted(f for f in os.listdir(place) if f.endswith('.pth'))
+    assert names == ['iter_3.pth', 'iter_3_student.pth',
+                     'iter_6.pth', 'iter_6_student.pth']
+    content = checkpoint(folder, 'shared_fsdp/iter_6.pth')['state_dict']
+    like = checkpoint(folder, 'whole_features_only/iter_6.pth')['state_dict']
+    assert {k: v.shape for k, v in content.items()} == \
+        {k: v.shape for k, v in like.items()}
+    student = checkpoint(folder, 'shared_fsdp/iter_6_student.pth')
+    for key, value in results[1]['shared_fsdp']['end'].items():
+        assert torch.equal(content[key], value)
+        if key.startswith('student.'):
+            assert torch.equal(
+                student['state_dict'][key[len('student.'):]], value)
+
+
+@pytest.mark.parametrize('options,message', [
+    (['strategy.type=mmsinger.FSDPStrategy'], 'torchrun'),
+    (['strategy.type=mmsinger.FSDPStrategy',
+      'strategy.state_dict_cfg=local'], "Use 'full'"),
+])
+def test_fsdp_says_what_it_cannot_do(outcome, options, message):
+    result = forked.run('train.py', SEG_CONFIG, '--no-validate',
+                        '--cfg-options', *options, cwd=outcome[0],
+                        check=False)
+    assert result.returncode == 1
+    assert message in result.stdout and 'Traceback' not in result.stdout
+
+
+def run_of_six_steps(name, batch_size, *more, resume=None, **options):
+    """Command line of a run whose six steps see the same four images each,
+    however these are divided."""
+    options = {
+        'train_cfg.max_iters': STEPS,
+        'train_dataloader.batch_size': batch_size,
+        'default_hooks.checkpoint.interval': 3,
+        'default_hooks.checkpoint.save_best': None, 'param_scheduler': None,
+        'train_dataloader.dataset.pipeline.2.prob': 0., 'randomness.seed': 3,
+        'model.task_loss_weight': 0, 'auto_scale_lr.base_batch_size': 2,
+        **options}
+    return [SEG_CONFIG, '--work-dir', name, '--no-validate',
+            '--auto-scale-lr', *more,
+            *(('--resume', resume) if resume else ()), '--cfg-options',
+            *(f'{key}={value}' for key, value in options.items())]
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """A run of one process, and two that change to another number."""
+    folder = workplace(tmp_path_factory.mktemp('runs'))
+    torchrun = subprocess.Popen(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone',
+         f'--nproc_per_node={WORLD}', os.path.join(ROOT, 'tools/train.py'),
+         *run_of_six_steps('two', 2, '--launcher', 'pytorch',
+                           **{'train_cfg.max_iters': 3})],
+        cwd=folder, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env=dict(
+            os.environ, PYTHONPATH=ROOT, OMP_NUM_THREADS='1',
+            CUDA_VISIBLE_DEVICES=''))
+    forked.run('train.py', *run_of_six_steps('one', 4), cwd=folder)
+    forked.run('train.py', *run_of_six_steps('accumulated', 2, **{
+        'optim_wrapper.accumulative_counts': 2, 'train_cfg.max_iters': 12,
+        'default_hooks.checkpoint.interval': 12}), cwd=folder)
+    port = str(unused_port())
+    pair = [forked.start(  # with what torchrun sets, but warm
+        'train.py', *run_of_six_steps('one_then_two', 2, '--launcher',
+                                      'pytorch', resume='one/iter_3.pth'),
+        cwd=folder, RANK=str(rank), LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(WORLD), MASTER_ADDR='localhost',
+        MASTER_PORT=port) for rank in range(WORLD)]
+    for process in pair:
+        process.finish()
+    output, _ = torchrun.communicate(timeout=300)
+    assert torchrun.returncode == 0, output[-6000:]
+    forked.run('train.py', *run_of_six_steps(
+        'two_then_one', 4, resume='two/iter_3.pth'), cwd=folder)
+    return folder
+
+
+def unused_port():
+    with socket.socket() as listener:
+        listener.bind(('localhost', 0))
+        return listener.getsockname()[1]
+
+
+def checkpoint(folder, name):
+    return torch.load(os.path.join(folder, name), weights_only=False)
+
+
+@pytest.mark.parametrize('name', ['one_then_two', 'two_then_one'])
+def test_resumes_on_another_number_of_processes(runs, name):
+    expected = checkpoint(runs, 'one/iter_6.pth')['state_dict']
+    halfway = checkpoint(runs, 'one/iter_3.pth')['state_dict']
+    found = checkpoint(runs, f'{name}/iter_6.pth')['state_dict']
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=2e-5)
+    key = 'student.backbone.patch_embed.projection.weight'
+    assert (halfway[key] - expected[key]).abs().max() > 1e-3
+    assert not os.path.exists(os.path.join(runs, name, 'iter_3.pth'))
+
+
+@pytest.mark.parametrize('name', ['one/iter_6.pth', 'two/iter_3.pth',
+                                  'accumulated/iter_12.pth'])
+def test_learning_rate_is_scaled_by_images_a_step(runs, name):
+    """By 4 images over 2, whether of one process, of two, or accumulated."""
+    groups = checkpoint(runs, name)['optimizer']['param_groups']
+    multiples = {round(group['lr'] / 1e-3, 9) for group in groups}
+    assert multiples == {2., 2. * 10, 2. * 0.1}  # lr_mult of the recipe
+
+
+def test_pictures_need_a_whole_model(outcome, monkeypatch):
+    monkeypatch.chdir(outcome[0])
+    monkeypatch.setattr(diagnostics_hook, 'is_sharded', lambda model: True)
+    init_default_scope('mmseg')
+    runner = SimpleNamespace(model=MODELS.build(load_config(SEG_CONFIG).model))
+    with pytest.raises(ConfigError, match='tools/plot.py'):
+        diagnostics_hook.DiagnosticsHook(draw=True).before_train(runner)

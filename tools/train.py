@@ -10,8 +10,9 @@ from mmengine.config import DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmsinger.engine.config import load_config, prepare_training
-from mmsinger.errors import ConfigError, readable_errors
+from mmsinger.engine.config import (load_config, prepare_training,
+                                    scale_learning_rate)
+from mmsinger.errors import readable_errors
 
 
 def parse_args():
@@ -29,7 +30,8 @@ def parse_args():
     parser.add_argument(
         '--auto-scale-lr', action='store_true',
         help="scale the learning rate by the actual over the recipe's batch "
-        'size (auto_scale_lr.base_batch_size)')
+        'size (auto_scale_lr.base_batch_size); actual is images a process, '
+        'times processes, times accumulated iterations')
     parser.add_argument(
         '--no-validate', action='store_true',
         help='do not evaluate during training')
@@ -56,12 +58,7 @@ def main():
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
-        if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
-            raise ConfigError(
-                '--auto-scale-lr: the config has no auto_scale_lr = '
-                'dict(base_batch_size=N), the batch size that its learning '
-                'rate was chosen for. Add it.')
-        cfg.auto_scale_lr.enable = True
+        scale_learning_rate(cfg)
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     if args.resume:

@@ -122,6 +122,7 @@ def prepare_training(cfg: Config) -> None:
     compile_blocks_alone(cfg)
     use_cpu_amp(cfg)
     use_cpu_processes(cfg)
+    use_strategy(cfg)
     check_work_dir(cfg.work_dir)
     check_data_folders(cfg, ('train_dataloader', 'val_dataloader'))
     resume_from_intact_checkpoint(cfg)
@@ -185,6 +186,42 @@ def use_cpu_processes(cfg: Config) -> None:
         find_unused_parameters=cfg.get('find_unused_parameters', False))
     cfg.model_wrapper_cfg = dict(device_ids=None, **wrapper) \
         if 'device_ids' not in wrapper else wrapper
+
+
+def scale_learning_rate(cfg: Config) -> None:
+    """Scale the learning rate by the actual over the recipe's batch size.
+
+    mmengine multiplies images a process and processes; iterations that are
+    accumulated count here too.
+
+    Args:
+        cfg (Config): The config; changed in place.
+
+    Raises:
+        ConfigError: If it does not say the recipe's batch size.
+    """
+    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+        raise ConfigError(
+            '--auto-scale-lr: the config has no auto_scale_lr = '
+            'dict(base_batch_size=N), the batch size that its learning '
+            'rate was chosen for. Add it.')
+    cfg.auto_scale_lr.enable = True
+    accumulated = cfg.optim_wrapper.get('accumulative_counts', 1)
+    if accumulated > 1:
+        base = cfg.auto_scale_lr.base_batch_size
+        cfg.auto_scale_lr.base_batch_size = base / accumulated
+        print_log(f'--auto-scale-lr: {accumulated} iterations are accumulated '
+                  f'for the base batch size of {base}, {base / accumulated:g} '
+                  'an iteration', logger='current')
+
+
+def use_strategy(cfg: Config) -> None:
+    """Choose the runner that reads ``strategy``; mmengine's usual one passes
+    it over."""
+    if cfg.get('strategy') and 'runner_type' not in cfg:
+        print_log("strategy is set: runner_type is 'FlexibleRunner'",
+                  logger='current')
+        cfg.runner_type = 'FlexibleRunner'
 
 
 def keep_workers(cfg: Config) -> None:

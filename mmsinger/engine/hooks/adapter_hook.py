@@ -3,7 +3,7 @@ from typing import Optional
 from mmengine.dist import broadcast
 from mmengine.hooks import Hook
 
-from mmsinger.engine.unwrap import unwrap
+from mmsinger.engine.unwrap import full_parameters, unwrap
 from mmsinger.models import SiNGERDistiller
 from mmsinger.models.step_record import StepRecord
 from mmsinger.registry import HOOKS
@@ -49,7 +49,11 @@ class SiNGERAdapterHook(Hook):
             runner.logger.info('SiNGER adapters: kept as loaded from the '
                                'checkpoint')
             return
-        for info in model.initialise_adapters():
+        with full_parameters(runner.model):
+            infos = model.initialise_adapters()
+            for parameter in model.adapters.parameters():
+                broadcast(parameter.data)
+        for info in infos:
             values = info['singular_values']
             kept = f'singular values kept {min(values):.3g} to ' \
                 f'{max(values):.3g}, ' if values else ''
@@ -59,8 +63,6 @@ class SiNGERAdapterHook(Hook):
                 f"rank {info['rank']}, {kept}{info['num_random']} random "
                 f"directions, E_safe {info['e_safe']:.4f}, "
                 f"E_prob {info['e_prob']:.4f}")
-        for parameter in model.adapters.parameters():
-            broadcast(parameter.data)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         model = unwrap(runner.model)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from mmsinger.engine.hooks.target_norm_hook import (preserved_random_states,
                                                     training_images)
-from mmsinger.engine.unwrap import unwrap
+from mmsinger.engine.unwrap import (full_parameters, is_sharded,
+                                    unwrap)
 from mmsinger.errors import ConfigError
 from mmsinger.evaluation.diagnostics import (adapter_energies,
                                              step_diagnostics)
@@ -94,8 +95,18 @@ class DiagnosticsHook(Hook):
 
     def before_train(self, runner) -> None:
         model = unwrap(runner.model)
-        if not isinstance(model, FeatureDistiller) or not is_main_process():
+        if not isinstance(model, FeatureDistiller):
             return
+        if self.draw and is_sharded(runner.model):
+            raise ConfigError(
+                'DiagnosticsHook.draw=True: with FSDP no process has the '
+                'whole model to draw with. Set draw=False, and draw from a '
+                'checkpoint with tools/plot.py.')
+        with full_parameters(runner.model):
+            if is_main_process():
+                self._start(model)
+
+    def _start(self, model: FeatureDistiller) -> None:
         self._model = model
         if self.interval and isinstance(model, SiNGERDistiller):
             self._directions = {
@@ -112,14 +123,17 @@ class DiagnosticsHook(Hook):
 
     def after_train_iter(self, runner, batch_idx, data_batch=None,
                          outputs=None) -> None:
-        if self._record is not None:
-            record, self._record = self._record, None
-            self._model.records.remove(record)
-            self._log(runner, record)
+        if self.every_n_train_iters(runner, self.interval):
+            with full_parameters(runner.model):
+                self._measure(runner)
         if self.every_n_train_iters(runner, self.draw_interval):
             self._draw(runner, runner.iter + 1)
 
-    def _log(self, runner, record: StepRecord) -> None:
+    def _measure(self, runner) -> None:
+        if self._record is None:  # another process, or another model
+            return
+        record, self._record = self._record, None
+        self._model.records.remove(record)
         names, values = [], []
         for layer, numbers in step_diagnostics(record).items():
             names += [f'{name}_{layer}' for name in numbers]

@@ -1,3 +1,4 @@
+import itertools
 from typing import List
 
 import torch
@@ -57,8 +58,10 @@ class RunGuardHook(Hook):
             self._check_weights(runner, runner.iter)
 
     def _check_weights(self, runner, iteration: int) -> None:
+        model = unwrap(runner.model)
         bad: List[str] = [
-            name for name, value in unwrap(runner.model).state_dict().items()
+            name for name, value in itertools.chain(
+                model.named_parameters(), model.named_buffers())
             if value.is_floating_point() and not torch.isfinite(value).all()]
         if bad:
             raise TrainingError(

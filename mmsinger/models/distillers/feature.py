@@ -11,7 +11,7 @@ from mmsinger.models.distillers.base import (BaseDistiller, build_loss,
 from mmsinger.models.layer_map import LAYER_MAPS, map_layers
 from mmsinger.models.losses import FeatureMSELoss
 from mmsinger.models.step_record import StepRecord, Value
-from mmsinger.models.taps import (BlockTaps, Layer, find_blocks,
+from mmsinger.models.taps import (Blocks, BlockTaps, Layer, find_blocks,
                                   fixed_input_size, in_channels, patch_stride,
                                   resolve_layer)
 from mmsinger.models.target_cures import TargetCure
@@ -86,7 +86,7 @@ class FeatureDistiller(BaseDistiller):
         super().__init__(student=student, teacher=teacher, **kwargs)
         self.cure = cure
         cure.check_teacher(self.teacher)
-        self._student_blocks = find_blocks(self.student_backbone, 'student')
+        self.find_student_blocks()
         self.layers = self._resolve_layers(
             self.teacher.layers if layers is None else layers)
         self.student_layers = self._resolve_student_layers(
@@ -132,6 +132,11 @@ class FeatureDistiller(BaseDistiller):
         return self.layers
 
     # -- building ----------------------------------------------------------
+
+    def find_student_blocks(self) -> Blocks:
+        """Find the student's blocks, anew where they have been wrapped."""
+        self._student_blocks = find_blocks(self.student_backbone, 'student')
+        return self._student_blocks
 
     def _resolve_layers(self, layers: Sequence[Layer]) -> List[int]:
         if isinstance(layers, (int, str)) or not len(layers):
