@@ -2,6 +2,7 @@
 # make test     install, then the tests      (make test ARGS="-k nullspace")
 # make install  only the virtual environment .venv
 # make planted  the planted-artifact benchmark: 3 seeds, 20 minutes on 2 cores
+# make benchmark  what a step costs, ViT-L -> ViT-T, as docs/cost.md has it
 # make teacher  train the demo's teacher anew
 # make clean    remove what builds and tests leave
 #
@@ -24,7 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo planted teacher clean FORCE
+.PHONY: help install test demo planted benchmark teacher clean FORCE
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# \{0,1\}//p' Makefile
@@ -81,6 +82,17 @@ demo: install
 
 planted: install
 	$(BIN)/python tools/reproduce.py planted --profile digits --seeds 3 $(ARGS)
+
+# In bfloat16 too where the machine has instructions for it.
+benchmark: install
+	for precision in $$($(BIN)/python -c 'import mmsinger.benchmark as b; \
+	    print(*b.fast_precisions())'); do \
+	    $(BIN)/python tools/analysis_tools/benchmark_step.py \
+	        --teacher vit_l16 --student vit_t16 --batch-size 4 --size 224 \
+	        --precision $$precision \
+	        --out docs/benchmarks/step_vitl_vitt_$$precision.json $(ARGS) \
+	        || exit 1; \
+	done
 
 # Writes the teacher that ships in mmsinger/assets.
 teacher: install

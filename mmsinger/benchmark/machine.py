@@ -2,7 +2,7 @@
 import datetime
 import os
 import platform
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import torch
 
@@ -27,6 +27,17 @@ def describe_machine(device: str) -> Dict[str, Any]:
         instructions=[flag for flag in (
             'avx2', 'avx512f', 'avx512_bf16', 'amx_bf16') if flag in flags],
         torch=torch.__version__, python=platform.python_version())
+
+
+def fast_precisions() -> List[str]:
+    """Which of ``'fp32'`` and ``'bf16'`` this machine computes at full speed.
+    CPUs without bfloat16 instructions are a hundred times slower in it, and
+    ratios of such times say nothing."""
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return ['fp32', 'bf16'] if fast else ['fp32']
 
 
 def _processor():

@@ -20,7 +20,8 @@ import torch
 from mmengine.registry import init_default_scope
 
 from mmsinger.benchmark import (Steps, count_flops, describe_machine,
-                                interleaved, paired_ratio, peak_memory)
+                                fast_precisions, interleaved, paired_ratio,
+                                peak_memory)
 from mmsinger.benchmark.steps import PRECISIONS
 from mmsinger.engine.config import check_work_dir
 from mmsinger.errors import ConfigError, readable_errors
@@ -145,6 +146,9 @@ def report(result):
                   else '' for kind in ('tensors', 'process')]
         lines.append(f'| {" | ".join(cells)} |')
     weights = result['weight_bytes']['SiNGER'] / 2**20
+    if settings['precision'] == 'bf16' and 'bf16' not in fast_precisions():
+        lines += ['', 'This machine has no bfloat16 instructions: its times '
+                  'in bfloat16 say nothing about others.']
     lines += ['', f'Memory is what a step needs beside the weights '
               f'({weights:.0f} MiB).', '']
     lines += [f'- {name}: {value:.3f}'
