@@ -1,5 +1,6 @@
 """Time, FLOPs and memory of a step."""
 import contextlib
+import ctypes
 import gc
 import statistics
 import time
@@ -138,6 +139,7 @@ def peak_memory(step: Step, device: str) -> Dict[str, int]:
 
 
 def _process_growth(run: Callable[[], None]) -> int:
+    _give_back_freed_memory()
     try:
         with open('/proc/self/clear_refs', 'w') as file:
             file.write('5')  # the peak starts anew
@@ -147,6 +149,14 @@ def _process_growth(run: Callable[[], None]) -> int:
     before = _status('VmRSS')
     run()
     return max(0, _status('VmHWM') - before)
+
+
+def _give_back_freed_memory() -> None:
+    """What the allocator keeps for later would hide a step's growth."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):  # another C library than glibc
+        pass
 
 
 def _status(key: str) -> int:
