@@ -53,7 +53,7 @@ def load_distiller(cfg: Config, checkpoint: Optional[str] = None
     if checkpoint is None:
         distiller.init_weights()
         return distiller
-    distiller.teacher.load_weights()
+    distiller.load_teacher()
     load_strict(
         distiller, weights_of(load_checkpoint(checkpoint), checkpoint),
         what=f'{type(distiller).__name__} of {cfg.filename!r} and checkpoint '

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmsinger.engine.config import compile_blocks_alone
 from mmsinger.errors import ConfigError
+from mmsinger.evaluation.loading import load_distiller
 from mmsinger.models import FitNetDistiller, SiNGERDistiller
 from mmsinger.models.adapters import linearised_ffn
 from mmsinger.models.distillers.singer import choose_images
@@ -92,6 +93,19 @@ def test_nullspace_of_a_bf16_teacher_is_that_of_its_full_weights():
 def test_loading_again_starts_from_full_precision():
     model = distiller(teacher_dtype='bf16')
     model.load_teacher()
+    assert next(model.teacher.parameters()).dtype == torch.bfloat16
+
+
+def test_measuring_casts_the_teacher_too(tmp_path, images):
+    cfg = Config(dict(
+        default_scope='mmpretrain', model=dict(
+            type='mmsinger.SiNGERDistiller', task_loss_weight=0,
+            teacher_dtype='bf16',
+            student=dict(type='mmpretrain.ImageClassifier', backbone=vit()),
+            teacher=dict(backbone=vit(), layers=(1, 3)))))
+    path = str(tmp_path / 'run.pth')
+    torch.save(dict(state_dict=distiller().state_dict()), path)
+    model = load_distiller(cfg, path)
     assert next(model.teacher.parameters()).dtype == torch.bfloat16
 
 
