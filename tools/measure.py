@@ -62,11 +62,9 @@ def parse_args():
 def main():
     args = parse_args()
     check_output_file(args.out)
-    for name in ('images', 'jacobian_images', 'jacobian_products'):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f'--{name.replace("_", "-")} {value}: at least '
-                              '1 is needed.')
+    if args.jacobian_products is not None and args.jacobian_products < 1:
+        raise ConfigError(f'--jacobian-products={args.jacobian_products}: at '
+                          'least 1 is needed.')
     if not (math.isfinite(args.strength) and args.strength > 0):
         raise ConfigError(f'--strength {args.strength} must be above 0, for '
                           'instance 0.3.')

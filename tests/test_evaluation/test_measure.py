@@ -391,7 +391,7 @@ def test_tool_on_fitnet_without_validation_data(place):
       'mmsinger.LogitKDDistiller'], 'LogitKDDistiller does not compare block'),
     ([tiny.SEG_CONFIG, 'run/iter_2_student.pth'], 'missing keys'),
     ([tiny.SEG_CONFIG, 'gone.pth'], "checkpoint='gone.pth': no such file"),
-    ([tiny.SEG_CONFIG, '--images', '0'], '--images 0: at least 1'),
+    ([tiny.SEG_CONFIG, '--images', '0'], '--images=0: at least 1'),
     ([tiny.SEG_CONFIG, '--out', 'no/where.json'], "--out='no/where.json'"),
     ([tiny.SEG_CONFIG, '--cfg-options', 'val_dataloader=None',
       'train_dataloader=None'], 'no val_dataloader and no train_dataloader'),
