@@ -160,8 +160,9 @@ class Steps:
     def compiled(self, **options: Any) -> Dict[str, Step]:
         """FitNet and SiNGER with compiled blocks, see
         :func:`compile_blocks`, and options of ``torch.compile``."""
-        groups = (self.singer.teacher.blocks, self.singer._student_blocks,
-                  self.fitnet._student_blocks)
+        groups = (self.singer.teacher.blocks,
+                  self.singer.find_student_blocks(),
+                  self.fitnet.find_student_blocks())
         blocks = [block for group in groups for block in group.modules]
         plain = [type(block) for block in blocks]
         for group in groups:
@@ -248,7 +249,7 @@ class Steps:
     @contextlib.contextmanager
     def _channels_last(self) -> Iterator[None]:
         embeddings = [self.singer.teacher.blocks.patch_embed,
-                      self.singer._student_blocks.patch_embed]
+                      self.singer.find_student_blocks().patch_embed]
         for module in embeddings:
             module.to(memory_format=torch.channels_last)
         try:
