@@ -10,13 +10,15 @@ from hypothesis import strategies as st
 from mmengine.registry import DefaultScope
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from mmsinger.benchmark import AllocatedMemory
 from mmsinger.errors import ConfigError
 from mmsinger.models.adapters import SiNGERAdapter
 from mmsinger.models.distillers.singer import inlier_variance_ratio
 from mmsinger.models.losses import (FeatureMSELoss, GramInformationLoss,
                                     OutlierSuppressionLoss, cosine_gram,
-                                    outlier_threshold)
+                                    gram_difference, outlier_threshold)
 
 seeds = st.integers(0, 2**31 - 1)
 batches = st.integers(1, 3)
@@ -210,6 +212,51 @@ def test_gram_matrix_holds_cosines(batch, count, dim, seed):
     torch.testing.assert_close(gram.diagonal(dim1=1, dim2=2),
                                torch.ones(batch, count))
     assert gram.abs().max() <= 1 + 1e-5
+
+
+@given(batches, st.integers(1, 200), dims, dims, seeds)
+def test_gram_difference_in_parts_is_that_of_whole_matrices(
+        batch, count, dim, other_dim, seed):
+    # Of one length, so that gradients are: short tokens have large ones
+    pred, target = (torch.nn.functional.normalize(t, dim=-1).requires_grad_()
+                    for t in (randn(batch, count, dim, seed=seed),
+                              randn(batch, count, other_dim, seed=seed + 1)))
+    whole = torch.nn.functional.mse_loss(cosine_gram(pred),
+                                         cosine_gram(target))
+    parts = gram_difference(pred, target)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-10)
+    for ours, expected in zip(torch.autograd.grad(3 * parts, (pred, target)),
+                              torch.autograd.grad(3 * whole, (pred, target))):
+        torch.testing.assert_close(ours, expected, rtol=1e-4,
+                                   atol=1e-5 / (batch * count))
+
+
+def test_gram_difference_grows_with_the_tokens_not_their_square():
+    def peak(count):
+        pred = randn(1, count, 32).requires_grad_()
+        target = randn(1, count, 32, seed=1)
+        with AllocatedMemory() as memory:
+            gram_difference(pred, target).backward()
+        return memory.peak
+
+    assert peak(2048) < 4.5 * peak(512)
+
+
+def test_gram_difference_computes_no_gradient_that_is_not_needed():
+    pred, target = randn(1, 100, 32), randn(1, 100, 32, seed=1)
+    product = 2 * 100 * 100 * 32
+
+    def products(pred_needs, target_needs, context=contextlib.nullcontext):
+        inputs = (pred.clone().requires_grad_(pred_needs),
+                  target.clone().requires_grad_(target_needs))
+        with context(), FlopCounterMode(display=False) as counter:
+            gram_difference(*inputs)
+        return counter.get_total_flops() / product
+
+    assert products(False, False) == 2
+    assert products(True, False) == products(False, True) == 3
+    assert products(True, True) == 4
+    assert products(True, True, torch.no_grad) == 2
 
 
 @given(batches, st.integers(1, 9), dims, seeds)

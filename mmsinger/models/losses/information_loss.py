@@ -1,5 +1,8 @@
+from typing import Any, Optional, Tuple
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mmsinger.errors import check_choice
 from mmsinger.registry import MODELS
@@ -15,8 +18,74 @@ def cosine_gram(tokens: Tensor) -> Tensor:
         Tensor: Shape (B, P, P), float32.
     """
     with torch.autocast(tokens.device.type, enabled=False):
-        unit = nn.functional.normalize(tokens.float(), dim=-1)
+        unit = _unit(tokens)
         return unit @ unit.transpose(1, 2)
+
+
+def gram_difference(pred: Tensor, target: Tensor) -> Tensor:
+    """The mean squared difference of two cosine Gram matrices.
+
+    What ``mse_loss(cosine_gram(pred), cosine_gram(target))`` is, with memory
+    that grows with P, not with P x P: rows of the matrices are made a few at
+    a time, and their gradient with them.
+
+    Args:
+        pred (Tensor): Shape (B, P, D).
+        target (Tensor): Shape (B, P, E).
+
+    Returns:
+        Tensor: A scalar, float32. Its gradient has no gradient itself.
+    """
+    with torch.autocast(pred.device.type, enabled=False):
+        pred, target = _unit(pred), _unit(target)
+        needed = torch.is_grad_enabled()
+        return _GramDifference.apply(
+            pred, target, needed and pred.requires_grad,
+            needed and target.requires_grad)
+
+
+def _unit(tokens: Tensor) -> Tensor:
+    return nn.functional.normalize(tokens.float(), dim=-1)
+
+
+class _GramDifference(torch.autograd.Function):
+    """mean((X X^T - Y Y^T)^2) of X (B, P, D) and Y (B, P, E).
+
+    The loss is a scalar, so that its gradient is known in the forward pass up
+    to a factor: with G = X X^T - Y Y^T, which is symmetric, 4 G X and -4 G Y
+    over the number of elements of G. Rows of G serve both and are dropped.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, pred: Tensor, target: Tensor, pred_needs: bool,
+                target_needs: bool) -> Tensor:
+        batch, count, dim = pred.shape
+        scale = 1 / (batch * count * count)
+        # Rows of G then take a quarter of what the tokens take
+        rows = max(64, dim // 4)
+        total = pred.new_zeros(())
+        pred_grad = torch.empty_like(pred) if pred_needs else None
+        target_grad = torch.empty_like(target) if target_needs else None
+        for start in range(0, count, rows):
+            part = slice(start, start + rows)
+            difference = pred[:, part] @ pred.transpose(1, 2)
+            difference -= target[:, part] @ target.transpose(1, 2)
+            total += difference.square().sum()
+            if pred_needs:
+                pred_grad[:, part] = 4 * scale * (difference @ pred)
+            if target_needs:
+                target_grad[:, part] = -4 * scale * (difference @ target)
+        ctx.save_for_backward(pred_grad, target_grad)
+        return total * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor
+                 ) -> Tuple[Optional[Tensor], ...]:
+        pred_grad, target_grad = ctx.saved_tensors
+        return (None if pred_grad is None else grad * pred_grad,
+                None if target_grad is None else grad * target_grad,
+                None, None)
 
 
 @MODELS.register_module()
@@ -66,7 +135,6 @@ class GramInformationLoss(nn.Module):
         if not is_last and self.intermediate == 'mse':
             error = nn.functional.mse_loss(pred.float(), target.float())
         else:
-            error = nn.functional.mse_loss(
-                cosine_gram(pred[:, num_prefix:]),
-                cosine_gram(target[:, num_prefix:]))
+            error = gram_difference(
+                pred[:, num_prefix:], target[:, num_prefix:])
         return self.loss_weight * error
