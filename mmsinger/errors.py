@@ -3,7 +3,7 @@ import contextlib
 import difflib
 import os
 import sys
-from typing import Iterable, Iterator
+from typing import Dict, Iterable, Iterator, List
 
 
 class ConfigError(ValueError):
@@ -23,7 +23,8 @@ class TrainingError(RuntimeError):
 
 
 def near_matches(word: str, choices: Iterable[str], limit: int = 3) -> str:
-    """A hint that lists the choices nearest to a misspelt word.
+    """A hint that lists the choices nearest to a misspelt word, whatever its
+    capitals.
 
     Args:
         word (str): What the user wrote.
@@ -34,10 +35,14 @@ def near_matches(word: str, choices: Iterable[str], limit: int = 3) -> str:
         str: ``" Did you mean 'a', 'b'?"`` with a leading blank, or an empty
         string when nothing is near.
     """
-    near = difflib.get_close_matches(str(word), list(choices), limit, 0.6)
+    lower: Dict[str, List[str]] = {}
+    for choice in choices:
+        lower.setdefault(choice.lower(), []).append(choice)
+    near = [choice for found in difflib.get_close_matches(
+        str(word).lower(), lower, limit, 0.6) for choice in lower[found]]
     if not near:
         return ''
-    return ' Did you mean ' + ', '.join(repr(n) for n in near) + '?'
+    return ' Did you mean ' + ', '.join(repr(n) for n in near[:limit]) + '?'
 
 
 def near_paths(path: str) -> str:

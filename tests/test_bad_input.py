@@ -17,7 +17,7 @@ from mmengine.registry import init_default_scope
 
 from mmsinger.engine.config import (load_config, prepare_training,
                                     resume_from_intact_checkpoint)
-from mmsinger.errors import ConfigError
+from mmsinger.errors import ConfigError, near_matches
 from mmsinger.registry import MODELS
 
 
@@ -30,6 +30,16 @@ def place(tmp_path_factory):
 def here(place, monkeypatch):
     monkeypatch.chdir(place)
     return place
+
+
+@pytest.mark.parametrize('word, choices, hint', [
+    ('singer', ['SiNGER', 'FitNet'], " Did you mean 'SiNGER'?"),
+    ('Loss_kd', ['loss_kd', 'loss_info'], " Did you mean 'loss_kd'?"),
+    ('blocks.l1', ['blocks.11', 'blocks.1', 'BLOCKS.11', 'blocks.10'],
+     " Did you mean 'blocks.11', 'BLOCKS.11', 'blocks.1'?"),
+    ('x', ['loss_kd'], '')])
+def test_near_matches(word, choices, hint):
+    assert near_matches(word, choices) == hint
 
 
 def train(place, *options, work_dir='run', args=()):

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from mmengine.registry import init_default_scope
 
 import tiny
-from mmsinger.benchmark import (AllocatedMemory, Step, Steps, count_flops,
-                                interleaved, paired_ratio, peak_memory,
-                                vision_transformer)
+from mmsinger.benchmark import (AllocatedMemory, ImageLoading, Step, Steps,
+                                count_flops, interleaved, paired_ratio,
+                                peak_memory, vision_transformer)
 from mmsinger.benchmark.steps import selected_quantile
+from mmsinger.engine.config import load_config
 from mmsinger.errors import ConfigError
 from mmsinger.models.losses import outlier_threshold
 
@@ -194,11 +195,40 @@ def test_tool(tmp_path, monkeypatch, capsys):
     assert result['ratios']['singer_over_fitnet'] == pytest.approx(
         seconds['SiNGER'] / seconds['FitNet'])
     assert '| SiNGER |' in capsys.readouterr().out
+    assert 'data loading' in seconds and 'SiNGER without both' in seconds
+
+
+def test_tool_with_chosen_steps(tmp_path, monkeypatch):
+    path = tmp_path / 'step.json'
+    monkeypatch.setattr(sys, 'argv', [
+        'benchmark_step.py', '--teacher', 'vit_t16', '--student', 'vit_t16',
+        '--batch-size', '2', '--size', '32', '--rounds', '3', '--steps',
+        'info_fraction=0.5', '--out', str(path)])
+    benchmark_step.main()
+    result = json.loads(path.read_text())
+    assert set(result['seconds']) == {
+        'teacher', 'student', 'FitNet', 'SiNGER', 'info_fraction=0.5'}
+    assert result['flops']['info_fraction=0.5'] < result['flops']['SiNGER']
+    low, high = result['quartiles']['SiNGER over FitNet']
+    assert low <= result['ratios']['singer_over_fitnet'] <= high
+
+
+@pytest.mark.parametrize('size', [32, 224])
+def test_image_loading(size):
+    init_default_scope('mmpretrain')
+    pipeline = load_config(benchmark_step.RECIPE
+                           ).train_dataloader.dataset.pipeline
+    with ImageLoading(pipeline, size) as loading:
+        batch = loading.load(3)
+    assert [image.shape for image in batch['inputs']] == [(3, size, size)] * 3
+    assert [image.dtype for image in batch['inputs']] == [torch.uint8] * 3
 
 
 @pytest.mark.parametrize('args, words', [
     (['--rounds', '0'], '--rounds 0'), (['--batch-size', '-1'], '--batch'),
-    (['--precision', 'tf32'], 'CUDA'), (['--teacher', 'vitl'], "'vitl'")])
+    (['--precision', 'tf32'], 'CUDA'), (['--teacher', 'vitl'], "'vitl'"),
+    (['--teacher', 'vit_t16', '--size', '32', '--steps', 'singer'],
+     "--steps='singer'.*Did you mean 'SiNGER'")])
 def test_bad_arguments(monkeypatch, args, words):
     monkeypatch.setattr(sys, 'argv', ['benchmark_step.py', *args])
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)

@@ -9,10 +9,11 @@ from typing import Any, Callable, Dict, List, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (FlopCounterMode,
+                                      sdpa_backward_flop_count,
+                                      sdpa_flop_count)
 
 
 class Step(NamedTuple):
@@ -61,12 +62,22 @@ def paired_ratio(times: Dict[str, List[float]], name: str, base: str
         a / b for a, b in zip(times[name], times[base]))
 
 
+def flop_counter() -> FlopCounterMode:
+    """Torch's counter of floating point operations, with the CPU's fused
+    attention, which its table lacks."""
+    aten = torch.ops.aten
+    forward = aten._scaled_dot_product_flash_attention_for_cpu
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return FlopCounterMode(display=False, custom_mapping={
+        forward: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        backward: lambda grad, q, k, v, *_, **__:
+            sdpa_backward_flop_count(grad, q, k, v)})
+
+
 def count_flops(step: Step) -> int:
     """Floating point operations of a step: of matrix products, convolutions
-    and attention, as torch counts them."""
-    # Its table lacks the CPU's fused attention
-    with step.setting(), sdpa_kernel(SDPBackend.MATH), \
-            FlopCounterMode(display=False) as flops:
+    and attention, as :func:`flop_counter` counts them."""
+    with step.setting(), flop_counter() as flops:
         step.run()
     return flops.get_total_flops()
 

@@ -6,9 +6,10 @@
 Measures, on random images and weights, in turn and in one process: the
 teacher's pass and the student's forward and backward pass alone (the floor of
 any feature distillation), a FitNet step, and a SiNGER step with each of its
-losses on and off; counts their FLOPs and memory. With --levers also what might
-make a step cheaper, with --compile compiled blocks. --out writes JSON.
-docs/cost.md explains the table.
+losses on and off; the loading of a batch by one worker; counts FLOPs and
+memory. With --levers also what might make a step cheaper, with --compile
+compiled blocks. --steps leaves out what is not wanted, for many rounds of the
+rest. --out writes JSON. docs/cost.md explains the table.
 """
 import argparse
 import json
@@ -19,12 +20,17 @@ import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 import torch
 from mmengine.registry import init_default_scope
 
-from mmsinger.benchmark import (Steps, count_flops, describe_machine,
-                                fast_precisions, interleaved, paired_ratio,
-                                peak_memory)
+from mmsinger.benchmark import (ImageLoading, Step, Steps, count_flops,
+                                describe_machine, fast_precisions,
+                                interleaved, paired_ratio, peak_memory)
 from mmsinger.benchmark.steps import PRECISIONS
-from mmsinger.engine.config import check_work_dir
-from mmsinger.errors import ConfigError, readable_errors
+from mmsinger.engine.config import check_work_dir, load_config
+from mmsinger.errors import ConfigError, check_choice, readable_errors
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(
+    os.path.abspath(__file__))))
+RECIPE = os.path.join(ROOT, 'configs/singer_vitl_to_vits_in1k.py')
+ALWAYS = ('teacher', 'student', 'FitNet', 'SiNGER')  # the ratios' parts
 
 
 def parse_args():
@@ -49,6 +55,10 @@ def parse_args():
     parser.add_argument('--compile', action='store_true',
                         help='also with compiled blocks; compiling takes '
                         'minutes')
+    parser.add_argument('--steps', nargs='*', metavar='NAME',
+                        help='beside teacher, student, FitNet and SiNGER, '
+                        'measure these alone, for instance '
+                        'info_fraction=0.5; without names, none')
     parser.add_argument('--out', metavar='FILE', help='write JSON')
     return parser.parse_args()
 
@@ -65,30 +75,58 @@ def main():
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     bench = Steps(args.teacher, args.student, args.batch_size, args.size,
                   args.precision, args.rank, device=device)
-    core = {**bench.parts(), **bench.methods()}
-    flops = {name: count_flops(step) for name, step in core.items()}
-    memory = {name: peak_memory(step, device) for name, step in core.items()}
-    steps = dict(core)
-    if args.levers:
-        steps.update(bench.levers())
-        memory['block l+1 checkpointed'] = peak_memory(
-            steps['block l+1 checkpointed'], device)
-    if args.compile:
-        steps.update(bench.compiled())
-    times = interleaved(steps, args.rounds, device)
+    pipeline = load_config(RECIPE).train_dataloader.dataset.pipeline
+    with ImageLoading(pipeline, args.size) as loading:
+        steps = chosen_steps(args, bench, loading)
+        # Loading has no FLOPs, and counting would compile anew
+        counted = {name: step for name, step in steps.items()
+                   if name != 'data loading' and 'compiled' not in name}
+        flops = {name: count_flops(step) for name, step in counted.items()}
+        memory = {name: peak_memory(step, device)
+                  for name, step in counted.items()}
+        times = interleaved(steps, args.rounds, device)
     settings = {key: value for key, value in vars(args).items()
-                if key not in ('out', 'levers', 'compile')}
+                if key not in ('out', 'levers', 'compile', 'steps')}
     result = dict(
         machine=describe_machine(device), settings=settings,
         seconds={name: statistics.median(t) for name, t in times.items()},
         rounds=times, flops=flops, memory_bytes=memory,
         weight_bytes=bench.weight_bytes,
-        ratios=ratios(times, flops, memory, bench.weight_bytes))
+        ratios=ratios(times, flops, memory, bench.weight_bytes),
+        quartiles=quartiles(times))
     print(report(result))
     if args.out:
         with open(args.out, 'w') as file:
             json.dump(result, file, indent=1)
         print(f'\n{args.out}')
+
+
+def chosen_steps(args, bench, loading):
+    """What is measured, by name.
+
+    Raises:
+        ConfigError: If a name of ``--steps`` is not known.
+    """
+    core = {**bench.parts(), **bench.methods(), 'data loading': Step(
+        lambda: loading.load(args.batch_size))}
+    levers = bench.levers()
+    wanted = [*core] if args.steps is None else [*ALWAYS, *args.steps]
+    for name in wanted:
+        check_choice('--steps', name, {**core, **levers})
+    if args.levers:
+        wanted += levers
+    steps = {name: step for name, step in {**core, **levers}.items()
+             if name in wanted}
+    return {**steps, **bench.compiled()} if args.compile else steps
+
+
+def quartiles(times):
+    """Of the ratios to FitNet, round by round: half of them lie between."""
+    if len(times['FitNet']) < 2:
+        return {}
+    return {f'{name} over FitNet': statistics.quantiles(
+        [a / b for a, b in zip(seconds, times['FitNet'])], n=4)[::2]
+        for name, seconds in times.items()}
 
 
 def ratios(times, flops, memory, weights):
@@ -132,11 +170,15 @@ def report(result):
         f'threads {" ".join(machine["instructions"])}, torch '
         f'{machine["torch"]}; median of {settings["rounds"]} interleaved '
         f'rounds, {rate / 1e9:.0f} GFLOP/s in the teacher\'s pass', '',
-        '| step | seconds | over SiNGER | GFLOP | time over FLOP floor | '
-        'memory, MiB: tensors | process |',
+        '| step | seconds | over FitNet (quartiles) | GFLOP | time over FLOP '
+        'floor | memory, MiB: tensors | process |',
         '|---|---|---|---|---|---|---|']
     for name, value in seconds.items():
-        cells = [name, f'{value:.3f}', f'{value / seconds["SiNGER"]:.3f}']
+        over = f'{paired_ratio(result["rounds"], name, "FitNet"):.3f}'
+        key = f'{name} over FitNet'
+        if key in result['quartiles']:
+            over += ' ({:.3f} to {:.3f})'.format(*result['quartiles'][key])
+        cells = [name, f'{value:.3f}', over]
         if name in flops:
             cells += [f'{flops[name] / 1e9:.0f}',
                       f'{value / (flops[name] / rate):.2f}']

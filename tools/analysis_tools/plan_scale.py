@@ -12,26 +12,18 @@ import contextlib
 import copy
 import os
 import sys
-import tempfile
 import time
-import weakref
 from typing import NamedTuple
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
-import cv2
-import numpy as np
 import torch
 from mmengine.registry import init_default_scope
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import (FlopCounterMode,
-                                      sdpa_backward_flop_count,
-                                      sdpa_flop_count)
 
+from mmsinger.benchmark import AllocatedMemory, ImageLoading, flop_counter
 from mmsinger.engine.config import load_config
 from mmsinger.errors import ConfigError, readable_errors
-from mmsinger.registry import MODELS, TRANSFORMS
+from mmsinger.registry import MODELS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(
     os.path.abspath(__file__))))
@@ -42,13 +34,6 @@ TEACHERS = {'ViT-L/16': ('large', 16, (17, 23), {}),
                          dict(ffn_type='swiglu_fused'))}
 STUDENTS = {'ViT-S/16': 'deit-small', 'ViT-T/16': 'deit-tiny'}
 PEAKS = {'A100': 312, 'H100': 989}  # dense bf16 TFLOP/s
-ATEN = torch.ops.aten
-CPU_ATTENTION = {  # which torch's counter knows on GPUs alone
-    ATEN._scaled_dot_product_flash_attention_for_cpu:
-        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    ATEN._scaled_dot_product_flash_attention_for_cpu_backward:
-        lambda grad, q, k, v, *_, **__:
-        sdpa_backward_flop_count(grad, q, k, v)}
 
 
 class Cost(NamedTuple):
@@ -63,34 +48,6 @@ class Cost(NamedTuple):
     @property
     def flop(self) -> float:
         return self.teacher_flop + self.rest_flop
-
-
-class LiveBytes(TorchDispatchMode):
-    """The largest number of bytes alive that were made inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live, self.now, self.peak = set(), 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        for value in tree_leaves(output):
-            if isinstance(value, torch.Tensor):
-                self._add(value.untyped_storage())
-        return output
-
-    def _add(self, storage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.live:
-            return
-        self.live.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, key, size)
-
-    def _drop(self, key, size) -> None:
-        self.live.discard(key)
-        self.now -= size
 
 
 def step_cost(teacher: str, student: str, size: int, batch: int) -> Cost:
@@ -136,12 +93,12 @@ def step_cost(teacher: str, student: str, size: int, batch: int) -> Cost:
                 saved[storage._cdata] = storage.nbytes()
             return tensor
 
-        with autocast(), counter() as teacher_flop:
+        with autocast(), flop_counter() as teacher_flop:
             model.run_teacher(images)
         # Gradients are there in any step but the first
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-        with LiveBytes() as memory, counter() as flop:
+        with AllocatedMemory() as memory, flop_counter() as flop:
             with autocast(), torch.autograd.graph.saved_tensors_hooks(
                     keep, lambda tensor: tensor):
                 total = sum(model.loss(images, None).values())
@@ -157,37 +114,15 @@ def autocast():
     return torch.autocast('cpu', torch.bfloat16)
 
 
-def counter() -> FlopCounterMode:
-    return FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
-
-
 def decode_rate(size: int, count: int) -> float:
-    """Images that the recipe's pipeline loads in a second of one core, from
-    a JPEG of 500 x 375 px and 105 kB, about the mean of ImageNet-1K."""
-    pipeline = load_config(RECIPE).train_dataloader.dataset.pipeline
-    for transform in pipeline:
-        if transform.type == 'RandomResizedCrop':
-            transform.scale = size
+    """Images that the recipe's pipeline loads in a second of one core."""
     init_default_scope('mmpretrain')
-    steps = [TRANSFORMS.build(transform) for transform in pipeline]
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-    rng = np.random.default_rng(0)
-    noise = cv2.resize(rng.integers(0, 256, (94, 125, 3)).astype(np.uint8),
-                       (500, 375), interpolation=cv2.INTER_CUBIC)
-    noise = np.clip(noise + rng.normal(0, 6, noise.shape), 0, 255)
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, 'image.jpg')
-        cv2.imwrite(path, noise.astype(np.uint8),
-                    [cv2.IMWRITE_JPEG_QUALITY, 90])
-        for i in range(count + 5):
-            if i == 5:  # after a warm-up
-                start = time.process_time()
-            results = dict(img_path=path, gt_label=0)
-            for step in steps:
-                results = step(results)
-        seconds = (time.process_time() - start) / count
-    return 1 / seconds
+    pipeline = load_config(RECIPE).train_dataloader.dataset.pipeline
+    with ImageLoading(pipeline, size) as loading:
+        loading.load(5)  # to warm up
+        start = time.process_time()
+        loading.load(count)
+        return count / (time.process_time() - start)
 
 
 def positive(text: str) -> float:
