@@ -23,7 +23,7 @@ from mmsinger.visualization.style import (add_caption, line_style, new_figure,
 
 BASE = dict(teacher='vit_b16', student='vit_t16', batch_size=2, size=224)
 AXES = {
-    'tokens': ('size', (112, 160, 224, 320, 448)),
+    'tokens': ('size', (160, 224, 320, 448, 640)),
     'batch': ('batch_size', (1, 2, 4, 8)),
     'rank': ('rank', (4, 16, 64, 256)),
     'distilled layers': ('layers', ((11, ), (8, 11), (5, 8, 11),
