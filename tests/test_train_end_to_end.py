@@ -347,6 +347,58 @@ def test_depth_run(tmp_path, place):
     assert len(best) == 1
 
 
+@pytest.fixture
+def srun(tmp_path, monkeypatch):
+    """A stand-in for slurm's srun that prints what it is asked to do."""
+    command = tmp_path / 'bin' / 'srun'
+    command.parent.mkdir()
+    command.write_text('#!/usr/bin/env bash\n'
+                       'printf "%s\\n" "$@" "PYTHONPATH=$PYTHONPATH"\n')
+    command.chmod(0o755)
+    monkeypatch.setenv('PATH', f'{command.parent}:{os.environ["PATH"]}')
+    monkeypatch.delenv('PYTHONPATH', raising=False)
+
+    def run(*arguments, **environment):
+        result = subprocess.run(
+            ['bash', os.path.join(tiny.ROOT, 'tools', 'slurm_train.sh'),
+             *arguments], text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, env=dict(os.environ, **environment))
+        return result.returncode, result.stdout.splitlines()
+
+    return run
+
+
+def test_slurm_train_script(srun):
+    code, words = srun('gpus', 'a job', 'my config.py', '--resume', '--amp',
+                       GPUS='16', PYTHON='py', SRUN_ARGS='-w node[1-2] -v')
+    script = os.path.join(tiny.ROOT, 'tools', 'train.py')
+    assert code == 0
+    assert words == [
+        '-p', 'gpus', '--job-name=a job', '--gres=gpu:8', '--ntasks=16',
+        '--ntasks-per-node=8', '--cpus-per-task=8', '--kill-on-bad-exit=1',
+        '-w', 'node[1-2]', '-v', 'py', '-u', script, 'my config.py',
+        '--launcher', 'slurm', '--resume', '--amp',
+        f'PYTHONPATH={os.path.join(tiny.ROOT, "tools")}/..']
+
+
+def test_slurm_train_script_asks_for_no_more_gpus_than_it_uses(srun):
+    _, words = srun('gpus', 'job', 'config.py', GPUS='4')
+    assert {'--gres=gpu:4', '--ntasks=4', '--ntasks-per-node=4'} <= set(words)
+    _, words = srun('gpus', 'job', 'config.py', GPUS='4', GPUS_PER_NODE='2')
+    assert {'--gres=gpu:2', '--ntasks=4', '--ntasks-per-node=2'} <= set(words)
+
+
+@pytest.mark.parametrize('script, arguments', [
+    ('slurm_train.sh', ['gpus', 'job']), ('dist_train.sh', ['config.py'])])
+def test_scripts_without_arguments_say_what_they_need(script, arguments):
+    path = os.path.join(tiny.ROOT, 'tools', script)
+    result = subprocess.run(['bash', path, *arguments], text=True,
+                            capture_output=True)
+    assert result.returncode == 2 and not result.stdout
+    assert f'tools/{script} ' in result.stderr
+    assert '[options of tools/train.py]' in result.stderr
+
+
 def test_dist_train_script(place):
     """Two processes on the CPU; DDP with all parameters used."""
     with socket.socket() as probe:

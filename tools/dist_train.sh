@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
 # Train on several GPUs of one or more machines:
 #   tools/dist_train.sh CONFIG GPUS [options of tools/train.py]
+# Also from the environment: NNODES (1), NODE_RANK (0), MASTER_ADDR
+# (127.0.0.1), PORT (29500), PYTHON.
 set -eu
+if [ $# -lt 2 ]; then
+    sed -n '2,5s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
 CONFIG=$1
 GPUS=$2
 TOOLS=$(cd "$(dirname "$0")" && pwd)
