@@ -71,10 +71,11 @@ class _GramDifference(torch.autograd.Function):
             difference = pred[:, part] @ pred.transpose(1, 2)
             difference -= target[:, part] @ target.transpose(1, 2)
             total += difference.square().sum()
+            difference *= 4 * scale
             if pred_needs:
-                pred_grad[:, part] = 4 * scale * (difference @ pred)
+                pred_grad[:, part] = difference @ pred
             if target_needs:
-                target_grad[:, part] = -4 * scale * (difference @ target)
+                target_grad[:, part] = -difference @ target
         ctx.save_for_backward(pred_grad, target_grad)
         return total * scale
 
