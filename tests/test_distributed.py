@@ -160,6 +160,15 @@ def worker(rank, folder):
     results['shared_fsdp_resumed'] = train(folder, 'shared_fsdp_resumed', {
         **FSDP, 'strategy.shard_teacher': True, 'resume': True,
         'load_from': 'shared_fsdp/iter_3.pth'}, 'pytorch')
+    results['fsdp_from_a_student'] = train(folder, 'fsdp_from_a_student', {
+        **FSDP, 'load_from': 'shared_fsdp/iter_6_student.pth'}, 'pytorch')
+    try:
+        train(folder, 'fsdp_remembers', {
+            **FSDP, 'strategy.shard_teacher': True,
+            'model.teacher.remember': 8}, 'pytorch')
+        results['fsdp_remembers'] = ''
+    except ConfigError as error:
+        results['fsdp_remembers'] = str(error)
 
     BaseDistiller._freeze_what_features_do_not_reach = lambda self: None
     try:
@@ -315,6 +324,22 @@ def test_fsdp_resumes_and_divides_the_teacher(outcome):
         assert found['held'][1] < 0.7 * expected['held'][1]
         for key, value in expected['end'].items():
             assert torch.equal(found['end'][key], value), key
+
+
+def test_fsdp_begins_from_a_plain_student(outcome):
+    folder, results = outcome
+    student = checkpoint(folder, 'shared_fsdp/iter_6_student.pth')
+    for ranks in results:
+        start = ranks['fsdp_from_a_student']['start']
+        for key, value in student['state_dict'].items():
+            if f'student.{key}' in start:  # parameters, not buffers
+                assert torch.equal(start[f'student.{key}'], value), key
+
+
+def test_fsdp_does_not_divide_a_teacher_that_is_left_out(outcome):
+    for ranks in outcome[1]:
+        assert 'teacher.remember do not go together' in \
+            ranks['fsdp_remembers']
 
 
 def test_fsdp_writes_whole_files(outcome):

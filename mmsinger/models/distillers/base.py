@@ -70,6 +70,7 @@ class BaseDistiller(BaseModel):
         super().__init__(data_preprocessor=getattr(
             student_model, 'data_preprocessor', None) or data_preprocessor)
         self.student = student_model
+        self._student_keys = tuple(student_model.state_dict())
         self.task_loss_weight = task_loss_weight
         self.teacher_dtype = teacher_dtype
         # Not a submodule: never in state_dict(), parameters() or DDP.
@@ -149,7 +150,7 @@ class BaseDistiller(BaseModel):
         keys lack ``student.``, and would all be passed over."""
         if any(k.startswith(f'{prefix}student.') for k in state_dict):
             return
-        plain = [name for name in self.student.state_dict()
+        plain = [name for name in self._student_keys
                  if prefix + name in state_dict]
         for name in plain:
             state_dict[f'{prefix}student.{name}'] = \
