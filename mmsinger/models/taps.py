@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError, near_matches
+from mmsinger.models.half_gradient import HalfGradient
 from mmsinger.models.tokens import Grid, Tokens
 
 Layer = Union[int, str]
@@ -234,10 +235,16 @@ class BlockTaps:
             Tensor: Its output, shape (B, N, C).
         """
         extras = self._extras[layer]
+        scale = HalfGradient() if self.dtype is torch.float16 and \
+            values.requires_grad and torch.is_grad_enabled() else None
+        if scale is not None:
+            values = scale.enter(values)
         with own_precision(values, self.dtype) as values:
             output = first_output(self.blocks.modules[layer](
                 values, *extras.args, **extras.kwargs))
-        return output if self.dtype is None else output.float()
+        if self.dtype is not None:
+            output = output.float()
+        return output if scale is None else scale.leave(output)
 
     def with_outputs(self, outputs: Dict[int, Tensor]) -> 'BlockTaps':
         """The record of a like pass over other images.

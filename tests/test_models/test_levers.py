@@ -109,6 +109,29 @@ def test_measuring_casts_the_teacher_too(tmp_path, images):
     assert next(model.teacher.parameters()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize('kwargs', [
+    dict(), dict(loss_info=dict(intermediate='mse'))], ids=['gram', 'mse'])
+def test_small_gradients_pass_a_float16_teacher(images, kwargs):
+    """A mean over many tokens has gradients that float16 does not know."""
+    def gradient(weight, dtype):
+        info = dict(kwargs.get('loss_info', {}), loss_weight=weight)
+        model = distiller(teacher_dtype=dtype, loss_info=info)
+        taps = model.run_teacher(images)
+        tokens = model.teacher_tokens(taps, 1)
+        refined, _, _ = model.refine(1, tokens)
+        model._info_loss(taps, 1, tokens, refined, None,
+                         [slice(None)]).backward()
+        return model.adapters['1'].up.grad / weight
+
+    tiny_weight, usual = gradient(1e-7, 'fp16'), gradient(1., 'fp16')
+    full = gradient(1., None)
+    assert torch.isfinite(usual).all() and usual.abs().max() > 0
+    torch.testing.assert_close(tiny_weight, usual, rtol=1e-2,
+                               atol=1e-3 * usual.abs().max().item())
+    similarity = torch.cosine_similarity(full.flatten(), usual.flatten(), 0)
+    assert similarity > 0.99
+
+
 def test_unknown_precision():
     with pytest.raises(ConfigError, match="teacher_dtype='bf61'.*'bf16'"):
         distiller(teacher_dtype='bf61')
