@@ -59,7 +59,10 @@ def student_config(cfg: Config) -> Config:
     plain = copy.deepcopy(cfg)
     if not is_distiller(cfg.model):
         return plain
+    preprocessor = plain.model.get('data_preprocessor')
     plain.model = plain.model.student
+    if preprocessor and 'backbone' in plain.model:  # a whole model
+        plain.model.setdefault('data_preprocessor', preprocessor)
     plain.custom_hooks = [
         hook for hook in plain.get('custom_hooks') or []
         if not str(hook.get('type')).startswith('mmsinger.')
@@ -67,7 +70,7 @@ def student_config(cfg: Config) -> Config:
     wrapper = plain.get('optim_wrapper') or {}
     if wrapper.get('type') == 'mmsinger.CPUAmpOptimWrapper':
         wrapper.type = 'AmpOptimWrapper'  # which it stands in for
-    for key in ('teacher', 'student', 'distiller', 'singer'):
+    for key in ('teacher', 'student', 'distiller'):
         plain.pop(key, None)
     return plain
 

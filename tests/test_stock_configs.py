@@ -58,8 +58,10 @@ def wrap(folder, stock, teacher):
     path.write_text(f"""\
 _base_ = ['{stock}', '{CONFIGS}/_base_/teachers/{teacher}.py', \
 '{CONFIGS}/_base_/distillers/singer.py']
-model = dict(_delete_=True, type='mmsinger.SiNGERDistiller', \
-student=_base_.model, teacher=_base_.teacher, **_base_.singer)
+model = dict(_delete_=True, student=_base_.model, teacher=_base_.teacher,
+             **_base_.distiller)
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={{
+    'adapters': dict(lr_mult=0.1), 'projectors': dict(lr_mult=10.)}}))
 """)
     return str(path)
 
@@ -81,6 +83,11 @@ def test_student_is_the_stock_model(tmp_path, name):
     plain = load_config(str(stock))
     assert cfg.model.student == plain.model
     assert cfg.model.teacher.layers == (17, 23)
+    rates = cfg.optim_wrapper.paramwise_cfg.custom_keys
+    assert rates.pop('adapters').lr_mult == 0.1
+    assert rates.pop('projectors').lr_mult == 10
+    if 'paramwise_cfg' not in plain.optim_wrapper:
+        cfg.optim_wrapper.pop('paramwise_cfg')
     for key in ('train_dataloader', 'optim_wrapper', 'train_cfg',
                 'param_scheduler', 'default_hooks'):
         assert cfg[key] == plain[key], key
@@ -129,6 +136,22 @@ def test_the_stock_hooks_stay(tmp_path):
     cfg = load(tmp_path, 'mae')
     add_required_hooks_in_scope(cfg)
     assert cfg.custom_hooks[0].type == 'EMAHook'
+
+
+def test_the_distillers_preprocessor_goes_to_the_plain_student(tmp_path):
+    cfg = load(tmp_path, 'mae')
+    cfg.pop('data_preprocessor', None)
+    cfg.model.student.pop('data_preprocessor', None)
+    cfg.model.data_preprocessor = dict(mean=[1., 2., 3.], std=[4.] * 3,
+                                       to_rgb=True)
+    plain = samples.build(student_config(cfg)).data_preprocessor
+    expected = samples.build(cfg).data_preprocessor
+    assert torch.equal(plain.mean, expected.mean)
+    assert plain.mean.flatten().tolist() == [1., 2., 3.]
+    # nothing of a whole model goes to a backbone alone
+    cfg.model.student = dict(cfg.model.student.backbone,
+                             type='mmpretrain.VisionTransformer')
+    assert 'data_preprocessor' not in student_config(cfg).model
 
 
 @pytest.mark.parametrize('name', STOCK)
