@@ -1,8 +1,10 @@
 """Reading checkpoints safely and loading them strictly."""
 import contextlib
+import hashlib
 import io
 import os
 import pickle
+import re
 from typing import Any, ContextManager, Dict, Iterable, Union
 from urllib.parse import urlparse
 
@@ -34,7 +36,7 @@ def load_checkpoint(path: str, key: str = 'checkpoint') -> Dict[str, Any]:
     """
     path = os.fspath(path)
     source = _fetch(path, key)
-    if path.lower().endswith('.safetensors'):
+    if urlparse(path).path.lower().endswith('.safetensors'):
         return _load_safetensors(source, path, key)
     # Damaged bytes make the unpickler raise nearly anything.
     try:
@@ -88,9 +90,14 @@ def _fetch(path: str, key: str) -> Union[str, io.BytesIO]:
 
 
 def _download(address: str) -> str:
-    """Where torch.hub and mmengine keep downloaded checkpoints too."""
+    """Where torch.hub and mmengine keep downloaded checkpoints too; names
+    without a hash, such as model.safetensors, in a folder for each address."""
     folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
-    target = os.path.join(folder, os.path.basename(urlparse(address).path))
+    name = os.path.basename(urlparse(address).path)
+    if not re.search(r'[-_][0-9a-f]{8,}\.', name):
+        folder = os.path.join(
+            folder, hashlib.sha256(address.encode()).hexdigest()[:12])
+    target = os.path.join(folder, name)
     if not os.path.isfile(target):
         os.makedirs(folder, exist_ok=True)
         # Written under another name first: safe with several processes.

@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
+from safetensors.torch import save_file
 from torch import nn
 
 from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
@@ -414,6 +415,32 @@ def test_a_download_is_kept(server):
     assert requests == ['/vit.pth']
 
 
+def test_downloads_of_one_name_are_told_apart(server):
+    root, address, requests = server
+    for name in ('first', 'second'):
+        (root / name).mkdir()
+        torch.save(dict(state_dict=dict(name=torch.tensor(len(name)))),
+                   root / name / 'model.pth')
+    for name in ('first', 'second', 'first'):
+        loaded = load_checkpoint(f'{address}/{name}/model.pth')
+        assert loaded['state_dict']['name'] == len(name)
+    assert requests == ['/first/model.pth', '/second/model.pth']
+
+
+def test_a_name_with_a_hash_is_shared_with_torch_hub(server, tmp_path):
+    root, address, _ = server
+    torch.save(dict(state_dict=weights()), root / 'vit-0a1b2c3d.pth')
+    load_checkpoint(f'{address}/vit-0a1b2c3d.pth')
+    assert (tmp_path / 'hub' / 'checkpoints' / 'vit-0a1b2c3d.pth').is_file()
+
+
+def test_a_safetensors_link_with_a_question(server):
+    root, address, _ = server
+    save_file(weights(), root / 'vit.safetensors')
+    loaded = load_checkpoint(f'{address}/vit.safetensors?download=true')
+    assert same(dict(sorted(loaded.items())), dict(sorted(weights().items())))
+
+
 def test_a_damaged_download_names_the_copy_to_delete(server, tmp_path):
     root, address, _ = server
     (root / 'vit.pth').write_bytes(b'hello')
@@ -421,7 +448,8 @@ def test_a_damaged_download_names_the_copy_to_delete(server, tmp_path):
         load_checkpoint(f'{address}/vit.pth')
     (root / 'cut.pth').write_bytes(b'')
     message = message_of(f'{address}/cut.pth')
-    assert str(tmp_path / 'hub' / 'checkpoints' / 'cut.pth') in message
+    kept, = (tmp_path / 'hub' / 'checkpoints').glob('*/cut.pth')
+    assert str(kept) in message
 
 
 def test_an_address_that_is_not_there(server):
