@@ -416,6 +416,20 @@ def test_the_student_of_an_averaged_model(make, tmp_path, validate):
                    for key, value in student.items())
 
 
+def test_a_student_outlives_a_checkpoint_removed_by_hand(make, tmp_path):
+    """… and goes with one that makes room."""
+    def after_train_iter(runner, *args, **kwargs):
+        if runner.iter + 1 == 5:
+            os.remove(tmp_path / 'iter_4.pth')
+
+    make(12, [Spy(after_train_iter=after_train_iter)],
+         **{'default_hooks.checkpoint.interval': 2,
+            'default_hooks.checkpoint.max_keep_ckpts': 2}).train()
+    assert {path.name for path in tmp_path.glob('iter_*')} == {
+        'iter_4_student.pth', 'iter_10.pth', 'iter_10_student.pth',
+        'iter_12.pth', 'iter_12_student.pth'}
+
+
 def test_plain_config_beside_the_students(make, tmp_path, place):
     runner = make(1, default_scope='mmseg',
                   **{'default_hooks.checkpoint.interval': 1})

@@ -1,4 +1,5 @@
 import os
+import re
 from typing import Dict, List, Optional, Set, Tuple
 
 from mmengine.dist import is_main_process, master_only
@@ -16,8 +17,9 @@ class StudentCheckpointHook(Hook):
 
     ``epoch_10.pth`` gets a sibling ``epoch_10_student.pth`` in the plain
     model's key layout, with the weights that the checkpoint holds (of the EMA
-    model, if there is one). When the checkpoint is removed to make room
-    (``max_keep_ckpts``), so is its sibling. The plain model's config goes to
+    model, if there is one). When CheckpointHook removes a checkpoint to make
+    room (``max_keep_ckpts``, a better one), its sibling goes too; one whose
+    checkpoint was removed by hand stays. The plain model's config goes to
     ``NAME_student.py`` in the work dir.
     """
 
@@ -72,7 +74,7 @@ class StudentCheckpointHook(Hook):
         for path, student in list(self._written.items()):
             if not os.path.exists(path):
                 del self._written[path]
-                if os.path.exists(student):
+                if _made_room(path, runner) and os.path.exists(student):
                     os.remove(student)
 
     @staticmethod
@@ -82,6 +84,18 @@ class StudentCheckpointHook(Hook):
         paths = [value for key, value in info.items()
                  if key == 'last_ckpt' or key.startswith('best_ckpt')]
         return [p for p in paths if isinstance(p, str) and os.path.isfile(p)]
+
+
+def _made_room(path: str, runner) -> bool:
+    """Whether CheckpointHook has given up a checkpoint that is gone."""
+    info = runner.message_hub.runtime_info
+    name = os.path.basename(path)
+    if name.startswith('best_'):
+        return path not in [value for key, value in info.items()
+                            if key.startswith('best_ckpt')]
+    step = re.search(r'(\d+)\.pth$', name)
+    return step is not None and 'keep_ckpt_ids' in info and \
+        int(step[1]) not in info['keep_ckpt_ids']
 
 
 def _version(path: str) -> Tuple[str, int]:
