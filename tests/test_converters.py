@@ -13,13 +13,14 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mmengine.registry import init_default_scope
 from safetensors.torch import save_file
 
 from mmsinger.converters import convert, convert_checkpoint, detect
 from mmsinger.converters.positions import resample, split_positions
 from mmsinger.errors import ConfigError
 from mmsinger.models import FrozenTeacher
-from mmsinger.models.teacher import Normalisation
+from mmsinger.models.teacher import FrozenClassifier, Normalisation
 from mmsinger.registry import MODELS
 
 HEADS = 4
@@ -501,6 +502,45 @@ def test_tool(tmp_path, safetensors, monkeypatch):
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+@pytest.mark.parametrize('case', ['augreg-s', 'deit3', 'dinov2-reg'])
+def test_head_is_kept_on_request(tmp_path, case):
+    model = timm_model(case)
+    source, out = str(tmp_path / 'in.pth'), str(tmp_path / 'out.pth')
+    torch.save(model.state_dict(), source)
+    result = convert_checkpoint(source, out, num_heads=HEADS, head=True)
+    assert {e.target for e in result.entries if e.source.startswith('head.')
+            } == {'layers.head.weight', 'layers.head.bias'}
+    init_default_scope('mmpretrain')
+    backbone = dict(result.backbone, out_type='cls_token')
+    classifier = MODELS.build(dict(
+        type='mmpretrain.ImageClassifier', backbone=backbone,
+        head=dict(type='mmpretrain.VisionTransformerClsHead', num_classes=3,
+                  in_channels=32)))
+    classifier.load_state_dict(torch.load(out)['state_dict'])
+    images = torch.randn(2, 3, *model.patch_embed.img_size)
+    with torch.no_grad():
+        torch.testing.assert_close(classifier.eval()(images), model(images),
+                                   rtol=1e-5, atol=1e-5)
+
+
+def test_tool_prints_the_teacher_with_its_head(tmp_path, safetensors,
+                                               monkeypatch):
+    path, _ = safetensors
+    output = forked.run('convert_checkpoint.py', path, 'out.pth', '--head',
+                        '--num-heads', HEADS, cwd=tmp_path).stdout
+    first, second = output.split('With its head, for LogitKDDistiller:')
+    snippets = []
+    for text in (first, second):
+        snippets.append({})
+        exec(text[re.search(r'^teacher *=', text, re.M).start():],
+             snippets[-1])
+    features, whole = (snippet['teacher'] for snippet in snippets)
+    monkeypatch.chdir(tmp_path)
+    FrozenTeacher(**features).load_weights()
+    init_default_scope('mmpretrain')
+    FrozenClassifier(**whole).load_weights()
+
+
 # -- Bad input
 
 
@@ -586,6 +626,17 @@ def test_family_of_the_keys():
                        ".*'unic' \\(encoder.blocks"):
         detect(['conv1.weight', 'layer1.0.weight'])
     assert detect(['blocks.0.norm1.weight', 'cls_token']) == 'timm'
+
+
+@pytest.mark.parametrize('case, removed, words', [
+    ('augreg-s', 'head.bias', 'has no head.bias'),
+    ('augreg-s', 'head.weight', 'has no head.weight'),
+    ('average-pool', 'norm_pre', 'has fc_norm.weight, fc_norm.bias')])
+def test_head_that_cannot_be_kept(case, removed, words):
+    weights = small(case)
+    weights.pop(removed, None)
+    said = message(weights, head=True)
+    assert '--head' in said and words in said
 
 
 def test_wrong_family():

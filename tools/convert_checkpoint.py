@@ -44,11 +44,16 @@ def parse_args():
         'position embeddings for this image size; two numbers: H W')
     parser.add_argument('--prefix', default='backbone.', help='what keys in '
                         "OUT begin with (default: 'backbone.')")
+    parser.add_argument('--head', action='store_true', help='keep the '
+                        'classification head, for logit distillation')
     parser.add_argument('--report', action='store_true',
                         help='list every tensor')
     args = parser.parse_args()
     if args.img_size and len(args.img_size) > 2:
         parser.error('--img-size takes one number or two')
+    if args.head and args.prefix.rstrip('.') != 'backbone':
+        parser.error("--head is for a whole model, whose backbone's keys "
+                     "begin with 'backbone.': leave --prefix out")
     return args
 
 
@@ -74,7 +79,7 @@ def main():
     result = convert_checkpoint(
         args.source, args.out, prefix=args.prefix, family=args.family,
         backbone=backbone, arch=args.arch, num_heads=args.num_heads,
-        act=args.act,
+        act=args.act, head=args.head,
         img_size=size and (size[0] if len(size) == 1 else tuple(size)))
 
     how = 'from its keys' if args.family == 'auto' else 'as you said'
@@ -93,9 +98,22 @@ def main():
           f'{len(result.entries)} were dropped.\n'
           'For a recipe (mean and std are not in the file: '
           'docs/converters.md lists them):\n')
-    print(Config(dict(teacher=dict(
-        backbone=result.backbone, checkpoint=args.out,
-        prefix=args.prefix))).pretty_text)
+    teacher = dict(backbone=result.backbone, checkpoint=args.out,
+                   prefix=args.prefix)
+    if result.head:
+        classes, dim = result.head['layers.head.weight'].shape
+        teacher['ignore_keys'] = ['head.']
+    print(Config(dict(teacher=teacher)).pretty_text)
+    if result.head:
+        print('With its head, for LogitKDDistiller:\n')
+        backbone = {key: value for key, value in result.backbone.items()
+                    if key != 'out_type'}  # the class token, normalised
+        print(Config(dict(teacher=dict(
+            model=dict(
+                type='mmpretrain.ImageClassifier', backbone=backbone,
+                head=dict(type='mmpretrain.VisionTransformerClsHead',
+                          num_classes=classes, in_channels=dim)),
+            checkpoint=args.out))).pretty_text)
 
 
 if __name__ == '__main__':

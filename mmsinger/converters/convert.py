@@ -45,11 +45,14 @@ class Conversion(NamedTuple):
         weights (dict[str, Tensor]): State dict of the backbone.
         backbone (dict): Config that it loads into, strictly.
         entries (list[Entry]): What became of each source tensor.
+        head (dict[str, Tensor]): State dict of a VisionTransformerClsHead, if
+            one was asked for.
     """
     family: str
     weights: Dict[str, Tensor]
     backbone: dict
     entries: List[Entry]
+    head: Dict[str, Tensor]
 
     def report(self) -> str:
         """The entries as a table."""
@@ -70,6 +73,7 @@ def convert(weights: Dict[str, Tensor],
             num_heads: Optional[int] = None,
             act: Optional[str] = None,
             img_size: Union[int, Grid, None] = None,
+            head: bool = False,
             path: str = 'The file') -> Conversion:
     """Convert a state dict, and load it strictly into its backbone.
 
@@ -85,6 +89,7 @@ def convert(weights: Dict[str, Tensor],
         img_size (int | tuple[int, int], optional): (H, W) to resample the
             position embeddings for. Defaults to None: the backbone config's,
             or else the source's.
+        head (bool): Keep the classification head too. Defaults to False.
         path (str): Where the weights came from, for error messages.
 
     Returns:
@@ -92,12 +97,14 @@ def convert(weights: Dict[str, Tensor],
 
     Raises:
         ConfigError: If the family is not certain, a key is neither mapped
-            nor dropped on purpose, or the result does not fit the backbone.
+            nor dropped on purpose, the result does not fit the backbone, or
+            there is no head of the wanted kind.
     """
     if family == 'auto':
         family = detect(weights, path)
     renamed = rename(weights, family)
     named = _by_target(renamed, weights)
+    head_weights = _head(weights, family, path) if head else {}
     prefix = _prefix_rows(named, family)
     if backbone is None:
         backbone = describe(named, prefix, arch, num_heads, act, img_size)
@@ -128,7 +135,32 @@ def convert(weights: Dict[str, Tensor],
         fix='The file is incomplete, or --source or the backbone (--config) '
         'is not what it was saved from.')
     entries = [_entry(r, weights, named, actions) for r in renamed]
-    return Conversion(family, named, backbone, entries)
+    if head:
+        entries = [
+            Entry(e.source, _HEAD[e.source], e.shape, "the classifier's")
+            if e.source in _HEAD else e for e in entries]
+    return Conversion(family, named, backbone, entries, head_weights)
+
+
+# Of mmpretrain's VisionTransformerClsHead
+_HEAD = {f'head.{leaf}': f'layers.head.{leaf}' for leaf in ('weight', 'bias')}
+
+
+def _head(weights: Dict[str, Tensor], family: str, path: str
+          ) -> Dict[str, Tensor]:
+    """A linear head on the normalised class token."""
+    lacking = [key for key in ('cls_token', *_HEAD) if key not in weights]
+    between = [key for key in weights if key.startswith(
+        ('fc_norm.', 'pre_logits.', 'head_dist.'))]
+    if family != 'timm' or lacking or between:
+        reason = f'is of the family {family!r}' if family != 'timm' else \
+            f'has no {", ".join(lacking)}' if lacking else \
+            f'has {", ".join(between)}'
+        raise ConfigError(
+            f'--head: {path} {reason}. What can be kept is the linear head of '
+            "a timm model on the class token, for mmpretrain's "
+            'VisionTransformerClsHead.')
+    return {target: weights[source] for source, target in _HEAD.items()}
 
 
 def _by_target(renamed: List[Renamed], weights: Dict[str, Tensor]
@@ -193,8 +225,8 @@ def convert_checkpoint(source: str, out: str, prefix: str = 'backbone.',
     Args:
         source (str): A local file, whatever :func:`load_checkpoint` reads.
         out (str): Where to write; complete or not at all.
-        prefix (str): What the keys in it begin with. Defaults to
-            ``'backbone.'``.
+        prefix (str): What the backbone's keys in it begin with; a head's
+            begin with ``'head.'``. Defaults to ``'backbone.'``.
         **kwargs: Of :func:`convert`.
 
     Returns:
@@ -221,10 +253,11 @@ def convert_checkpoint(source: str, out: str, prefix: str = 'backbone.',
     meta = dict(source=os.path.basename(source), sha256=_sha256(source),
                 family=result.family, backbone=result.backbone,
                 mmsinger_version=__version__)
+    state = {**{prefix + key: value for key, value in result.weights.items()},
+             **{f'head.{key}': value for key, value in result.head.items()}}
     _write(dict(meta=meta, state_dict={
         # a copy: what was cut out of a larger tensor would bring it along
-        prefix + key: value.detach().clone()
-        for key, value in result.weights.items()}), out)
+        key: value.detach().clone() for key, value in state.items()}), out)
     return result
 
 
