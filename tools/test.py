@@ -6,18 +6,20 @@ With a distillation recipe, the plain student is built and evaluated; the
 checkpoint may be a training checkpoint or a student-only file.
 """
 import argparse
+import inspect
 import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 from mmengine.config import DictAction
-from mmengine.registry import init_default_scope
+from mmengine.registry import METRICS, init_default_scope
 from mmengine.runner import Runner
 
 from mmsinger.checkpoint import load_strict
 from mmsinger.engine.config import (check_data_folders, check_work_dir,
                                     load_config)
 from mmsinger.engine.unwrap import unwrap
-from mmsinger.errors import ConfigError, readable_errors
+from mmsinger.errors import (ConfigError, check_output_file,
+                             readable_errors)
 from mmsinger.export import is_distiller, load_student, student_config
 
 
@@ -31,8 +33,8 @@ def parse_args():
         '--work-dir', help='where logs and metrics go '
         '(default: work_dirs/NAME of the config)')
     parser.add_argument(
-        '--out', help='where the metric writes its predictions, for metrics '
-        'that can (output_dir)')
+        '--out', help='where predictions are written: FILE.pkl, of any model; '
+        'a folder, for metrics that can (output_dir)')
     parser.add_argument(
         '--show-dir', help='where painted predictions are written, below the '
         'work dir')
@@ -48,15 +50,49 @@ def parse_args():
     return args
 
 
+def keep_predictions(cfg, out):
+    """Have predictions written to a .pkl file, or by the metric to a folder.
+
+    Raises:
+        ConfigError: If the metric cannot.
+    """
+    evaluators = cfg.test_evaluator
+    if out.endswith(('.pkl', '.pickle')):
+        check_output_file(out)
+        if isinstance(evaluators, dict):
+            evaluators = [evaluators]
+        cfg.test_evaluator = [*evaluators, dict(
+            type='mmengine.DumpResults', out_file_path=out)]
+        return
+    name = evaluators.get('type') if isinstance(evaluators, dict) else None
+    metric = name
+    if isinstance(name, str):
+        with METRICS.switch_scope_and_registry(None) as registry:
+            metric = registry.get(name)
+    known = inspect.signature(metric).parameters if metric else {}
+    if 'output_dir' not in known:
+        raise ConfigError(
+            f'--out {out!r} is a folder, which {name or "several metrics"} '
+            'cannot write predictions to. Name a file that ends with .pkl.')
+    evaluators.output_dir = out
+    if 'keep_results' in known:
+        evaluators.keep_results = True
+
+
 def main():
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     if args.work_dir:
         cfg.work_dir = args.work_dir
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    if cfg.get('test_dataloader') is None or cfg.get('test_evaluator') is None:
+        raise ConfigError(
+            f'{args.config!r} has no test_dataloader and test_evaluator: there '
+            'is nothing to test on. A student without a head is evaluated by '
+            'tools/linear_eval.py.')
     if args.out:
-        cfg.test_evaluator['output_dir'] = args.out
-        cfg.test_evaluator['keep_results'] = True
+        keep_predictions(cfg, args.out)
     if args.show_dir:
         if 'visualization' not in cfg.get('default_hooks', {}):
             raise ConfigError('--show-dir: the config has no default_hooks.'
@@ -66,7 +102,6 @@ def main():
     check_work_dir(cfg.work_dir)
     check_data_folders(cfg, ('test_dataloader', ))
 
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
     distilled = is_distiller(cfg.model)
     cfg = student_config(cfg)
     weights = load_student(args.checkpoint)['state_dict'] \
