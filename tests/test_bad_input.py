@@ -204,6 +204,13 @@ def test_resume_passes_over_a_checkpoint_that_was_cut_off(tmp_path):
         resume_from_intact_checkpoint(cfg)
 
 
+def test_resume_from_a_student_alone(here):
+    cfg = load_config(tiny.SEG_CONFIG)
+    cfg.resume, cfg.load_from = True, 'run/iter_4_student.pth'
+    with pytest.raises(ConfigError, match="Resume from 'run/iter_4.pth'"):
+        prepare_training(cfg)
+
+
 # -- in this process -------------------------------------------------------
 
 def start(options):

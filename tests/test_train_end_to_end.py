@@ -3,6 +3,7 @@ loads without mmsinger."""
 import glob
 import json
 import os
+import pickle
 import shutil
 import socket
 import subprocess
@@ -173,6 +174,29 @@ def test_a_checkpoint_of_another_model_is_refused(place, long_run):
     assert 'backbone.cls_token' in result.stdout
 
 
+def test_predictions_are_written(place, long_run):
+    forked.run('test.py', tiny.SEG_CONFIG, 'long/iter_24.pth', '--work-dir',
+               'written', '--out', 'predictions.pkl', *LONG, cwd=place)
+    with open(os.path.join(place, 'predictions.pkl'), 'rb') as file:
+        assert len(pickle.load(file)) == 8
+    forked.run('test.py', tiny.SEG_CONFIG, 'long/iter_24.pth', '--work-dir',
+               'written', '--out', 'maps', *LONG, cwd=place)
+    assert len(os.listdir(os.path.join(place, 'maps'))) == 8
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--cfg-options', 'test_dataloader=None', 'test_evaluator=None',
+      'test_cfg=None'], 'tools/linear_eval.py'),
+    (['--out', 'maps', '--cfg-options',
+      'test_evaluator.type=mmpretrain.Accuracy'], 'ends with .pkl'),
+    (['--out', 'gone/predictions.pkl'], 'no folder')])
+def test_what_cannot_be_tested_or_written(place, long_run, args, words):
+    result = forked.run('test.py', tiny.SEG_CONFIG, 'long/iter_24.pth',
+                        '--work-dir', 'other', *args, cwd=place, check=False)
+    assert result.returncode == 1 and 'Traceback' not in result.stdout
+    assert words in result.stdout
+
+
 def test_killed_run_resumes_to_the_same_weights(place, long_run):
     """Bit by bit, with random flips, dropout and drop path on."""
     folder, _ = long_run
@@ -246,6 +270,24 @@ def test_cpu_amp_computes_in_bfloat16():
     assert linear.weight.dtype == torch.float32
     with pytest.raises(ConfigError, match='optim_wrapper.dtype'):
         CPUAmpOptimWrapper(dtype='float16', optimizer=wrapper.optimizer)
+
+
+@pytest.mark.parametrize('options, images', [
+    ([], '4 x 1 processes x 1 accumulated'),
+    (['optim_wrapper.accumulative_counts=2'], '4 x 1 processes x 2'),
+    (['train_dataloader.batch_size=16'], None),
+    (['train_dataloader.batch_size=8', 'optim_wrapper.accumulative_counts=2'],
+     None)])
+def test_a_step_of_another_size_is_noticed(place, options, images):
+    result = forked.run(
+        'train.py', tiny.SEG_CONFIG, '--work-dir', 'size', '--no-validate',
+        '--cfg-options', 'default_hooks.checkpoint.save_best=None',
+        'train_cfg.max_iters=1', *options, cwd=place)
+    if images is None:
+        assert 'the learning rate is made for' not in result.stdout
+    else:
+        assert f'train_dataloader.batch_size={images}' in result.stdout
+        assert 'the learning rate is made for 16' in result.stdout
 
 
 def test_auto_scale_lr_needs_a_base_batch_size(place):

@@ -123,6 +123,7 @@ def prepare_training(cfg: Config) -> None:
     use_cpu_amp(cfg)
     use_cpu_processes(cfg)
     use_strategy(cfg)
+    compare_batch_size(cfg)
     check_work_dir(cfg.work_dir)
     check_data_folders(cfg, ('train_dataloader', 'val_dataloader'))
     resume_from_intact_checkpoint(cfg)
@@ -215,6 +216,32 @@ def scale_learning_rate(cfg: Config) -> None:
                   'an iteration', logger='current')
 
 
+def compare_batch_size(cfg: Config) -> None:
+    """Warn if a step has another number of images than the learning rate was
+    chosen for (``auto_scale_lr.base_batch_size``) and nothing scales it."""
+    scaling = cfg.get('auto_scale_lr') or {}
+    base = scaling.get('base_batch_size')
+    loader, optimizer = cfg.get('train_dataloader'), cfg.get('optim_wrapper')
+    if not base or scaling.get('enable') or not optimizer or \
+            not loader or 'batch_size' not in loader:
+        return
+    processes = int(os.environ.get(_WORLD_SIZE.get(cfg.get('launcher'), ''),
+                                   1))
+    accumulated = optimizer.get('accumulative_counts', 1)
+    images = loader.batch_size * processes * accumulated
+    if images != base:
+        print_log(
+            f'A step has {images} images (train_dataloader.batch_size='
+            f'{loader.batch_size} x {processes} processes x {accumulated} '
+            f'accumulated), and the learning rate is made for {base:g}. Change '
+            "train_dataloader.batch_size, or use tools/train.py's "
+            '--auto-scale-lr.', logger='current', level=30)
+
+
+_WORLD_SIZE = dict(pytorch='WORLD_SIZE', slurm='SLURM_NTASKS',
+                   mpi='OMPI_COMM_WORLD_SIZE')
+
+
 def use_strategy(cfg: Config) -> None:
     """Choose the runner that reads ``strategy``; mmengine's usual one passes
     it over."""
@@ -300,6 +327,14 @@ def check_checkpoint_files(cfg: Config) -> None:
     backbone = cfg.model.get('backbone')
     if isinstance(backbone, dict):  # a FrozenBackbone's
         paths['model.backbone.checkpoint'] = backbone.get('checkpoint')
+    if cfg.get('resume') and str(cfg.get('load_from')).endswith(
+            '_student.pth'):
+        raise ConfigError(
+            f'--resume {cfg.load_from!r} is a student alone: it has no '
+            'optimizer and no adapters to go on with. Resume from '
+            f'{cfg.load_from.replace("_student.pth", ".pth")!r}, or begin '
+            'anew from these weights with --cfg-options '
+            f'load_from={cfg.load_from}.')
     for key, path in paths.items():
         if isinstance(path, str) and '://' not in path and \
                 not os.path.isfile(path):

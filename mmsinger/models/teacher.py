@@ -79,7 +79,7 @@ class FrozenModule(nn.Module):
         self.config = module
         self.add_module(self.part, MODELS.build(module))
         self.checkpoint = checkpoint
-        self.prefix = f'{prefix}.' if prefix and prefix[-1] != '.' else prefix
+        self.prefix = _with_dot(prefix)
         self.ignore_keys = [ignore_keys] if isinstance(ignore_keys, str) \
             else list(ignore_keys)
         self.normalisation = None if mean is None else Normalisation(
@@ -374,7 +374,12 @@ def feature_settings(cfg: Dict[str, Any]) -> Dict[str, Any]:
     if 'model' in settings:
         whole = settings.pop('model')
         settings['backbone'] = whole.get('backbone', whole)
-        settings['prefix'] = settings.get('prefix', '') + 'backbone.'
+        pretrained = whole.get('init_cfg')
+        if settings.get('checkpoint') is None and isinstance(
+                pretrained, dict) and pretrained.get('type') == 'Pretrained':
+            settings['checkpoint'] = pretrained['checkpoint']
+            settings['prefix'] = pretrained.get('prefix')
+        settings['prefix'] = _with_dot(settings.get('prefix')) + 'backbone.'
     if 'backbone' not in settings:
         raise ConfigError('teacher must be dict(backbone=…, checkpoint=…), '
                           f'got the keys {sorted(settings)}.')
@@ -428,6 +433,10 @@ class FrozenClassifier(FrozenModule):
         with own_precision(images, self.dtype) as images:
             logits = self.model(images)
         return logits if self.dtype is None else logits.float()
+
+
+def _with_dot(prefix: Optional[str]) -> str:
+    return f'{prefix}.' if prefix and prefix[-1] != '.' else prefix or ''
 
 
 def _channels(values: Sequence[float], like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from mmsinger.converters import timm_to_mmpretrain
 from mmsinger.errors import ConfigError
 from mmsinger.models import FrozenTeacher, SiNGERDistiller
 from mmsinger.models.taps import BlockTaps, find_blocks
-from mmsinger.models.teacher import Normalisation
+from mmsinger.models.teacher import Normalisation, feature_settings
 from tiny import build, seg_vit, timm_vit, vit
 
 PLAIN = Normalisation(None, None)
@@ -255,6 +255,24 @@ def test_a_pretrained_init_cfg_means_the_checkpoint(saved):
                  )['checkpoint']
     assert_same(load(dict(backbone=vit(init_cfg=dict(
         type='Pretrained', checkpoint=path, prefix='backbone.')))), original)
+
+
+def test_the_features_of_a_whole_model_in_a_config():
+    backbone = dict(type='mmpretrain.VisionTransformer')
+    whole = dict(type='mmpretrain.ImageClassifier', backbone=backbone)
+    for prefix, expected in ((None, 'backbone.'), ('', 'backbone.'),
+                             ('student', 'student.backbone.'),
+                             ('student.', 'student.backbone.')):
+        found = feature_settings(
+            dict(model=whole, checkpoint='x.pth', prefix=prefix))
+        assert found == dict(backbone=backbone, checkpoint='x.pth',
+                             prefix=expected)
+    whole['init_cfg'] = dict(type='Pretrained', checkpoint='y.pth',
+                             prefix='module')
+    assert feature_settings(dict(model=whole)) == dict(
+        backbone=backbone, checkpoint='y.pth', prefix='module.backbone.')
+    assert feature_settings(dict(model=whole, checkpoint='x.pth')) == dict(
+        backbone=backbone, checkpoint='x.pth', prefix='backbone.')
 
 
 def test_no_features_before_the_weights_are_there(saved):
