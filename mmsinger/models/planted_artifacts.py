@@ -10,6 +10,7 @@ from mmsinger.models.adapters import left_singular_directions, linearised_ffn
 from mmsinger.models.taps import (Layer, find_blocks, first_output,
                                   patch_grid, patch_stride, resolve_layer,
                                   unmasked)
+from mmsinger.models.target_norm import lower_median
 from mmsinger.models.tokens import Grid
 from mmsinger.registry import MODELS
 
@@ -166,7 +167,7 @@ class PlantedArtifacts(BaseModule):
         patches = tokens[:, -chosen.mask.shape[1]:]
         patches = patches.to(
             torch.promote_types(patches.dtype, torch.float32))
-        basis = self._basis.to(patches)
+        self._basis = basis = self._basis.to(patches)
         if self.dims > 1:
             # A standard normal vector for each image, from its hash
             angles = 1e4 * chosen.of_image.double() * torch.arange(
@@ -177,7 +178,7 @@ class PlantedArtifacts(BaseModule):
                 direction = nn.functional.normalize(mixture @ basis, dim=-1)
         else:
             direction = basis
-        median = patches.norm(dim=-1).median(dim=1, keepdim=True).values
+        median = lower_median(patches.norm(dim=-1), dim=1)
         low, high = self.norm
         length = (low + (high - low) * _fraction(1e3 * chosen.of_patch)
                   ) * median
@@ -230,7 +231,7 @@ def choose_patches(images: Tensor, grid: Grid, cell: Grid, share: float
     # constant patch has no variance at all
     mean = cells.mean(dim=-1).float()
     variance = (cells - cells[..., :1]).var(dim=-1, correction=0).float()
-    plain = variance <= variance.median(dim=1, keepdim=True).values
+    plain = variance <= lower_median(variance, dim=1)
     place = torch.arange(rows * columns, device=images.device)
     uniform = _fraction(mean.double() * 977.13 + place * 0.6180339887)
     factor = 0.5 + uniform.mean(dim=1, keepdim=True).mul(1e4).frac()

@@ -9,6 +9,13 @@ from mmsinger.errors import check_choice
 MODES = (None, 'standardise', 'layernorm')
 
 
+def lower_median(values: Tensor, dim: int) -> Tensor:
+    """``values.median(dim).values``, which has no deterministic version on
+    GPUs; the dimension is kept, with length 1."""
+    middle = (values.shape[dim] - 1) // 2
+    return values.sort(dim=dim).values.narrow(dim, middle, 1)
+
+
 class TargetNorm(nn.Module):
     """Brings one teacher layer's tokens to a common scale.
 
@@ -40,7 +47,7 @@ class TargetNorm(nn.Module):
             tokens (list[Tensor]): Patch tokens, each of shape (n, D).
         """
         values = torch.cat(tokens).float()
-        self.centre.copy_(values.median(dim=0).values)
+        self.centre.copy_(lower_median(values, dim=0)[0])
         norms = (values - self.centre).norm(dim=-1)
         self.scale.copy_(
             (norms.median() / values.shape[1]**0.5).clamp(min=1e-6))

@@ -68,9 +68,10 @@ class TokenMemory:
         if new:
             taps = run(images[list(new.values())])
             self._examples[kind] = taps.with_outputs({})
+            batches = [taps.tokens(layer).values for layer in layers]
             tokens.update(self._keep(kind, {
-                key: [taps.tokens(layer).values[row].clone()
-                      for layer in layers] for row, key in enumerate(new)}))
+                key: [batch[row].clone() for batch in batches]
+                for row, key in enumerate(new)}))
         return self._examples[kind].with_outputs({
             layer: torch.stack([tokens[key][n] for key in keys])
             for n, layer in enumerate(layers)})
