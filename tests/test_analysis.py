@@ -212,7 +212,7 @@ def blocks(depth, onset=None, share=0.02, low=4., high=8., sigma=0.15,
 def test_a_clean_teacher():
     verdict = judge(seen(blocks(12)), 64)
     assert verdict.status == 'clean' and verdict.onset is None
-    assert 'SiNGER is not expected to help' in verdict.headline
+    assert 'There is nothing to suppress' in verdict.headline
     assert not any('Only' in reason for reason in verdict.reasons)
 
 
@@ -327,7 +327,7 @@ def planted(scenes):
 
 def test_the_clean_teacher_is_called_clean(clean):
     assert clean.verdict.status == 'clean'
-    assert 'not expected to help' in clean.verdict.headline
+    assert 'nothing to suppress' in clean.verdict.headline
     assert 'try SiNGER all the same' in render(clean)
 
 

@@ -180,15 +180,15 @@ def _clean(evidence: Sequence[Evidence]):
                 key=lambda i: evidence[i].max_over_median)
     most = max(seen.far_share for seen in evidence)
     return 'clean', (
-        'Clean: no artifacts found. SiNGER is not expected to help.'), [
+        'Clean: no artifacts found. There is nothing to suppress.'), [
         f'The largest norm of an image is at most '
         f'{evidence[worst].max_over_median:.1f} times the median (mean over '
         f'images, block {worst}).',
         (f'In no block more than {_percent(most)} of the tokens are' if most
          else 'No token is') + ' far above the rest of its image, and '
         'nowhere is there a separate group of long ones.',
-        'Nothing is there to suppress: plain feature distillation (FitNet) '
-        'is simpler, and suppressing norms that carry content may hurt.']
+        'Plain feature distillation (FitNet) is simpler, and suppressing '
+        'norms that carry content may hurt. Compare both in a short run.']
 
 
 def suggest(verdict: Verdict, evidence: Sequence[Evidence], dim: int
