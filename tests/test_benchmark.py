@@ -236,6 +236,17 @@ def test_bad_arguments(monkeypatch, args, words):
         benchmark_step.main()
 
 
+@pytest.mark.parametrize('tool', [benchmark_step, benchmark_growth])
+@pytest.mark.parametrize('args, words', [
+    (['--rounds', '0'], '--rounds 0'),
+    (['--out', 'gone/file.json'], 'no folder')])
+def test_bad_arguments_of_both(monkeypatch, tmp_path, tool, args, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', [tool.__name__, *args])
+    with pytest.raises(ConfigError, match=words):
+        tool.main()
+
+
 def test_exponents():
     values = [1, 2, 4]
     assert benchmark_growth.exponent(values, [3., 12., 48.]) == \

@@ -17,7 +17,8 @@ from mmengine.registry import init_default_scope
 
 from mmsinger.benchmark import (Steps, count_flops, describe_machine,
                                 interleaved, peak_memory)
-from mmsinger.errors import check_output_file, readable_errors
+from mmsinger.errors import (ConfigError, check_output_file,
+                             readable_errors)
 from mmsinger.visualization.style import (add_caption, line_style, new_figure,
                                           save_figure)
 
@@ -47,6 +48,8 @@ def parse_args():
 
 def main():
     args = parse_args()
+    if args.rounds < 1:
+        raise ConfigError(f'--rounds {args.rounds} must be at least 1.')
     for suffix in ('.json', '.png'):
         check_output_file(args.out + suffix)
     init_default_scope('mmpretrain')

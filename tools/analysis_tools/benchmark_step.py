@@ -24,8 +24,9 @@ from mmsinger.benchmark import (ImageLoading, Step, Steps, count_flops,
                                 describe_machine, fast_precisions,
                                 interleaved, paired_ratio, peak_memory)
 from mmsinger.benchmark.steps import PRECISIONS
-from mmsinger.engine.config import check_work_dir, load_config
-from mmsinger.errors import ConfigError, check_choice, readable_errors
+from mmsinger.engine.config import load_config
+from mmsinger.errors import (ConfigError, check_choice, check_output_file,
+                             readable_errors)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(
     os.path.abspath(__file__))))
@@ -70,7 +71,7 @@ def main():
             raise ConfigError(f'--{key.replace("_", "-")} '
                               f'{getattr(args, key)} must be at least 1.')
     if args.out:
-        check_work_dir(os.path.dirname(args.out) or '.')
+        check_output_file(args.out)
     init_default_scope('mmpretrain')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     bench = Steps(args.teacher, args.student, args.batch_size, args.size,
