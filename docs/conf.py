@@ -2,4 +2,5 @@
 project = 'mmsinger'
 extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon']
 source_suffix = {'.md': 'markdown'}
+myst_heading_anchors = 3
 html_theme = 'alabaster'

@@ -1,4 +1,4 @@
-# ImageNet-v2 with the head that cls_in1k.py trained: tools/test.py
+# ImageNet-v2 with the head that cls_in1k.py trained: tools/linear_eval.py --head
 _base_ = [
     '../_base_/linear_eval/cls.py',
     '../_base_/datasets/linear_eval/imagenet_v2.py',

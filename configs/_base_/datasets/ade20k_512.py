@@ -1,4 +1,5 @@
-# ADE20K, crops of 512 px, 16 images a step on any number of GPUs that divides
+# ADE20K, crops of 512 px. batch_size counts images of one process: on N GPUs,
+# train_dataloader.batch_size=16/N keeps the schedule's 16 images a step.
 data_root = 'data/ade/ADEChallengeData2016'
 train_pipeline = [
     dict(type='LoadImageFromFile'),

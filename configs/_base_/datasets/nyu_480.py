@@ -1,4 +1,6 @@
-# NYUd-v2 in mmseg's folder layout, crops of 480 px, 16 images a step
+# NYUd-v2 in mmseg's folder layout, crops of 480 px. batch_size counts images of
+# one process: on N GPUs, train_dataloader.batch_size=16/N keeps the schedule's
+# 16 images a step.
 data_root = 'data/nyu'
 meta_keys = ('img_path', 'depth_map_path', 'ori_shape', 'img_shape',
              'pad_shape', 'scale_factor', 'flip', 'flip_direction',
