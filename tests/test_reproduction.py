@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -293,6 +294,38 @@ def test_outdated(place):
     changed = {**jobs, 'a': dataclasses.replace(jobs['a'], options=('x=1', ))}
     assert states(changed) == dict(a='outdated', b='outdated',
                                    other='finished')
+
+
+def test_what_was_made_of_results_that_are_gone_is_made_anew(place):
+    jobs = chain(a=[], b=['a'], other=[])
+    run(jobs)
+    shutil.rmtree(place / 'root/a')
+    assert states(jobs) == dict(a='new', b='outdated', other='finished')
+    run({'a': jobs['a']})  # stopped before b
+    assert states(jobs) == dict(a='finished', b='outdated', other='finished')
+    run(jobs)
+    assert states(jobs) == dict.fromkeys(jobs, 'finished')
+    assert (place / 'root/b.old1').exists()
+    assert len((place / 'root/b/runs.txt').read_text().splitlines()) == 1
+
+
+def test_a_config_may_move(place):
+    jobs = chain(a=[])
+    jobs['a'] = dataclasses.replace(
+        jobs['a'], args=(*jobs['a'].args, 'source.py'))
+    (place / 'source.py').write_text('mean = 1\n')
+    before = Workspace('root').fingerprint(jobs['a'], jobs)
+    moved = place / 'elsewhere'
+    moved.mkdir()
+    for name in ('a.py', 'base.py', 'source.py'):
+        shutil.copy(place / name, moved / name)
+
+    def at(arg):
+        return str(moved / arg) if str(arg).endswith('.py') else arg
+
+    there = dataclasses.replace(jobs['a'], config=str(moved / 'a.py'),
+                                args=tuple(map(at, jobs['a'].args)))
+    assert Workspace('root').fingerprint(there, {'a': there}) == before
 
 
 def test_outdated_by_the_evaluated_config(place):
@@ -771,7 +804,16 @@ def arguments(monkeypatch, *args):
     return REPRODUCE.parse_args()
 
 
+def test_all_stands_for_the_papers_tables(monkeypatch):
+    tables = REPRODUCE.chosen_tables(arguments(
+        monkeypatch, 'sweep', 'all', 'planted', '--profile', 'digits'))
+    names = [table.name for table in tables]
+    assert names[0] == 'sweep' and names[-1] == 'planted'
+    assert len(set(names)) == len(names) == len(REPRODUCE.TABLES) + 1
+
+
 @pytest.mark.parametrize('args, words', [
+    (['all', '9'], ["table='9'"]),
     (['9'], ["table='9'", "'5a'", "'all'"]),
     (['plantd', '--profile', 'digits'], ["Did you mean 'planted'"]),
     (['planted'], ["'planted' needs --profile digits"]),

@@ -81,14 +81,15 @@ def chosen_tables(args):
     elif args.quick:
         raise ConfigError('--quick is for --profile digits, whose data are '
                           'built in.')
-    names = list(TABLES) if 'all' in args.table else \
-        list(dict.fromkeys(args.table))
-    for name in names:
+    for name in args.table:
         if name in PLANTED and name not in known:
             raise ConfigError(f'table {name!r} needs --profile digits: '
                               'artifacts are planted in a teacher that ships '
                               'with the package.')
         check_choice('table', name, (*known, 'all'))
+    names = dict.fromkeys(
+        each for name in args.table
+        for each in (TABLES if name == 'all' else [name]))
     return [known[name](PROFILES[args.profile], range(args.seeds),
                         args.quick) for name in names]
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from dataclasses import asdict, dataclass, field
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -43,6 +44,8 @@ class Record:
         seconds (float): How long it took.
         metrics (dict[str, float]): The last value of each, by name.
         error (str): The last error of a failed job.
+        stamp (str): Another one for each time that it was started.
+        needs (dict[str, str]): Stamps of the jobs whose results it took.
     """
     status: str
     fingerprint: str
@@ -54,6 +57,8 @@ class Record:
     seconds: float = 0.
     metrics: Dict[str, float] = field(default_factory=dict)
     error: str = ''
+    stamp: str = ''
+    needs: Dict[str, str] = field(default_factory=dict)
 
 
 class Workspace:
@@ -93,7 +98,10 @@ class Workspace:
             configs = dict.fromkeys([job.config, *(
                 arg for arg in job.args
                 if isinstance(arg, str) and arg.endswith('.py'))])
-            parts = [job.tool, repr(job.args), repr(job.options),
+            # Where the configs are does not matter, what is in them does
+            args = [os.path.basename(arg) if arg in configs else arg
+                    for arg in job.args]
+            parts = [job.tool, repr(args), repr(job.options),
                      *map(_config_content, configs)]
             parts += [self.fingerprint(jobs[name], jobs)
                       for name in job.needs]
@@ -103,14 +111,24 @@ class Workspace:
 
     def state(self, job: Job, jobs: Dict[str, Job]) -> str:
         """``'finished'``, ``'failed'``, ``'interrupted'``, ``'outdated'``
-        (its command or config changed since) or ``'new'``."""
+        (its command, its config or what it took from other jobs changed
+        since) or ``'new'``."""
         record = self.record(job.name)
         if record is None:
             return 'new'
-        if record.fingerprint != self.fingerprint(job, jobs):
+        if record.fingerprint != self.fingerprint(job, jobs) or \
+                record.needs != self.stamps(job.needs):
             return 'outdated'
         return 'interrupted' if record.status == 'running' \
             else record.status
+
+    def stamps(self, names: Sequence[str]) -> Dict[str, str]:
+        """Which runs of these jobs are there; ``''`` for none that is
+        finished."""
+        records = {name: self.record(name) for name in names}
+        return {name: record.stamp
+                if record is not None and record.status == 'finished' else ''
+                for name, record in records.items()}
 
     def arguments(self, job: Job) -> List[str]:
         """A job's arguments, with paths filled in."""
@@ -270,7 +288,8 @@ class _Running:
         command = command_of(script, arguments, resources, gpus)
         self.record = Record(
             'running', workspace.fingerprint(job, jobs), shlex.join(command),
-            job.config, job.seed, _commit())
+            job.config, job.seed, _commit(), stamp=uuid.uuid4().hex,
+            needs=workspace.stamps(job.needs))
         workspace.save(job.name, self.record)
         self.output = os.path.join(work_dir, OUTPUT)
         self.begin = time.monotonic()

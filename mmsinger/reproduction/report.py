@@ -142,7 +142,7 @@ def write_csv(table: Table, records: Dict[str, Record], path: str) -> None:
         writer.writerow((
             'table', 'row', 'column', 'published', 'measured', 'std', 'seeds',
             'difference', 'missing', 'run', 'metric', 'value', 'status',
-            'config', 'seed', 'commit', 'log'))
+            'config', 'seed', 'commit', 'log', 'data'))
         for label, cells in table.rows:
             for cell, column in zip(cells, table.columns):
                 result = result_of(cell, records)
@@ -152,10 +152,13 @@ def write_csv(table: Table, records: Dict[str, Record], path: str) -> None:
                         _difference(cell, result), result.missing)
                 for source in _sources(cell):
                     record = records.get(source.job)
-                    tail = ('', 'not run') if record is None else (
-                        record.metrics.get(source.metric, ''), record.status,
-                        record.config, record.seed, record.commit, record.log)
-                    writer.writerow((*head, source.job, source.metric, *tail))
+                    tail = ('', 'not run', '', '', '', '') \
+                        if record is None else (
+                            record.metrics.get(source.metric, ''),
+                            record.status, record.config, record.seed,
+                            record.commit, record.log)
+                    writer.writerow((*head, source.job, source.metric, *tail,
+                                     table.caption))
 
 
 def latex(table: Table, records: Dict[str, Record]) -> str:

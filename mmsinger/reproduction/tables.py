@@ -152,6 +152,8 @@ class Planner:
                         for t in members if t.config == task.head)
             args += ['--head', Checkpoint(self.evaluate(
                 folder, source, weights, head, seed))]
+        else:
+            args.append('--resume')
         return self.table.add_job(Job(
             f'{folder}/{name}', 'linear_eval.py', tuple(args), config, seed,
             self.profile.quick_task if self.quick else ()))
