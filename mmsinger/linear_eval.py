@@ -46,6 +46,8 @@ def evaluation_config(task: Config, source: Config,
             "'mmsinger.FrozenBackbone'. Take a config of configs/linear_eval.")
     weights, preprocessor = _teacher(source, checkpoint) if teacher \
         else _student(source, checkpoint)
+    if 'prefix' in frozen:  # the task's own word
+        weights.pop('prefix')
     frozen.update(weights)
     if preprocessor is not None:
         _normalise_alike(cfg.model.setdefault('data_preprocessor', {}),
@@ -100,9 +102,14 @@ def _teacher(source: Config, checkpoint: Optional[str]
     if preprocessor is not None or teacher.get('mean') is not None:
         preprocessor = dict(preprocessor or dict(to_rgb=True))
         in_rgb = _in_rgb(preprocessor) != teacher.get('swap_channels', False)
-        statistics = preprocessor if teacher.get('mean') is None else teacher
-        preprocessor = dict(mean=statistics.get('mean'),
-                            std=statistics.get('std'), to_rgb=in_rgb)
+        if teacher.get('mean') is not None:
+            mean, std = teacher['mean'], teacher['std']
+        else:  # the student's, which the teacher sees in its own order
+            mean, std = (
+                values[::-1] if values and teacher.get('swap_channels')
+                else values for values in (
+                    preprocessor.get('mean'), preprocessor.get('std')))
+        preprocessor = dict(mean=mean, std=std, to_rgb=in_rgb)
     return weights, preprocessor
 
 

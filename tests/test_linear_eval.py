@@ -2,6 +2,7 @@
 import glob
 import json
 import os
+import runpy
 
 import cv2
 import forked
@@ -302,6 +303,24 @@ def test_teacher_of_a_recipe():
     assert cfg.model.backbone.input_size == 64
 
 
+def test_teacher_that_sees_the_students_channels_swapped():
+    source = load_config(DIGITS)
+    source.model.teacher.update(mean=None, std=None, swap_channels=True)
+    source.model.student.data_preprocessor.update(
+        mean=[1., 2., 3.], std=[4., 5., 6.], bgr_to_rgb=True)
+    cfg = evaluation_config(task('cls_digits'), source, teacher=True)
+    assert cfg.model.data_preprocessor.mean == [3., 2., 1.]
+    assert cfg.model.data_preprocessor.std == [6., 5., 4.]
+    assert cfg.model.data_preprocessor.to_rgb is False
+
+
+def test_a_prefix_of_the_tasks_own():
+    cfg = task()
+    cfg.model.backbone.prefix = ''
+    cfg = evaluation_config(cfg, load_config(DIGITS), 'x.pth')
+    assert cfg.model.backbone.prefix == ''
+
+
 def test_teacher_with_a_head():
     """Of a LogitKDDistiller: its backbone is evaluated."""
     source = load_config(os.path.join(tiny.ROOT, 'configs', '_base_',
@@ -468,6 +487,55 @@ def test_a_checkpoint_is_tested_without_the_students_file(place, runs):
     with open(path) as file:
         assert json.load(file)['mIoU'] == \
             pytest.approx(logged(place, 'seg')[-1]['mIoU'], abs=0.01)
+
+
+def test_a_head_is_for_the_backbone_it_was_trained_on(place, runs):
+    def evaluated(student):
+        return forked.run(
+            'linear_eval.py', os.path.join(CONFIGS, 'cls_digits.py'),
+            'source.py', student, '--head', 'cls/iter_5.pth', '--work-dir',
+            'with_head', cwd=place, check=False)
+
+    value = logged(place, 'cls')[-1]['accuracy/top1']
+    assert f'accuracy/top1 {value:.4f}' in evaluated('student.pth').stdout
+    content = torch.load(os.path.join(place, 'student.pth'))
+    content['state_dict']['backbone.cls_token'] += 1
+    torch.save(content, os.path.join(place, 'another.pth'))
+    refused = evaluated('another.pth')
+    assert refused.returncode == 1 and 'Traceback' not in refused.stdout
+    assert "trained on other weights than 'another.pth'" in refused.stdout
+
+
+def test_resumed(place, runs):
+    """From what is there, or from the start."""
+    def evaluated(steps):
+        return forked.run(
+            'linear_eval.py', os.path.join(CONFIGS, 'cls_digits.py'),
+            'source.py', 'student.pth', '--work-dir', 'resumed', '--resume',
+            '--cfg-options', *SHORT, f'train_cfg.max_iters={steps}',
+            'default_hooks.checkpoint.interval=3', cwd=place).stdout
+
+    assert 'Iter(train) [1/3]' in evaluated(3)
+    output = evaluated(5)
+    assert 'Iter(train) [3/5]' not in output
+    assert 'Iter(train) [4/5]' in output and 'Iter(train) [5/5]' in output
+
+
+@pytest.mark.parametrize('images, processes, expected', [
+    (64, 1, 64), (64, 4, 16), (64, 3, None)])
+def test_images_of_a_step_are_divided(monkeypatch, images, processes,
+                                      expected):
+    cfg = Config(dict(launcher='pytorch',
+                      train_dataloader=dict(batch_size=images)))
+    monkeypatch.setenv('WORLD_SIZE', str(processes))
+    divide = runpy.run_path(os.path.join(
+        tiny.ROOT, 'tools', 'linear_eval.py'), run_name='tool')['divide_batch']
+    if expected is None:
+        with pytest.raises(ConfigError, match='among 3 processes'):
+            divide(cfg)
+    else:
+        divide(cfg)
+        assert cfg.train_dataloader.batch_size == expected
 
 
 def test_knn(place, runs):

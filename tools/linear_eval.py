@@ -11,14 +11,16 @@ import argparse
 import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
+import torch
 from mmengine.config import DictAction
 from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 
 from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
-from mmsinger.engine.config import load_config, prepare_training
+from mmsinger.engine.config import (load_config, prepare_training,
+                                    world_size)
 from mmsinger.engine.unwrap import unwrap
-from mmsinger.errors import readable_errors
+from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.linear_eval import evaluation_config
 
 
@@ -40,6 +42,9 @@ def parse_args():
     parser.add_argument(
         '--work-dir', help='where logs and the head go '
         '(default: work_dirs/linear_eval/SOURCE/TASK)')
+    parser.add_argument(
+        '--resume', action='store_true',
+        help='go on from the latest checkpoint in the work dir')
     parser.add_argument('--seed', type=int, help="(default: the task's)")
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
@@ -60,6 +65,46 @@ def stem(path):
     return os.path.splitext(os.path.basename(path))[0]
 
 
+def divide_batch(cfg):
+    """Divide the images of a step among the processes.
+
+    Raises:
+        ConfigError: If they cannot be divided.
+    """
+    loader, processes = cfg.get('train_dataloader'), world_size(cfg)
+    if not loader or 'batch_size' not in loader:
+        return
+    if loader.batch_size % processes:
+        raise ConfigError(
+            f'train_dataloader.batch_size={loader.batch_size} images a step '
+            f'cannot be divided among {processes} processes. Start another '
+            'number of them, or set another batch size with --cfg-options.')
+    loader.batch_size //= processes
+
+
+def load_head(model, args):
+    """Load a head that was trained on the same backbone.
+
+    Raises:
+        ConfigError: If it does not fit, or was trained on another backbone.
+    """
+    model.backbone.load_weights()
+    expected = {key: value.clone()
+                for key, value in model.backbone.state_dict().items()}
+    load_strict(
+        model, weights_of(load_checkpoint(args.head, '--head'), args.head),
+        what=f'--head {args.head!r} and {args.task!r}',
+        fix='Give a checkpoint that tools/linear_eval.py made with the '
+        'same source and the same number of classes.')
+    found = model.backbone.state_dict()
+    if not all(torch.equal(found[key], value)
+               for key, value in expected.items()):
+        raise ConfigError(
+            f'--head {args.head!r} was trained on other weights than '
+            f'{model.backbone.checkpoint!r}. Give the head of this one, from '
+            'its own work dir.')
+
+
 def main():
     args = parse_args()
     cfg = evaluation_config(
@@ -76,15 +121,14 @@ def main():
         for key in ('train_dataloader', 'train_cfg', 'optim_wrapper',
                     'param_scheduler'):
             cfg[key] = None
+    else:
+        divide_batch(cfg)
+    if args.resume:
+        cfg.resume = True
     prepare_training(cfg)
     runner = Runner.from_cfg(cfg)
     if args.head:
-        load_strict(
-            unwrap(runner.model),
-            weights_of(load_checkpoint(args.head, '--head'), args.head),
-            what=f'--head {args.head!r} and {args.task!r}',
-            fix='Give a checkpoint that tools/linear_eval.py made with the '
-            'same source and the same number of classes.')
+        load_head(unwrap(runner.model), args)
     if cfg.get('train_cfg') is None:  # a trained head, or k-NN
         metrics = runner.val()
     else:

@@ -225,8 +225,7 @@ def compare_batch_size(cfg: Config) -> None:
     if not base or scaling.get('enable') or not optimizer or \
             not loader or 'batch_size' not in loader:
         return
-    processes = int(os.environ.get(_WORLD_SIZE.get(cfg.get('launcher'), ''),
-                                   1))
+    processes = world_size(cfg)
     accumulated = optimizer.get('accumulative_counts', 1)
     images = loader.batch_size * processes * accumulated
     if images != base:
@@ -238,8 +237,11 @@ def compare_batch_size(cfg: Config) -> None:
             '--auto-scale-lr.', logger='current', level=30)
 
 
-_WORLD_SIZE = dict(pytorch='WORLD_SIZE', slurm='SLURM_NTASKS',
-                   mpi='OMPI_COMM_WORLD_SIZE')
+def world_size(cfg: Config) -> int:
+    """How many processes ``cfg.launcher`` has started."""
+    variable = dict(pytorch='WORLD_SIZE', slurm='SLURM_NTASKS',
+                    mpi='OMPI_COMM_WORLD_SIZE').get(cfg.get('launcher'), '')
+    return int(os.environ.get(variable, 1))
 
 
 def use_strategy(cfg: Config) -> None:
