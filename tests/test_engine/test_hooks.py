@@ -416,6 +416,18 @@ def test_the_student_of_an_averaged_model(make, tmp_path, validate):
                    for key, value in student.items())
 
 
+def test_a_missing_student_is_written_when_the_run_is_resumed(make, tmp_path):
+    """It was killed, or the disk was full, between the two files."""
+    make(4, **SAVING).train()
+    path = tmp_path / 'iter_4_student.pth'
+    before = load_checkpoint(str(path))['state_dict']
+    path.unlink()
+    make(4, resume=True, **SAVING).train()  # nothing is left to train
+    after = load_checkpoint(str(path))['state_dict']
+    assert all(torch.equal(after[key], value)
+               for key, value in before.items())
+
+
 def test_a_student_outlives_a_checkpoint_removed_by_hand(make, tmp_path):
     """… and goes with one that makes room."""
     def after_train_iter(runner, *args, **kwargs):

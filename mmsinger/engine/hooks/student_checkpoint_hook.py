@@ -5,8 +5,8 @@ from typing import Dict, List, Optional, Set, Tuple
 from mmengine.dist import is_main_process, master_only
 from mmengine.hooks import Hook
 
-from mmsinger.export import (SUFFIX, is_distiller, save_student,
-                             student_config, student_path,
+from mmsinger.export import (SUFFIX, export_student, is_distiller,
+                             save_student, student_config, student_path,
                              student_state_dict)
 from mmsinger.registry import HOOKS
 
@@ -35,6 +35,9 @@ class StudentCheckpointHook(Hook):
         if not is_distiller(runner.cfg.model):
             return
         existing = self._checkpoints(runner)
+        for path in existing:
+            if not os.path.isfile(student_path(path)):  # it was cut off there
+                export_student(path)
         self._seen = set(map(_version, existing))
         for folder in {os.path.dirname(path) for path in existing}:
             for name in os.listdir(folder):  # of the run that is resumed
