@@ -85,7 +85,7 @@ setup(
     # of distributions provide these packages (OneDL's and OpenMMLab's) and
     # overwrite each other's files. Choose one with an extra below, or keep
     # the one that is installed. tools/check_env.py tells when they mix.
-    install_requires=['torch>=2.0', 'numpy', 'scipy'],
+    install_requires=['torch>=2.6', 'numpy', 'scipy'],
     extras_require={
         # maintained; Python 3.10 or newer
         'onedl': [

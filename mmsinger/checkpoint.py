@@ -141,9 +141,6 @@ def _safe_globals() -> ContextManager:
     numbers."""
     import numpy as np
     from mmengine.logging import HistoryBuffer
-    from mmengine.utils import digit_version
-    if digit_version(torch.__version__) < digit_version('2.6.0'):
-        return contextlib.nullcontext()  # plain weights alone can be read
     multiarray = np._core.multiarray if hasattr(np, '_core') else \
         np.core.multiarray
     dtypes = [type(np.dtype(t)) for t in (

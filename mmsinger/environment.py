@@ -46,7 +46,7 @@ PROVIDERS = {
     },
 }
 
-# As in the extras of setup.py.
+# As in the extras of setup.py, and the original mmdet.
 REQUIREMENTS = {
     'onedl-mmengine': 'onedl-mmengine>=0.10.12',
     'onedl-mmcv': 'onedl-mmcv>=2.3.6',
@@ -189,10 +189,11 @@ def _check_torch(facts):
             f'torch {facts.distributions["torch"]} cannot be imported: '
             f'{facts.import_errors["torch"]}',
             (f'pip install --force-reinstall {TORCH}', ))
-    elif torch < (2, 0):
+    elif torch < (2, 6):
         yield Finding(
             f'torch {facts.distributions["torch"]} is too old: mmsinger needs '
-            '2.0 or newer.', (install(TORCH), ))
+            '2.6 or newer.', (install(TORCH), ))
+        return
     if 'torchvision' not in facts.distributions:
         yield Finding('torchvision is not installed: mmpretrain and mmseg '
                       'import it.', (install(_torchvision_for(torch)), ))

@@ -212,7 +212,7 @@ def test_broken_torch():
 # environment.
 
 CATALOGUE = {
-    'torch': ('1.13.1', '2.0.1', '2.13.0'),
+    'torch': ('2.5.1', '2.6.0', '2.13.0'),
     'torchvision': ('0.14.1', '0.15.2', '0.28.0'),
     'numpy': ('1.26.4', '2.4.6'),
     'setuptools': ('80.9.0', '84.2.1'),

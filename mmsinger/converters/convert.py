@@ -263,8 +263,6 @@ def convert_checkpoint(source: str, out: str, prefix: str = 'backbone.',
 
 def _namespaces() -> contextlib.AbstractContextManager:
     """Allow the parsed arguments that UNIC keeps beside the weights."""
-    if not hasattr(torch.serialization, 'safe_globals'):
-        return contextlib.nullcontext()
     return torch.serialization.safe_globals([argparse.Namespace])
 
 
