@@ -31,6 +31,8 @@ from mmsinger.analysis.nullspace import (compare_with_jacobian, ffn_spectra,
                                          nullspace_dimensions)
 from mmsinger.analysis.report import shown_blocks
 from mmsinger.analysis.separation import excess
+from mmsinger.analysis.subject import distilled_layers
+from mmsinger.analysis.verdict import percent
 from mmsinger.datasets import make_digit_scenes
 from mmsinger.engine.config import load_config
 from mmsinger.errors import ConfigError
@@ -742,6 +744,42 @@ def test_models_without_transformer_blocks(tmp_path):
     with pytest.raises(ConfigError) as error:
         load_subject(config(tmp_path, train_cfg=dict()))
     bad(str(error.value), 'no teacher to look at', 'Give a recipe')
+
+
+@pytest.mark.parametrize('recipe, options, layers', [
+    ('singer_vitl_to_vits_in1k', {}, [17, 23]),
+    ('singer_vitl_to_vits_in1k', {'model.layers': [5, 9]}, [5, 9]),
+    ('vitkd_vitl_to_vits_in1k', {}, None),
+    ('logit_kd_deit3s_to_deit3t_in1k', {}, None),
+    ('_base_/teachers/deit3_s16_in1k', {}, [8, 11]),
+    ('_base_/teachers/deit3_s16_in1k_cls', {}, None)])
+def test_layers_that_a_config_distils(monkeypatch, recipe, options, layers):
+    cfg = load_config(os.path.join(paths.configs(), f'{recipe}.py'), options)
+    source = 'model.teacher' if 'model' in cfg else 'teacher'
+    assert distilled_layers(cfg, source) == layers
+
+
+def test_misspelt_teacher_keys(tmp_path):
+    with pytest.raises(ConfigError, match="chekpoint.*'checkpoint'"):
+        load_subject(config(tmp_path, teacher=dict(
+            backbone=tiny.vit(), chekpoint='x.pth')))
+
+
+def test_file_names_that_are_no_utf8(tmp_path):
+    folder = write_images(tmp_path / 'images', *[(40, 40, 3)] * 3)
+    for i in range(3):
+        os.rename(os.path.join(folder, f'{i}.png').encode(),
+                  os.path.join(folder, '').encode() + b'caf\xe9%d.png' % i)
+    forked.run('analyze_teacher.py', teacher_config('digits'), '--images',
+               folder, '--out', 'out', cwd=tmp_path)
+    text = (tmp_path / 'out' / 'report.html').read_text(encoding='utf-8')
+    assert r'caf\udce9' in text
+    assert json.loads((tmp_path / 'out' / 'report.json').read_text())
+
+
+def test_a_share_in_words():
+    assert [percent(share) for share in (1., 0.996, 0.5, 0.0312)] == [
+        '100 %', '100 %', '50 %', '3.1 %']
 
 
 def test_checkpoints_that_do_not_fit(tmp_path):

@@ -21,6 +21,7 @@ from mmsinger.analysis import (ImageFolder, analyse, check_size, load_subject,
                                natural_size, render)
 from mmsinger.engine.config import check_work_dir, load_config
 from mmsinger.errors import readable_errors
+from mmsinger.files import whole_file
 from mmsinger.models.taps import patch_stride
 
 
@@ -84,10 +85,13 @@ def main():
         args.jacobian, args.jacobian_products, args.seed)
 
     paths = [os.path.join(out, f'report.{kind}') for kind in ('html', 'json')]
-    with open(paths[0], 'w', encoding='utf-8') as file:
-        file.write(render(analysis))
-    with open(paths[1], 'w') as file:
-        json.dump(analysis.numbers(), file, indent=1, allow_nan=False)
+    # File names may hold bytes that are no UTF-8
+    contents = (
+        render(analysis).encode('utf-8', 'backslashreplace'),
+        json.dumps(analysis.numbers(), indent=1, allow_nan=False).encode())
+    for path, content in zip(paths, contents):
+        with whole_file(path) as temporary, open(temporary, 'wb') as file:
+            file.write(content)
     print(f'\n{analysis.verdict.headline}')
     for reason in analysis.verdict.reasons + subject.notes:
         print(f'- {reason}')

@@ -6,6 +6,7 @@ from mmsinger.analysis.analyse import Analysis
 from mmsinger.analysis.charts import (Line, line_chart, map_uri, photo_uri,
                                       ridge_chart)
 from mmsinger.analysis.style import STYLE
+from mmsinger.analysis.verdict import percent
 
 
 def render(analysis: Analysis) -> str:
@@ -197,7 +198,7 @@ def _positions(analysis: Analysis) -> str:
         _image(map_uri(share, float(share.max())),
                f'Positions of far outliers after block {block}', 'small'),
         f'All images, block {block}: how often a patch is a far outlier, '
-        f'from never (dark blue) to {100 * float(share.max()):.2g} % of the '
+        f'from never (dark blue) to {percent(float(share.max()))} of the '
         'images (yellow).') + '</div>' + _paragraph(
         f'After block {block}, far outliers stand on patches {where} than '
         f'{100 * max(rank, 1 - rank):.0f} % of their image, '

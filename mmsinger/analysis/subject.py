@@ -5,7 +5,8 @@ from mmengine.config import Config
 from torch import Tensor
 
 from mmsinger.checkpoint import load_checkpoint, weights_of
-from mmsinger.errors import ConfigError
+from mmsinger.errors import ConfigError, check_keys
+from mmsinger.models.distillers.base import argument_names
 from mmsinger.models.taps import patch_stride
 from mmsinger.models.teacher import (FrozenTeacher, Normalisation,
                                      feature_settings)
@@ -23,6 +24,8 @@ class Subject(NamedTuple):
         source (str): Which part of the config it is.
         notes (list[str]): What had to be assumed.
         recipe (bool): Whether the config is a SiNGER recipe.
+        layers (list, optional): The blocks that the config distils, where it
+            says so.
     """
     teacher: FrozenTeacher
     normalisation: Normalisation
@@ -30,6 +33,7 @@ class Subject(NamedTuple):
     source: str
     notes: List[str]
     recipe: bool
+    layers: Optional[list] = None
 
     def feed(self, images: Tensor) -> Tensor:
         """Images as the teacher's data pipeline would hand them over.
@@ -96,6 +100,7 @@ def load_subject(cfg: Config, checkpoint: Optional[str] = None,
     settings['remember'] = 0  # constant memory
     if mean is not None:
         settings.update(mean=mean, std=std, swap_channels=False)
+    check_keys(source, settings, argument_names(FrozenTeacher))
     teacher = FrozenTeacher(**settings)
     teacher.load_weights()
 
@@ -113,7 +118,20 @@ def load_subject(cfg: Config, checkpoint: Optional[str] = None,
             'give a recipe.')
     kind = str(model.get('type', '')).split('.')[-1]
     return Subject(teacher, normalisation, channels, source, notes,
-                   source == 'model.teacher' and 'SiNGER' in kind)
+                   source == 'model.teacher' and 'SiNGER' in kind,
+                   distilled_layers(cfg, source))
+
+
+def distilled_layers(cfg: Config, source: str) -> Optional[list]:
+    """``layers`` as the config has them; None for what does not read them."""
+    owners = []
+    if source == 'teacher':
+        owners = [cfg.teacher]
+    elif source == 'model.teacher' and \
+            'ViTKD' not in str(cfg.model.get('type')):
+        owners = [cfg.model, cfg.model.teacher]
+    return next((list(owner['layers']) for owner in owners
+                 if owner.get('layers') is not None), None)
 
 
 def _prefixed(settings: Dict[str, Any], cfg: Config) -> bool:

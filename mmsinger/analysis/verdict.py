@@ -125,13 +125,13 @@ def _artifact_reasons(evidence: Sequence[Evidence], signs: List[Signs],
     seen, reasons = evidence[onset], []
     if signs[onset].far:
         reasons.append(
-            f'Block {onset}: {_percent(seen.far_share)} of the patch tokens, '
-            f'in {_percent(seen.far_images)} of the images, have norms far '
+            f'Block {onset}: {percent(seen.far_share)} of the patch tokens, '
+            f'in {percent(seen.far_images)} of the images, have norms far '
             'above the rest of their image (more than 10 robust standard '
             'deviations above its median, and more than twice the median).')
     if signs[onset].separate:
         reasons.append(
-            f'Block {onset}: {_percent(seen.group.share)} of the tokens form '
+            f'Block {onset}: {percent(seen.group.share)} of the tokens form '
             f'a group of their own, at {seen.group.ratio:.1f} times the '
             f'median, above a gap in the distribution at '
             f'{seen.group.cut:.1f} times the median.')
@@ -148,11 +148,11 @@ def _artifact_reasons(evidence: Sequence[Evidence], signs: List[Signs],
     if last not in affected:
         reasons.append(
             f'The last block, {last}, hardly shows them any more: its far '
-            f'tokens are {_percent(evidence[last].far_share)} of all.')
+            f'tokens are {percent(evidence[last].far_share)} of all.')
     elif last != onset:
         reasons.append(
             f'They last: after the last block, {last}, '
-            f'{_percent(evidence[last].far_share)} of the tokens are far '
+            f'{percent(evidence[last].far_share)} of the tokens are far '
             'above the rest, the largest at '
             f'{evidence[last].max_over_median:.1f} times the median.')
     return reasons
@@ -165,7 +165,7 @@ def _unclear(evidence: Sequence[Evidence], hints: List[int]):
         'the known kind.'), [
         f'{"Blocks" if len(hints) > 1 else "Block"} {_ranges(hints)}: '
         'tokens far above the rest or a separate group of them, most in block '
-        f'{worst}: {_percent(evidence[worst].far_share)} of the tokens, up to '
+        f'{worst}: {percent(evidence[worst].far_share)} of the tokens, up to '
         f'{evidence[worst].max_over_median:.1f} times the median of an '
         'image.',
         'In no block do two of the three signs (far, separate, sudden) come '
@@ -184,7 +184,7 @@ def _clean(evidence: Sequence[Evidence]):
         f'The largest norm of an image is at most '
         f'{evidence[worst].max_over_median:.1f} times the median (mean over '
         f'images, block {worst}).',
-        (f'In no block more than {_percent(most)} of the tokens are' if most
+        (f'In no block more than {percent(most)} of the tokens are' if most
          else 'No token is') + ' far above the rest of its image, and '
         'nowhere is there a separate group of long ones.',
         'Plain feature distillation (FitNet) is simpler, and suppressing '
@@ -246,7 +246,8 @@ def snippet(suggestion: Suggestion, recipe: Optional[str] = None) -> str:
             f'    loss_outlier=dict(quantile={suggestion.quantile}))\n')
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share in words, two digits."""
     return f'{100 * share:.2g} %' if share < 0.995 else '100 %'
 
 
