@@ -1,6 +1,7 @@
 """Figures: the maps behind them by hand, files that can be read, bad input."""
 import json
 import re
+from types import SimpleNamespace
 
 import cv2
 import forked
@@ -254,6 +255,8 @@ def test_lines_differ_in_more_than_colour():
     styles = [line_style(i) for i in range(len(COLOURS))]
     for key in ('color', 'linestyle', 'marker'):
         assert len({str(style[key]) for style in styles}) == len(COLOURS)
+    many = {str(line_style(i)) for i in range(49)}
+    assert len(many) == 49
     grey = sorted(np.dot([int(c[i:i + 2], 16) for i in (1, 3, 5)],
                          [0.299, 0.587, 0.114]) for c in COLOURS)
     assert grey[-1] < 200  # none is lost on white paper
@@ -280,6 +283,19 @@ def test_images_are_read_as_in_training(tmp_path):
     pictures = pictures_of(model, inputs)
     assert (pictures[0] == [3, 2, 1]).all() and (pictures[1] == 7).all()
     assert read_images([wide], model, (16, 48)).shape == (1, 3, 16, 48)
+
+
+@pytest.mark.parametrize('name', ['to_rgb', '_channel_conversion',
+                                  'channel_conversion'])
+def test_red_is_red_whatever_the_preprocessor_calls_it(name):
+    """mmpretrain's name, OneDL's mmseg's, and the original mmseg's."""
+    model = SimpleNamespace(student_normalisation=(None, None),
+                            data_preprocessor=SimpleNamespace(**{name: True}))
+    red = torch.zeros(1, 3, 4, 4)
+    red[:, 0] = 255
+    assert (pictures_of(model, red)[0, 0, 0] == [255, 0, 0]).all()
+    setattr(model.data_preprocessor, name, False)
+    assert (pictures_of(model, red)[0, 0, 0] == [0, 0, 255]).all()
 
 
 def test_the_middle_is_kept(tmp_path):
@@ -397,6 +413,7 @@ def test_tables_that_tools_reproduce_writes(tmp_path):
         path = str(tmp_path / f'{table.name}.csv')
         report.write_csv(table, {}, path)
         cells = read_table(path, table.name)
+        assert all(cell.data == table.caption for cell in cells.values())
         if make is table1:
             figure = draw_radar(cells, 'published')
             assert len(figure.axes) == 4
@@ -452,6 +469,10 @@ def test_curves_of_a_resumed_run(tmp_path):
     assert choose_keys(curves, None) == ['loss', 'mIoU']
     assert choose_keys(curves, ['diagnostics/*', 'l*']) == [
         'diagnostics/cosine_3', 'loss', 'lr']
+    # a run that began anew takes the earlier one's place
+    write_log(tmp_path / '20260103_000000', [
+        dict(loss=5., iter=1, step=1), dict(loss=4., iter=2, step=2)])
+    assert read_curves(str(tmp_path))['loss'].values == [5., 4.]
     # the folder of one start, too
     one = read_curves(str(tmp_path / '20260101_000000'))
     assert one['loss'].values == [3., 2., 9.]

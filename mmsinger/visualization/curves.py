@@ -52,10 +52,14 @@ def read_curves(work_dir: str) -> Dict[str, Curve]:
     points: Dict[str, Dict[int, float]] = {}
     units: Dict[str, str] = {}
     for log in logs:
+        begun: Dict[str, int] = {}
         for line in _lines(log):
             unit = 'iteration'
             if 'iter' not in line and _counts_epochs(points):
                 unit = 'epoch'
+            if unit not in begun:
+                begun[unit] = line['step']
+                _forget(points, units, unit, line['step'])
             for key, value in line.items():
                 if isinstance(value, (int, float)):
                     points.setdefault(key, {})[line['step']] = value
@@ -63,8 +67,9 @@ def read_curves(work_dir: str) -> Dict[str, Curve]:
     curves = {}
     for key in points.keys() - _NO_CURVES:
         steps = sorted(points[key])
-        curves[key] = Curve(steps, [points[key][step] for step in steps],
-                            units[key])
+        if steps:
+            curves[key] = Curve(steps, [points[key][step] for step in steps],
+                                units[key])
     if not curves:
         raise ConfigError(
             f'work dir {work_dir!r} holds no logs: there is no '
@@ -83,6 +88,16 @@ def _lines(path: str):
                 continue
             if isinstance(line, dict) and 'step' in line:
                 yield line
+
+
+def _forget(points: Dict[str, Dict[int, float]], units: Dict[str, str],
+            unit: str, step: int) -> None:
+    """Leave out what an earlier run logged from a step on: a later one began
+    there, resumed or anew."""
+    for key, values in points.items():
+        if units[key] == unit:
+            for later in [s for s in values if s >= step]:
+                del values[later]
 
 
 def _counts_epochs(points: Dict[str, Dict[int, float]]) -> bool:

@@ -4,6 +4,7 @@ from typing import Any, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+from mmengine.structures import BaseDataElement
 from torch import Tensor
 
 from mmsinger.errors import ConfigError, near_paths
@@ -39,8 +40,11 @@ def read_images(paths: Sequence[str], distiller: FeatureDistiller,
     _check_size(f'size {size[0]}x{size[1]}', size, patch)
     pictures = [torch.from_numpy(_read(path, size, patch)).permute(2, 0, 1)
                 for path in paths]
+    # mmseg's asks for samples where it pads pictures
+    samples = [BaseDataElement() for _ in pictures] if getattr(
+        distiller.data_preprocessor, 'test_cfg', None) else None
     batch = distiller.data_preprocessor(
-        dict(inputs=pictures, data_samples=None), False)
+        dict(inputs=pictures, data_samples=samples), False)
     inputs = batch['inputs']
     return inputs if torch.is_tensor(inputs) else \
         torch.stack([image.float() for image in inputs])
@@ -111,6 +115,6 @@ def pictures_of(distiller: FeatureDistiller, inputs: Tensor) -> np.ndarray:
 
 def _is_rgb(preprocessor: Any) -> bool:
     """Whether it turns images, which are read as BGR, into RGB: mmpretrain's
-    and mmseg's names for it."""
-    return getattr(preprocessor, 'to_rgb', False) or \
-        getattr(preprocessor, '_channel_conversion', False)
+    names for it, OneDL's mmseg's and the original mmseg's."""
+    return any(getattr(preprocessor, name, False) for name in (
+        'to_rgb', '_channel_conversion', 'channel_conversion'))

@@ -23,9 +23,10 @@ SUFFIXES = ('.png', '.svg', '.pdf')
 
 def line_style(number: int) -> dict:
     """Colour, dashes and marker of the n-th curve, as for ``plot()``."""
-    pick = number % len(COLOURS)
-    return dict(color=COLOURS[pick], linestyle=LINES[pick],
-                marker=MARKERS[pick])
+    round_, pick = divmod(number, len(COLOURS))
+    return dict(color=COLOURS[pick],
+                linestyle=LINES[(pick + round_) % len(LINES)],
+                marker=MARKERS[(pick + 2 * round_) % len(MARKERS)])
 
 
 def new_figure(size: Tuple[float, float]) -> Any:

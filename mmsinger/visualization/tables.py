@@ -15,11 +15,13 @@ METHODS = ('SiNGER', 'FitNet', 'ViTKD', 'student as it is',
 
 
 class Value(NamedTuple):
-    """A cell. ``measured`` and ``std`` are None where there is none."""
+    """A cell. ``measured`` and ``std`` are None where there is none; ``data``
+    is the table's caption."""
     published: Optional[float]
     measured: Optional[float]
     std: Optional[float]
     seeds: int
+    data: str = ''
 
 
 Cells = Dict[Tuple[str, str], Value]
@@ -61,7 +63,8 @@ def read_table(path: str, name: str) -> Cells:
     try:
         return {(line['row'], line['column']): Value(
             *(_number(line[key]) for key in ('published', 'measured', 'std')),
-            int(line['seeds'] or 0)) for line in lines}
+            int(line['seeds'] or 0), line.get('data') or '')
+            for line in lines}
     except ValueError as error:
         raise ConfigError(f'{path!r}: {error}. {fix}') from error
 
@@ -105,7 +108,8 @@ def draw_radar(cells: Cells, values: str = 'measured') -> Any:
             f'table1 has no {values} values of all columns for any method. '
             f'Run more of it with tools/reproduce.py, or set --values '
             f'{other}.')
-    return _draw_radar(panels, columns, _seeds(cells), values, partial)
+    measured = f'Measured, {_seeds(cells)}. {_data(cells)}'
+    return _draw_radar(panels, columns, measured, values, partial)
 
 
 def _pairs(cells: Cells) -> Dict[str, Dict[str, str]]:
@@ -131,7 +135,7 @@ def _lower_is_better(column: str) -> bool:
 
 
 def _draw_radar(panels: Dict[str, Dict[str, List[float]]],
-                columns: List[str], seeds: str, values: str,
+                columns: List[str], measured: str, values: str,
                 partial: List[str]) -> Any:
     count = min(len(panels), 2)
     lines = math.ceil(len(panels) / count)
@@ -178,7 +182,7 @@ def _draw_radar(panels: Dict[str, Dict[str, List[float]]],
                'the panel lies on the inner circle, the best on the rim; the '
                'label names both. RMSE: lower is better. ')
     caption += 'Values as published (arXiv 2509.20986).' \
-        if values == 'published' else f'Measured, {seeds}.'
+        if values == 'published' else measured
     if partial:
         caption += f' Left out for missing values: {", ".join(partial)}.'
     add_caption(figure, caption)
@@ -237,14 +241,19 @@ def draw_sweep(cells: Cells) -> Any:
     axis.set_xticks(ranks, [f'{rank:g}' for rank in ranks])
     axis.minorticks_off()
     axis.set_xlabel('rank of the adapters')
-    axis.set_ylabel('NYU RMSE, lower is better')
+    axis.set_ylabel('depth RMSE, lower is better')
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     bars = ' Bars: standard deviation over seeds.' if any(
         value.std for value in cells.values()) else ''
     add_caption(figure, 'Depth error of the student by rank of the adapters '
-                f'and quantile of L_outlier; {_seeds(cells)}.{bars}')
+                f'and quantile of L_outlier; {_seeds(cells)}.{bars} '
+                f'{_data(cells)}')
     return figure
+
+
+def _data(cells: Cells) -> str:
+    return next((value.data for value in cells.values()), '')
 
 
 def _after(word: str, label: str) -> float:
