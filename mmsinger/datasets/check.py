@@ -90,8 +90,7 @@ def check_config(cfg: Config, title: str, root: Optional[str] = None,
         Report: Facts and problems.
 
     Raises:
-        ConfigError: If the config has no data loader, or the root is not
-            there.
+        ConfigError: If the config has no data loader.
     """
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     report = Report(title)
@@ -374,8 +373,11 @@ class _Check:
 
     def check_depth_unit(self) -> None:
         """Metres, after the pipeline's factor."""
-        limit = (self.cfg.get('val_evaluator') or {}).get(
-            'max_depth_eval', 100.)
+        evaluators = self.cfg.get('val_evaluator') or []
+        if isinstance(evaluators, dict):
+            evaluators = [evaluators]
+        limit = min((metric['max_depth_eval'] for metric in evaluators
+                     if 'max_depth_eval' in metric), default=100.)
         median = float(np.median(self.depths))
         self.fact(f'median depth {median:.3g} m')
         if not limit / 100 <= median <= limit:

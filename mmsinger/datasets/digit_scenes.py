@@ -77,33 +77,41 @@ def make_digit_scenes(root: str,
 
     Raises:
         ConfigError: If scikit-learn is not installed, a setting is out of
-            range, or ``root`` holds something else.
+            range, or ``root`` holds something else or cannot be written.
     """
     settings = dict(
         format=FORMAT, num_train=num_train, num_val=num_val, canvas=canvas,
         digit_size=[float(s) for s in digit_size], max_digits=max_digits,
         val_fraction=val_fraction, seed=seed)
     _check_settings(settings)
-    root = os.path.abspath(root)
+    root = os.path.realpath(root)
     if _is_complete(root, settings):
         return False
 
     images, labels = _load_digits()
     pools = dict(zip(SPLITS, split_digits(val_fraction, seed)))
-    partial = root + '.partial'
-    shutil.rmtree(partial, ignore_errors=True)
-    used = {}
-    for number, (split, name) in enumerate(SPLITS.items()):
-        total = num_train if split == 'training' else num_val
-        used[split] = _write_split(
-            partial, split, name, total, images, labels, pools[split],
-            settings, [seed, number])
-    _write_longtail(os.path.join(partial, 'meta'))
-    with open(os.path.join(partial, MARKER), 'w') as file:
-        json.dump(dict(settings=settings, digits=used), file)
-    if os.path.isdir(root):
-        os.rmdir(root)  # empty, or _is_complete would have refused it
-    os.rename(partial, root)
+    partial = f'{root}.partial{os.getpid()}'
+    try:
+        os.makedirs(partial)
+        used = {}
+        for number, (split, name) in enumerate(SPLITS.items()):
+            total = num_train if split == 'training' else num_val
+            used[split] = _write_split(
+                partial, split, name, total, images, labels, pools[split],
+                settings, [seed, number])
+        _write_longtail(os.path.join(partial, 'meta'))
+        with open(os.path.join(partial, MARKER), 'w') as file:
+            json.dump(dict(settings=settings, digits=used), file)
+        if _is_complete(root, settings):
+            return False  # another process was faster
+        if os.path.isdir(root):
+            os.rmdir(root)  # empty, or _is_complete would have refused it
+        os.rename(partial, root)
+    except OSError as error:
+        raise ConfigError(f'root={root!r} cannot be written: {error}. Choose '
+                          'another root, or mend what is wrong.') from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return True
 
 
@@ -277,7 +285,8 @@ def _check_settings(settings: Dict) -> None:
              f'smallest and largest, between 8 and canvas={canvas} px'),
             ('max_digits', 1 <= settings['max_digits'] <= 4, '1 to 4'),
             ('val_fraction', 0.01 <= settings['val_fraction'] <= 0.99,
-             'between 0.01 and 0.99')):
+             'between 0.01 and 0.99'),
+            ('seed', settings['seed'] >= 0, 'at least 0')):
         if not valid:
             raise ConfigError(f'make_digit_scenes: {key}={settings[key]!r} is '
                               f'not valid. Allowed: {allowed}.')

@@ -187,6 +187,15 @@ def test_depth_unit(small, tmp_path, unit, said):
     assert said in what and 'depth_rescale_factor' in fix
 
 
+def test_depth_unit_beside_several_metrics(small, tmp_path):
+    root = trees.make('nyu_folder', tmp_path)
+    cfg = check.load_config(f'{check.paths.configs()}/_base_/datasets/'
+                            'nyu_480.py')
+    cfg.default_scope = 'mmseg'
+    cfg.val_evaluator = [cfg.val_evaluator, dict(type='DepthMetric')]
+    assert not check_config(cfg, 'nyu_folder', root).problems
+
+
 @pytest.mark.parametrize('change, message', [
     (lambda d: (d // 40).astype(np.uint8), '8 bits'),
     (lambda d: np.zeros_like(d), 'hold no depth'),

@@ -13,6 +13,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 
+from mmsinger.datasets import digit_scenes
 from mmsinger.datasets.digit_scenes import (DIGIT_SCENES_CLASSES,
                                             DIGIT_SCENES_PALETTE,
                                             make_digit_scenes, split_digits)
@@ -174,10 +175,39 @@ def test_interrupted_making_leaves_nothing_that_looks_complete(
 
 @pytest.mark.parametrize('setting', [
     dict(num_train=0), dict(canvas=8), dict(digit_size=(13, 40)),
-    dict(digit_size=(18, 13)), dict(max_digits=0), dict(val_fraction=1.)])
+    dict(digit_size=(18, 13)), dict(max_digits=0), dict(val_fraction=1.),
+    dict(seed=-1)])
 def test_bad_settings(tmp_path, setting):
     with pytest.raises(ConfigError, match=next(iter(setting))):
         make_digit_scenes(str(tmp_path / 'scenes'), **{**SIZES, **setting})
+
+
+def test_a_link_to_an_empty_folder(tmp_path):
+    (tmp_path / 'disk').mkdir()
+    (tmp_path / 'scenes').symlink_to('disk')
+    assert make_digit_scenes(str(tmp_path / 'scenes'), **SIZES)
+    assert (tmp_path / 'scenes').is_symlink()
+    assert not make_digit_scenes(str(tmp_path / 'scenes'), **SIZES)
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(ConfigError, match='cannot be written.*another root'):
+        make_digit_scenes(str(tmp_path / 'file' / 'scenes'), **SIZES)
+
+
+def test_of_two_at_once_one_makes_them(tmp_path, monkeypatch):
+    path, write = str(tmp_path / 'scenes'), digit_scenes._write_longtail
+
+    def slower(folder):
+        monkeypatch.setattr(digit_scenes, '_write_longtail', write)
+        monkeypatch.setattr(os, 'getpid', lambda: 1)
+        assert make_digit_scenes(path, **SIZES)  # the other process
+        write(folder)
+
+    monkeypatch.setattr(digit_scenes, '_write_longtail', slower)
+    assert not make_digit_scenes(path, **SIZES)
+    assert os.listdir(tmp_path) == ['scenes']
 
 
 def test_without_scikit_learn(tmp_path, monkeypatch):
