@@ -27,7 +27,7 @@ from mmsinger import paths
 from mmsinger.checkpoint import load_checkpoint, weights_of
 from mmsinger.datasets import make_digit_scenes
 from mmsinger.engine.config import load_config
-from mmsinger.errors import TrainingError, readable_errors
+from mmsinger.errors import ConfigError, TrainingError, readable_errors
 from mmsinger.registry import MODELS
 from mmsinger.visualization import refined_norm_maps
 
@@ -81,21 +81,35 @@ class Job:
             mmsinger.__version__
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def forget(self):
+        """Remove what an earlier demo left, and nothing else."""
+        if any(os.path.isfile(os.path.join(self.work_dir, name))
+               for name in ('demo.json', 'miou.json')):
+            shutil.rmtree(self.work_dir)
+
     def train(self):
         """Train unless that is done; resume what was interrupted."""
         marker = os.path.join(self.work_dir, 'demo.json')
         state = _read_json(marker)
         if state.get('signature') != self.signature():
+            if not state and os.path.isdir(self.work_dir) and \
+                    os.listdir(self.work_dir):
+                raise ConfigError(
+                    f'{self.work_dir!r} holds files that are not of the demo '
+                    '(there is no demo.json). Remove it, or choose another '
+                    'place with --out.')
             shutil.rmtree(self.work_dir, ignore_errors=True)
             state = dict(signature=self.signature(), seconds=0.)
             _write_json(marker, state)
         if not state.get('trained'):
-            start = time.time()
-            self.tool('train.py', '--work-dir', self.work_dir, '--resume',
-                      '--no-validate')
-            state.update(trained=True,
-                         seconds=state['seconds'] + time.time() - start)
-            _write_json(marker, state)
+            start, before = time.time(), state['seconds']
+            try:
+                self.tool('train.py', '--work-dir', self.work_dir, '--resume',
+                          '--no-validate')
+                state['trained'] = True
+            finally:
+                state['seconds'] = before + time.time() - start
+                _write_json(marker, state)
         self.seconds = state['seconds']
         self.checkpoint = find_latest_checkpoint(self.work_dir)
 
@@ -117,8 +131,6 @@ class Job:
 def main():
     args = parse_args()
     begin = time.time()
-    if args.fresh:
-        shutil.rmtree(args.out, ignore_errors=True)
     os.makedirs(args.out, exist_ok=True)
     teacher = Job('teacher', 'digits_teacher.py', args.out)
     teacher.checkpoint = TEACHER
@@ -126,6 +138,9 @@ def main():
                   args.cfg_options)
     singer = Job('student, SiNGER', 'singer_digits.py', args.out,
                  args.cfg_options)
+    if args.fresh:
+        for job in (teacher, student, singer):
+            job.forget()
 
     step(1, 'scenes of handwritten digits')
     make_digit_scenes('data/digit_scenes')
