@@ -70,12 +70,12 @@ def linearised_ffn(block: nn.Module,
         gamma = _layer_scale(block, ffn)
         if gamma is not None:
             # one factor a channel, or a single one
-            gamma = gamma.double().expand(output.shape[0])
+            gamma = gamma.cpu().double().expand(output.shape[0])
             weight = weight * gamma.repeat(len(branches))
     if fold_norm:
         norm = getattr(block, 'ln2', None) or getattr(block, 'norm2', None)
         if getattr(norm, 'weight', None) is not None:
-            weight = weight * norm.weight.detach().double()[:, None]
+            weight = weight * norm.weight.detach().cpu().double()[:, None]
     if not torch.isfinite(weight).all():
         raise ConfigError(
             f'The FFN weights of a {type(block).__name__} are not finite '
@@ -105,7 +105,7 @@ def left_singular_directions(weight: Tensor) -> Tuple[Tensor, Tensor]:
     if not torch.isfinite(weight).all():
         raise ConfigError('A linearised FFN has NaN or infinite entries. '
                           'Check the teacher checkpoint.')
-    weight = weight.detach().double().cpu()
+    weight = weight.detach().cpu().double()
     if weight.shape[1] > weight.shape[0]:
         # W = R^T Q^T has R^T's left directions and values; half the time.
         # (An eigendecomposition of W W^T is faster still, but blurs singular
@@ -203,7 +203,7 @@ def subspace_energy(rows: Tensor,
     """
     dim = directions.shape[0]
     count = max(1, round(share * dim))
-    energy = (rows.detach().double().cpu() @ directions).square().sum(dim=0)
+    energy = (rows.detach().cpu().double() @ directions).square().sum(dim=0)
     total = energy.sum()
     return ((energy[-count:].sum() / total).item(),
             (energy[:count].sum() / total).item())
@@ -223,10 +223,11 @@ def _find_ffn(block: nn.Module) -> nn.Module:
 
 def _ffn_weights(ffn: nn.Module,
                  block: nn.Module) -> Tuple[List[Tensor], Tensor]:
-    """Input branches, each (H, D), and the output matrix (D, H), float64."""
+    """Input branches, each (H, D), and the output matrix (D, H), float64 on
+    the CPU."""
 
     def get(name: str) -> Tensor:
-        return getattr(ffn, name).weight.detach().double()
+        return getattr(ffn, name).weight.detach().cpu().double()
 
     if hasattr(ffn, 'w12') and hasattr(ffn, 'w3'):  # mmpretrain's SwiGLUFFN
         return list(get('w12').chunk(2)), get('w3')
@@ -235,7 +236,7 @@ def _ffn_weights(ffn: nn.Module,
     if hasattr(ffn, 'fc1_g') and hasattr(ffn, 'fc1_x'):  # timm's SwiGLU
         return [get('fc1_g'), get('fc1_x')], get('fc2')
     linears = [m for m in ffn.modules() if isinstance(m, nn.Linear)]
-    weights = [m.weight.detach().double() for m in linears]
+    weights = [m.weight.detach().cpu().double() for m in linears]
     if len(weights) == 2 and \
             weights[0].shape[0] == 2 * weights[1].shape[1]:  # timm's GluMlp
         return list(weights[0].chunk(2)), weights[1]
