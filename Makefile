@@ -85,8 +85,9 @@ planted: install
 
 # In bfloat16 too where the machine has instructions for it.
 benchmark: install
-	for precision in $$($(BIN)/python -c 'import mmsinger.benchmark as b; \
-	    print(*b.fast_precisions())'); do \
+	precisions=$$($(BIN)/python -c 'import mmsinger.benchmark as b; \
+	    print(*b.fast_precisions())') || exit 1; \
+	for precision in $$precisions; do \
 	    $(BIN)/python tools/analysis_tools/benchmark_step.py \
 	        --teacher vit_l16 --student vit_t16 --batch-size 4 --size 224 \
 	        --precision $$precision \
