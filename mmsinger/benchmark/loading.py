@@ -5,6 +5,7 @@ from typing import Any, Dict, List
 
 import cv2
 import numpy as np
+import torch
 from mmengine.dataset import pseudo_collate
 
 from mmsinger.registry import TRANSFORMS
@@ -46,7 +47,7 @@ class ImageLoading:
         self._folder.cleanup()
 
     def load(self, count: int) -> Dict[str, Any]:
-        """Load a batch, as a worker of the data loader does.
+        """Load a batch, as a worker of the data loader does: in one thread.
 
         Args:
             count (int): Images.
@@ -54,7 +55,12 @@ class ImageLoading:
         Returns:
             dict: The collated batch.
         """
-        return pseudo_collate([self._image() for _ in range(count)])
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return pseudo_collate([self._image() for _ in range(count)])
+        finally:
+            torch.set_num_threads(threads)
 
     def _image(self) -> Dict[str, Any]:
         results = dict(img_path=self._path, gt_label=0)
