@@ -218,8 +218,10 @@ def test_image_loading(size):
     init_default_scope('mmpretrain')
     pipeline = load_config(benchmark_step.RECIPE
                            ).train_dataloader.dataset.pipeline
+    threads = torch.get_num_threads()
     with ImageLoading(pipeline, size) as loading:
         batch = loading.load(3)
+    assert torch.get_num_threads() == threads
     assert [image.shape for image in batch['inputs']] == [(3, size, size)] * 3
     assert [image.dtype for image in batch['inputs']] == [torch.uint8] * 3
 
