@@ -166,9 +166,17 @@ def check(facts: Facts, det: bool = False) -> List[Finding]:
 
 
 def install(*requirements: str) -> str:
-    """The command that installs the requirements, quoted for a shell."""
-    return 'pip install ' + ' '.join(
+    """The command that installs the requirements, quoted for a shell.
+
+    OpenMMLab's mmcv is source that newer setuptools do not build, and that
+    has to see torch for its operators.
+    """
+    words = ' '.join(
         f'"{r}"' if re.search('[<>*]', r) else r for r in requirements)
+    if any(r.startswith('mmcv>') for r in requirements):
+        return (install('setuptools<82', 'wheel', 'ninja')
+                + f' && pip install --no-build-isolation {words}')
+    return f'pip install {words}'
 
 
 def _check_python(facts):

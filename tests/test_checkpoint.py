@@ -159,12 +159,6 @@ def test_histories_do_not_open_a_door(tmp_path, args):
     assert 'cannot be loaded safely' in message_of(path)
 
 
-def test_plain_weights_on_an_older_torch(good, monkeypatch):
-    monkeypatch.setattr(torch, '__version__', '2.1.0')
-    monkeypatch.delattr(torch.serialization, 'safe_globals')
-    assert same(weights_of(load_checkpoint(good), good), weights())
-
-
 def test_reading_leaves_the_safe_list_as_it_was(good):
     before = set(torch.serialization.get_safe_globals())
     load_checkpoint(good)

@@ -26,6 +26,8 @@ GOOD_ONEDL = dict(
         'onedl-mmpretrain': '1.3.6',
         'onedl-mmsegmentation': '1.4.2',
     })
+MMCV = ('pip install "setuptools<82" wheel ninja && '
+        'pip install --no-build-isolation "mmcv>=2.0,<2.2"')
 GOOD_OPENMMLAB = dict(
     COMMON,
     numpy='1.26.4',
@@ -70,9 +72,9 @@ def test_good_environments_have_no_findings(distributions):
     (dict(GOOD_OPENMMLAB, mmengine='0.9.1'), 'mmengine 0.9.1 is too old',
      'pip install mmengine==0.10.7'),
     (dict(GOOD_OPENMMLAB, mmcv='2.2.0'), 'mmcv 2.2.0 is too new',
-     'pip install "mmcv>=2.0,<2.2"'),
+     MMCV),
     (dict(GOOD_OPENMMLAB, mmcv='1.7.2'), 'mmcv 1.7.2 is too old',
-     'pip install "mmcv>=2.0,<2.2"'),
+     MMCV),
     (dict(GOOD_OPENMMLAB, numpy='2.0.0'), 'numpy 2.0.0 is too new',
      'pip install "numpy<2"'),
     (dict(GOOD_OPENMMLAB, setuptools='82.0.0'), 'pkg_resources',
@@ -107,7 +109,7 @@ def test_old_mmcv_full_is_replaced():
                          **{'mmcv-full': '1.7.2'})
     found, = errors(Facts(distributions, mmcv_operators=True))
     assert found.fix == ('pip uninstall -y mmcv-full',
-                         'pip install "mmcv>=2.0,<2.2"')
+                         MMCV)
 
 
 def test_both_families_of_one_package():
@@ -121,7 +123,7 @@ def test_both_families_of_one_package():
 def test_mmcv_beside_mmcv_lite_stays_openmmlab():
     found, = errors(Facts(dict(GOOD_OPENMMLAB, **{'mmcv-lite': '2.1.0'})))
     assert found.fix == ('pip uninstall -y mmcv mmcv-lite',
-                         'pip install "mmcv>=2.0,<2.2"')
+                         MMCV)
 
 
 def test_mixed_families():
@@ -234,6 +236,10 @@ CATALOGUE = {
 
 def follow(command, facts):
     """Do to the facts what pip would do to the environment."""
+    if ' && ' in command:
+        for part in command.split(' && '):
+            follow(part, facts)
+        return
     words = re.sub(r'\s+#.*', '', command).replace('"', '').split()
     assert words[0] == 'pip'
     if words[1] == 'uninstall':

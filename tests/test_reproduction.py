@@ -413,6 +413,7 @@ def is_alive(pid):
 
 # Runs the jobs of this test in a process that can be killed
 DRIVER = '''
+import signal
 import sys
 sys.path[:0] = [{tests!r}]
 from mmsinger.reproduction import execute, warm
@@ -420,6 +421,8 @@ from mmsinger.reproduction.plan import InWorkDir, Job
 warm.LIBRARIES[:] = ['torch', 'yapf.yapflib.yapf_api']
 execute.tools = lambda: {place!r}
 if __name__ == '__main__':
+    # A shell's background job ignores it, and so would what it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     workspace = execute.Workspace('root')
     with workspace.lock():
         execute.run_jobs(
