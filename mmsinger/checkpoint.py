@@ -1,5 +1,4 @@
 """Reading checkpoints safely and loading them strictly."""
-import contextlib
 import hashlib
 import io
 import os

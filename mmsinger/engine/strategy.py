@@ -165,19 +165,14 @@ def shard_blocks(teacher: nn.Module) -> None:
         teacher (nn.Module): Its weights are loaded and on the device.
 
     Raises:
-        ConfigError: If it has no blocks to speak of, or torch is too old.
+        ConfigError: If it has no blocks to speak of.
     """
     if not isinstance(teacher, FrozenTeacher):
         raise ConfigError(
             'strategy.shard_teacher=True: this model has no vision '
             'transformer as teacher. Set shard_teacher=False.')
-    try:
-        from torch.distributed.fsdp import fully_shard
-    except ImportError as error:
-        raise ConfigError(
-            'strategy.shard_teacher=True needs torch 2.6 or later, got '
-            f'{torch.__version__}. Set shard_teacher=False.') from error
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(
         this_device().type, (torch.distributed.get_world_size(), ))
     for block in teacher.blocks.modules:

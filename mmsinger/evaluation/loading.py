@@ -1,5 +1,6 @@
 """A distiller and images to measure it on, from a recipe."""
 import itertools
+import math
 from typing import Iterator, Optional
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
 from mmsinger.engine.config import check_checkpoint_files, check_data_folders
-from mmsinger.engine.hooks.target_norm_hook import preserved_random_states
+from mmsinger.engine.hooks.target_norm_hook import (NUM_IMAGES,
+                                                    preserved_random_states)
 from mmsinger.errors import ConfigError
 from mmsinger.export import is_distiller
 from mmsinger.models.distillers import FeatureDistiller
@@ -131,5 +133,5 @@ def prepare(distiller: FeatureDistiller, batches: ImageBatches) -> None:
     if getattr(distiller, 'needs_adapters', False):
         distiller.initialise_adapters()
     if distiller.needs_calibration:
-        few = -(-256 // batches.batch_size)  # as in training
-        distiller.calibrate_target_norms(itertools.islice(batches(), few))
+        count = math.ceil(NUM_IMAGES / batches.batch_size)
+        distiller.calibrate_target_norms(itertools.islice(batches(), count))

@@ -70,12 +70,8 @@ class FrozenModule(nn.Module):
             raise ConfigError(f'{self.role}.mean and {self.role}.std belong '
                               f'together: got mean={mean}, std={std}.')
         module = dict(module)
-        init_cfg = module.get('init_cfg')
-        if checkpoint is None and isinstance(init_cfg, dict) and \
-                init_cfg.get('type') == 'Pretrained':
-            checkpoint = init_cfg['checkpoint']
-            prefix = prefix or init_cfg.get('prefix') or ''
-        module.pop('init_cfg', None)
+        checkpoint, prefix = _weights_of_init_cfg(
+            module.pop('init_cfg', None), checkpoint, prefix)
         self.config = module
         self.add_module(self.part, MODELS.build(module))
         self.checkpoint = checkpoint
@@ -374,12 +370,10 @@ def feature_settings(cfg: Dict[str, Any]) -> Dict[str, Any]:
     if 'model' in settings:
         whole = settings.pop('model')
         settings['backbone'] = whole.get('backbone', whole)
-        pretrained = whole.get('init_cfg')
-        if settings.get('checkpoint') is None and isinstance(
-                pretrained, dict) and pretrained.get('type') == 'Pretrained':
-            settings['checkpoint'] = pretrained['checkpoint']
-            settings['prefix'] = pretrained.get('prefix')
-        settings['prefix'] = _with_dot(settings.get('prefix')) + 'backbone.'
+        settings['checkpoint'], prefix = _weights_of_init_cfg(
+            whole.get('init_cfg'), settings.get('checkpoint'),
+            settings.get('prefix'))
+        settings['prefix'] = _with_dot(prefix) + 'backbone.'
     if 'backbone' not in settings:
         raise ConfigError('teacher must be dict(backbone=…, checkpoint=…), '
                           f'got the keys {sorted(settings)}.')
@@ -433,6 +427,17 @@ class FrozenClassifier(FrozenModule):
         with own_precision(images, self.dtype) as images:
             logits = self.model(images)
         return logits if self.dtype is None else logits.float()
+
+
+def _weights_of_init_cfg(
+        init_cfg: Any, checkpoint: Optional[str], prefix: Optional[str]
+) -> Tuple[Optional[str], Optional[str]]:
+    """Checkpoint and prefix, from a Pretrained ``init_cfg`` where there is no
+    checkpoint."""
+    if checkpoint is None and isinstance(init_cfg, dict) and \
+            init_cfg.get('type') == 'Pretrained':
+        return init_cfg['checkpoint'], prefix or init_cfg.get('prefix')
+    return checkpoint, prefix
 
 
 def _with_dot(prefix: Optional[str]) -> str:

@@ -52,13 +52,13 @@ def read_curves(work_dir: str) -> Dict[str, Curve]:
     points: Dict[str, Dict[int, float]] = {}
     units: Dict[str, str] = {}
     for log in logs:
-        begun: Dict[str, int] = {}
+        begun = set()
         for line in _lines(log):
             unit = 'iteration'
             if 'iter' not in line and _counts_epochs(points):
                 unit = 'epoch'
             if unit not in begun:
-                begun[unit] = line['step']
+                begun.add(unit)
                 _forget(points, units, unit, line['step'])
             for key, value in line.items():
                 if isinstance(value, (int, float)):

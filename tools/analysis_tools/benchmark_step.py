@@ -20,6 +20,7 @@ import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 import torch
 from mmengine.registry import init_default_scope
 
+from mmsinger import paths
 from mmsinger.benchmark import (ImageLoading, Step, Steps, count_flops,
                                 describe_machine, fast_precisions,
                                 interleaved, paired_ratio, peak_memory)
@@ -28,9 +29,7 @@ from mmsinger.engine.config import load_config
 from mmsinger.errors import (ConfigError, check_choice, check_output_file,
                              readable_errors)
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(
-    os.path.abspath(__file__))))
-RECIPE = os.path.join(ROOT, 'configs/singer_vitl_to_vits_in1k.py')
+RECIPE = os.path.join(paths.configs(), 'singer_vitl_to_vits_in1k.py')
 ALWAYS = ('teacher', 'student', 'FitNet', 'SiNGER')  # the ratios' parts
 
 

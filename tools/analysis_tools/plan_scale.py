@@ -20,14 +20,13 @@ import torch
 from mmengine.registry import init_default_scope
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mmsinger import paths
 from mmsinger.benchmark import AllocatedMemory, ImageLoading, flop_counter
 from mmsinger.engine.config import load_config
 from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.registry import MODELS
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(
-    os.path.abspath(__file__))))
-RECIPE = os.path.join(ROOT, 'configs/singer_vitl_to_vits_in1k.py')
+RECIPE = os.path.join(paths.configs(), 'singer_vitl_to_vits_in1k.py')
 # name: mmpretrain's VisionTransformer: arch, patch size; distilled blocks; FFN
 TEACHERS = {'ViT-L/16': ('large', 16, (17, 23), {}),
             'ViT-g/14': ('dinov2-giant', 14, (29, 39),

@@ -5,6 +5,7 @@ from typing import Dict, List, Optional, Set, Tuple
 from mmengine.dist import is_main_process, master_only
 from mmengine.hooks import Hook
 
+from mmsinger.errors import ConfigError
 from mmsinger.export import (SUFFIX, export_student, is_distiller,
                              save_student, student_config, student_path,
                              student_state_dict)
@@ -37,7 +38,10 @@ class StudentCheckpointHook(Hook):
         existing = self._checkpoints(runner)
         for path in existing:
             if not os.path.isfile(student_path(path)):  # it was cut off there
-                export_student(path)
+                try:
+                    export_student(path)
+                except ConfigError as error:  # no reason not to train
+                    runner.logger.warning(str(error))
         self._seen = set(map(_version, existing))
         for folder in {os.path.dirname(path) for path in existing}:
             for name in os.listdir(folder):  # of the run that is resumed

@@ -14,6 +14,9 @@ from mmsinger.engine.unwrap import unwrap
 from mmsinger.registry import HOOKS
 
 
+NUM_IMAGES = 256
+
+
 @HOOKS.register_module()
 class TargetNormHook(Hook):
     """Calibrates ``target_norm='standardise'`` before the first step.
@@ -30,7 +33,7 @@ class TargetNormHook(Hook):
 
     priority = 'NORMAL'
 
-    def __init__(self, num_images: int = 256, batch_size: int = 32) -> None:
+    def __init__(self, num_images: int = NUM_IMAGES, batch_size: int = 32) -> None:
         self.num_images = num_images
         self.batch_size = batch_size
 
