@@ -85,10 +85,10 @@ planted: install
 
 # In bfloat16 too where the machine has instructions for it.
 benchmark: install
-	precisions=$$($(BIN)/python -c 'import mmsinger.benchmark as b; \
+	precisions=$$($(BIN)/python -c 'import sys; sys.path.insert(0, "tools"); import step_cost as b; \
 	    print(*b.fast_precisions())') || exit 1; \
 	for precision in $$precisions; do \
-	    $(BIN)/python tools/analysis_tools/benchmark_step.py \
+	    $(BIN)/python tools/benchmark_step.py \
 	        --teacher vit_l16 --student vit_t16 --batch-size 4 --size 224 \
 	        --precision $$precision \
 	        --out docs/benchmarks/step_vitl_vitt_$$precision.json $(ARGS) \

@@ -7,8 +7,8 @@ from mmengine.registry import DefaultScope
 
 from mmsinger.errors import ConfigError
 from mmsinger.export import is_distiller
-from mmsinger.models.frozen_backbone import FrozenBackbone
-from mmsinger.models.teacher import feature_settings
+from mmsinger.models.probes.frozen_backbone import FrozenBackbone
+from mmsinger.models.teachers.frozen import feature_settings
 
 
 def evaluation_config(task: Config, source: Config,

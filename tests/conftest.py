@@ -1,9 +1,13 @@
 """Shared fixtures. mmsinger comes before anything that imports torchvision."""
 import os
 import shutil
+import sys
 import tempfile
 
 os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')
+# What the tools share among themselves
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(
+    os.path.abspath(__file__))), 'tools'))
 
 import mmsinger  # noqa: E402, F401
 import pytest  # noqa: E402

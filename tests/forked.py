@@ -1,13 +1,13 @@
 """Command line tools in a fork of a warm process, see
-:mod:`mmsinger.reproduction.warm`."""
+:mod:`reproduction.warm`."""
 import contextlib
 import os
 import subprocess
 import time
 
-import tiny
+from reproduction import warm
 
-from mmsinger.reproduction import warm
+import tiny
 
 
 class Run:

@@ -9,24 +9,25 @@ import subprocess
 from html.parser import HTMLParser
 
 import cv2
-import forked
 import numpy as np
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
+import forked
+import tiny
 from mmsinger import paths
 from mmsinger.analysis import (Evidence, ImageFolder, analyse, check_size,
-                               far_outliers, judge, load_subject,
-                               natural_size, patch_contrast, ratio_histogram,
-                               ratio_spread, render, snippet,
-                               spanned_dimensions, subspace_overlap, suggest,
-                               tail_group, within_image_rank)
+                               far_outliers, judge, load_subject, natural_size,
+                               patch_contrast, ratio_histogram, ratio_spread,
+                               render, snippet, spanned_dimensions,
+                               subspace_overlap, suggest, tail_group,
+                               within_image_rank)
 from mmsinger.analysis.collect import LayerRecord, collect
+from mmsinger.analysis.null_directions import null_directions
 from mmsinger.analysis.nullspace import (compare_with_jacobian, ffn_spectra,
                                          nullspace_dimensions)
 from mmsinger.analysis.report import shown_blocks
@@ -36,11 +37,10 @@ from mmsinger.analysis.verdict import percent
 from mmsinger.datasets import make_digit_scenes
 from mmsinger.engine.config import load_config
 from mmsinger.errors import ConfigError
-from mmsinger.evaluation.nullspace import null_directions
 from mmsinger.models import SiNGERDistiller
 from mmsinger.models.adapters import left_singular_directions, linearised_ffn
-from mmsinger.models.teacher import Normalisation
-from mmsinger.models.tokens import Tokens
+from mmsinger.models.features.tokens import Tokens
+from mmsinger.models.teachers.frozen import Normalisation
 from mmsinger.registry import MODELS
 
 SECTIONS = ['verdict', 'norms', 'samples', 'nullspace', 'jacobian', 'blocks',

@@ -8,13 +8,13 @@ import os
 import shutil
 
 import cv2
-import forked
 import numpy as np
 import pytest
-import tiny
 import torch
 from mmengine.registry import init_default_scope
 
+import forked
+import tiny
 from mmsinger.engine.config import (load_config, prepare_training,
                                     resume_from_intact_checkpoint)
 from mmsinger.errors import ConfigError, near_matches

@@ -3,24 +3,22 @@ import json
 import os
 import sys
 
+import benchmark_growth  # noqa: E402
+import benchmark_step  # noqa: E402
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mmengine.registry import init_default_scope
+from step_cost import (AllocatedMemory, ImageLoading, Step, Steps, count_flops,
+                       interleaved, paired_ratio, peak_memory,
+                       vision_transformer)
+from step_cost.steps import selected_quantile
 
 import tiny
-from mmsinger.benchmark import (AllocatedMemory, ImageLoading, Step, Steps,
-                                count_flops, interleaved, paired_ratio,
-                                peak_memory, vision_transformer)
-from mmsinger.benchmark.steps import selected_quantile
 from mmsinger.engine.config import load_config
 from mmsinger.errors import ConfigError
 from mmsinger.models.losses import outlier_threshold
-
-sys.path.insert(0, os.path.join(tiny.ROOT, 'tools', 'analysis_tools'))
-import benchmark_growth  # noqa: E402
-import benchmark_step  # noqa: E402
 
 MIB = 2**18  # float32 numbers in a MiB
 

@@ -5,22 +5,22 @@ import math
 import os
 import re
 
-import forked
 import numpy as np
 import pytest
 import timm
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mmengine.registry import init_default_scope
 from safetensors.torch import save_file
 
+import forked
+import tiny
 from mmsinger.converters import convert, convert_checkpoint, detect
 from mmsinger.converters.positions import resample, split_positions
 from mmsinger.errors import ConfigError
 from mmsinger.models import FrozenTeacher
-from mmsinger.models.teacher import FrozenClassifier, Normalisation
+from mmsinger.models.teachers.frozen import FrozenClassifier, Normalisation
 from mmsinger.registry import MODELS
 
 HEADS = 4

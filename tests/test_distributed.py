@@ -9,18 +9,18 @@ import sys
 import uuid
 from types import SimpleNamespace
 
-import forked
 import pytest
 import torch
 import torch.multiprocessing
 from mmengine.registry import init_default_scope
-from tiny import ROOT, SEG_CONFIG, workplace
+from reproduction import warm
 
+import forked
 from mmsinger.engine.config import load_config, prepare_training
 from mmsinger.engine.hooks import diagnostics_hook
 from mmsinger.errors import ConfigError
 from mmsinger.registry import MODELS
-from mmsinger.reproduction import warm
+from tiny import ROOT, SEG_CONFIG, workplace
 
 WORLD = 2
 RUNS = dict(
@@ -64,6 +64,7 @@ def train(folder, name, options, launcher='none', batch_size=2,
     from mmengine.hooks import Hook
     from mmengine.registry import RUNNERS
     from mmengine.runner import Runner
+
     from mmsinger.engine.unwrap import full_parameters, unwrap
 
     class Recorder(Hook):
@@ -133,9 +134,10 @@ def worker(rank, folder):
                       WORLD_SIZE=str(WORLD), CUDA_VISIBLE_DEVICES='')
     torch.set_num_threads(1)
     os.chdir(folder)
+    from yapf.yapflib import yapf_api
+
     import mmsinger  # noqa: F401
     from mmsinger.models import BaseDistiller
-    from yapf.yapflib import yapf_api
     yapf_api.FormatCode = lambda text, **_: (text, True)
     results = {}
     for name, options in LEARNT.items():  # alone, each at something else

@@ -5,10 +5,8 @@ import os
 import runpy
 
 import cv2
-import forked
 import numpy as np
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +16,8 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from torch import nn
 
+import forked
+import tiny
 from mmsinger.engine.config import load_config
 from mmsinger.errors import ConfigError
 from mmsinger.linear_eval import evaluation_config

@@ -13,12 +13,11 @@ import torch
 
 from mmsinger.converters import timm_to_mmpretrain
 from mmsinger.models import FitNetDistiller, SiNGERDistiller
-from mmsinger.models.adapters import (left_nullspace,
-                                      left_singular_directions,
+from mmsinger.models.adapters import (left_nullspace, left_singular_directions,
                                       linearised_ffn)
-from mmsinger.models.layer_map import map_layers
-from mmsinger.models.taps import BlockTaps
-from mmsinger.models.teacher import Normalisation
+from mmsinger.models.distillers.layer_map import map_layers
+from mmsinger.models.features.taps import BlockTaps
+from mmsinger.models.teachers.frozen import Normalisation
 
 DATA = os.path.join(os.path.dirname(__file__), 'data')
 

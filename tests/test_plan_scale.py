@@ -1,9 +1,10 @@
-"""tools/analysis_tools/plan_scale.py against what can be counted by hand."""
+"""tools/plan_scale.py against what can be counted by hand."""
 import os
 import runpy
 
-import forked
 import pytest
+
+import forked
 from tiny import ROOT
 
 SCRIPT = os.path.join('analysis_tools', 'plan_scale.py')

@@ -6,16 +6,16 @@ import os
 import re
 
 import pytest
-import samples
-import tiny
 import torch
 from mmengine.registry import init_default_scope
 
+import samples
+import tiny
 from mmsinger.engine.config import load_config
 from mmsinger.models.distillers import (FitNetDistiller, LogitKDDistiller,
                                         SiNGERDistiller, ViTKDDistiller)
 from mmsinger.models.distillers.base import build_teacher
-from mmsinger.models.teacher import FrozenClassifier, Normalisation
+from mmsinger.models.teachers.frozen import FrozenClassifier, Normalisation
 from mmsinger.registry import MODELS
 
 CONFIGS = os.path.join(tiny.ROOT, 'configs')

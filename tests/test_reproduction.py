@@ -13,23 +13,23 @@ import tempfile
 import time
 
 import cv2
-import forked
 import pytest
-import tiny
 import torch
+from reproduction import execute, planted, published, warm
+from reproduction.execute import (Record, Resources, Workspace, command_of,
+                                  read_metrics, run_jobs)
+from reproduction.plan import (Cell, Checkpoint, Column, InWorkDir, Job,
+                               Source, Table, all_jobs, ordered)
+from reproduction.profiles import DIGITS, FULL, PROFILES
+from reproduction.report import (Result, latex, markdown, result_of,
+                                 write_report)
 
+import forked
+import tiny
 from mmsinger.datasets import make_digit_scenes
 from mmsinger.errors import ConfigError
-from mmsinger.evaluation.measure import METRICS, measure
+from mmsinger.metrics.measure import METRICS, measure
 from mmsinger.models import SiNGERDistiller
-from mmsinger.reproduction import execute, planted, published, warm
-from mmsinger.reproduction.execute import (Record, Resources, Workspace,
-                                           command_of, read_metrics, run_jobs)
-from mmsinger.reproduction.plan import (Cell, Checkpoint, Column, InWorkDir,
-                                        Job, Source, Table, all_jobs, ordered)
-from mmsinger.reproduction.profiles import DIGITS, FULL, PROFILES
-from mmsinger.reproduction.report import (Result, latex, markdown, result_of,
-                                          write_report)
 
 
 def tool():
@@ -416,8 +416,8 @@ DRIVER = '''
 import signal
 import sys
 sys.path[:0] = [{tests!r}]
-from mmsinger.reproduction import execute, warm
-from mmsinger.reproduction.plan import InWorkDir, Job
+from reproduction import execute, warm
+from reproduction.plan import InWorkDir, Job
 warm.LIBRARIES[:] = ['torch', 'yapf.yapflib.yapf_api']
 execute.tools = lambda: {place!r}
 if __name__ == '__main__':

@@ -2,15 +2,15 @@
 import os
 
 import pytest
-import samples
-import tiny
 import torch
 from mmengine.config.utils import MODULE2PACKAGE
 
+import samples
+import tiny
 from mmsinger.engine.config import add_required_hooks, load_config
 from mmsinger.export import student_config
 from mmsinger.models.distillers import SiNGERDistiller
-from mmsinger.models.teacher import FrozenTeacher
+from mmsinger.models.teachers.frozen import FrozenTeacher
 from mmsinger.registry import MODELS
 
 CONFIGS = os.path.join(tiny.ROOT, 'configs')

@@ -12,12 +12,12 @@ import sys
 import time
 
 import cv2
-import forked
 import numpy as np
 import pytest
-import tiny
 import torch
 
+import forked
+import tiny
 from mmsinger.engine.config import load_config
 from mmsinger.engine.optim import CPUAmpOptimWrapper
 from mmsinger.errors import ConfigError

@@ -29,7 +29,7 @@ from mmsinger.datasets import make_digit_scenes
 from mmsinger.engine.config import load_config
 from mmsinger.errors import ConfigError, TrainingError, readable_errors
 from mmsinger.registry import MODELS
-from mmsinger.visualization import refined_norm_maps
+from mmsinger.figures import refined_norm_maps
 
 TEACHER = 'mmsinger://digits_teacher.pth'
 

@@ -21,15 +21,15 @@ from mmengine.registry import init_default_scope
 
 from mmsinger.engine.config import load_config
 from mmsinger.errors import readable_errors
-from mmsinger.evaluation.loading import load_distiller
-from mmsinger.visualization.curves import (choose_keys, draw_curves,
+from mmsinger.metrics.loading import load_distiller
+from mmsinger.figures.curves import (choose_keys, draw_curves,
                                            read_curves, run_names)
-from mmsinger.visualization.features import extract_features
-from mmsinger.visualization.images import pictures_of, read_images
-from mmsinger.visualization.maps import (draw_norm_maps, draw_pca_maps,
+from mmsinger.figures.features import extract_features
+from mmsinger.figures.images import pictures_of, read_images
+from mmsinger.figures.maps import (draw_norm_maps, draw_pca_maps,
                                          draw_similarity_maps)
-from mmsinger.visualization.style import check_output, save_figure
-from mmsinger.visualization.tables import draw_radar, draw_sweep, read_table
+from mmsinger.figures.style import check_output, save_figure
+from mmsinger.figures.tables import draw_radar, draw_sweep, read_table
 
 
 def parse_args():

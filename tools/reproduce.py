@@ -20,12 +20,12 @@ from mmsinger.datasets import make_digit_scenes
 from mmsinger.datasets.digit_scenes import MARKER
 from mmsinger.errors import (ConfigError, check_choice, near_paths,
                              readable_errors)
-from mmsinger.reproduction.execute import Resources, Workspace, run_jobs
-from mmsinger.reproduction.plan import all_jobs, ordered
-from mmsinger.reproduction.planted import planted_all, planted_core
-from mmsinger.reproduction.profiles import PROFILES
-from mmsinger.reproduction.report import write_report
-from mmsinger.reproduction.tables import (sweep, table1, table3, table4,
+from reproduction.execute import Resources, Workspace, run_jobs
+from reproduction.plan import all_jobs, ordered
+from reproduction.planted import planted_all, planted_core
+from reproduction.profiles import PROFILES
+from reproduction.report import write_report
+from reproduction.tables import (sweep, table1, table3, table4,
                                           table5a, table5b, table7, table8)
 
 TABLES = {'1': table1, '3': table3, '4': table4, '5a': table5a,

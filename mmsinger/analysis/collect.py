@@ -11,10 +11,10 @@ from mmsinger.analysis.separation import (NUM_BINS, excess, far_outliers,
 from mmsinger.analysis.subject import Subject
 from mmsinger.analysis.verdict import Evidence
 from mmsinger.errors import ConfigError
-from mmsinger.evaluation.accumulators import Moments, Sample
-from mmsinger.evaluation.norms import (norm_statistics, quantile_outliers,
-                                       robust_outliers, token_norms)
-from mmsinger.models.tokens import Grid, Tokens
+from mmsinger.metrics.accumulators import Moments, Sample
+from mmsinger.metrics.norms import (norm_statistics, quantile_outliers,
+                                    robust_outliers, token_norms)
+from mmsinger.models.features.tokens import Grid, Tokens
 
 QUANTILE = 0.95  # of the share by quantile, the default of L_outlier
 

@@ -6,17 +6,16 @@ from torch import Tensor
 
 from mmsinger.analysis.separation import subspace_overlap
 from mmsinger.errors import ConfigError
-from mmsinger.evaluation.block_jacobian import (differentiable,
-                                                gramian_product, random_signs,
-                                                smallest_directions)
-from mmsinger.evaluation.deviation import (Deviation, orthonormal_rows,
-                                           output_deviation, perturb_along)
+from mmsinger.metrics.deviation import (Deviation, orthonormal_rows,
+                                        output_deviation, perturb_along)
+from mmsinger.metrics.jacobian import (differentiable, gramian_product,
+                                       random_signs, smallest_directions)
 from mmsinger.models.adapters.nullspace import (left_nullspace,
                                                 left_singular_directions,
                                                 linearised_ffn, random_rows,
                                                 subspace_energy)
-from mmsinger.models.taps import BlockTaps
-from mmsinger.models.teacher import FrozenTeacher, Normalisation
+from mmsinger.models.features.taps import BlockTaps
+from mmsinger.models.teachers.frozen import FrozenTeacher, Normalisation
 
 ABSOLUTE = 0.05  # the official code's threshold
 RELATIVE = 0.05  # of the largest singular value
@@ -91,7 +90,7 @@ def compare_with_jacobian(teacher: FrozenTeacher, inputs: List[Tensor],
         subspaces (:func:`subspace_overlap`; ``chance`` for random ones), and
         ``ffn``, ``jacobian``, ``random``: how much the next block's output
         changes when its input moves along each, see
-        :class:`mmsinger.evaluation.Deviation`. Only ``skipped``, the reason,
+        :class:`mmsinger.metrics.Deviation`. Only ``skipped``, the reason,
         where a block cannot be run on its own.
     """
     depth = len(teacher.blocks)

@@ -9,10 +9,10 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from mmsinger.evaluation.norms import robust_outliers
+from mmsinger.metrics.norms import robust_outliers
+from mmsinger.models.features.tokens import Grid
 from mmsinger.models.losses import outlier_threshold
-from mmsinger.models.target_cures import MAD_TO_STD
-from mmsinger.models.tokens import Grid
+from mmsinger.models.targets.filter import MAD_TO_STD
 
 # The histogram of log2(norm / median): bins of 1/16 octave from 1/16 to 256
 BINS_PER_OCTAVE = 16
@@ -51,7 +51,7 @@ def far_outliers(norms: Tensor, spread: float, k: float = 10.,
         norms (Tensor): Shape (B, P).
         spread (float): Robust standard deviation of norm over median of a
             usual image, see :func:`ratio_spread`.
-        k (float): See :func:`mmsinger.evaluation.robust_outliers`. Defaults
+        k (float): See :func:`mmsinger.metrics.robust_outliers`. Defaults
             to 10, which 1 of 58,000 tokens exceeds even where norms have a
             two-sided exponential distribution.
         ratio (float): Defaults to 2.

@@ -7,9 +7,9 @@ from torch import Tensor
 from mmsinger.checkpoint import load_checkpoint, weights_of
 from mmsinger.errors import ConfigError, check_keys
 from mmsinger.models.distillers.base import argument_names
-from mmsinger.models.taps import patch_stride
-from mmsinger.models.teacher import (FrozenTeacher, Normalisation,
-                                     feature_settings)
+from mmsinger.models.features.taps import patch_stride
+from mmsinger.models.teachers.frozen import (FrozenTeacher, Normalisation,
+                                             feature_settings)
 
 IMAGENET = Normalisation((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 

@@ -16,8 +16,8 @@ from mmsinger.converters.layouts import LAYOUTS, Renamed, detect, rename
 from mmsinger.converters.positions import place
 from mmsinger.errors import ConfigError
 from mmsinger.files import whole_file
-from mmsinger.models.backbones import VisionTransformerWithRegisters
-from mmsinger.models.tokens import Grid
+from mmsinger.models.backbones.registers import VisionTransformerWithRegisters
+from mmsinger.models.features.tokens import Grid
 from mmsinger.registry import MODELS
 from mmsinger.version import __version__
 

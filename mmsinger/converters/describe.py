@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmsinger.converters.positions import split_positions
 from mmsinger.errors import ConfigError, check_choice
-from mmsinger.models.tokens import Grid
+from mmsinger.models.features.tokens import Grid
 
 ACTIVATIONS = {'gelu': 'GELU', 'quickgelu': 'mmpretrain.QuickGELU'}
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError
-from mmsinger.models.tokens import Grid
+from mmsinger.models.features.tokens import Grid
 
 # Families whose code interpolates as DINOv2 does without registers
 _OFFSET = ('dinov2', 'unic')

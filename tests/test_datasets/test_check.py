@@ -8,9 +8,9 @@ import sys
 import cv2
 import numpy as np
 import pytest
-import trees
 from mmengine.config import Config
 
+import trees
 from mmsinger.datasets import check
 from mmsinger.datasets.check import check_config, check_known
 from mmsinger.datasets.known import KNOWN, TRAIN, VAL

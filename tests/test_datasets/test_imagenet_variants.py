@@ -1,10 +1,10 @@
 import importlib.resources
 
 import pytest
-import trees
 from mmengine.registry import DATASETS
 from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
 
+import trees
 from mmsinger.datasets.imagenet_variants import imagenet_wnids
 from mmsinger.errors import ConfigError
 

@@ -3,9 +3,9 @@ import shutil
 
 import pytest
 import torch
-import trees
 from mmengine.registry import DATASETS
 
+import trees
 from mmsinger.datasets.inat2019 import split_indices
 from mmsinger.errors import ConfigError
 

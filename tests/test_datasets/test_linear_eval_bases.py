@@ -5,12 +5,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-import trees
 from mmengine.config import Config
 from mmengine.registry import (DATASETS, EVALUATOR, METRICS, TRANSFORMS,
                                DefaultScope, init_default_scope)
 from PIL import Image
 
+import trees
 from mmsinger.datasets.known import KNOWN, TRAIN, VAL
 
 REPO = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))

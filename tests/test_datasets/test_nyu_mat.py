@@ -3,10 +3,10 @@ import sys
 
 import numpy as np
 import pytest
-import trees
 from mmengine.registry import DATASETS
 from scipy.io import savemat
 
+import trees
 from mmsinger.errors import ConfigError
 
 SIZE = (6, 8)

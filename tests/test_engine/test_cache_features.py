@@ -2,18 +2,18 @@
 import os
 
 import pytest
-import tiny
 import torch
 from mmengine.structures import BaseDataElement
 from torch.utils.data import DataLoader, Dataset
 
+import tiny
 from mmsinger.engine.hooks import CacheFeaturesHook
 from mmsinger.engine.hooks.cache_features_hook import (CachedTokens,
                                                        TokenStore,
                                                        check_not_random)
 from mmsinger.errors import ConfigError
 from mmsinger.models import FrozenBackbone
-from mmsinger.models.tokens import Tokens
+from mmsinger.models.features.tokens import Tokens
 from mmsinger.registry import MODELS
 
 

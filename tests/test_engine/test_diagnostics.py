@@ -7,26 +7,24 @@ import uuid
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from mmengine.registry import VISBACKENDS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.visualization import BaseVisBackend
 from yapf.yapflib import yapf_api
 
+import tiny
 from mmsinger.engine.config import load_config, prepare_training
+from mmsinger.engine.diagnostics import (adapter_energies, gradient_share,
+                                         step_diagnostics)
 from mmsinger.engine.hooks import DiagnosticsHook
 from mmsinger.engine.hooks.diagnostics_hook import add_image
 from mmsinger.errors import ConfigError
-from mmsinger.evaluation.diagnostics import (adapter_energies,
-                                             gradient_share,
-                                             step_diagnostics)
 from mmsinger.models import (FitNetDistiller, GatedSiNGERDistiller,
                              SiNGERDistiller, ViTKDDistiller)
-from mmsinger.models.adapters import (left_singular_directions,
-                                      linearised_ffn)
-from mmsinger.models.step_record import StepRecord
-from mmsinger.models.tokens import Tokens
+from mmsinger.models.adapters import left_singular_directions, linearised_ffn
+from mmsinger.models.distillers.step_record import StepRecord
+from mmsinger.models.features.tokens import Tokens
 
 STUDENT = tiny.vit(arch=dict(embed_dims=16, num_layers=4, num_heads=2,
                              feedforward_channels=32))

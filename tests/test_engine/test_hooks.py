@@ -18,10 +18,9 @@ from yapf.yapflib import yapf_api
 
 from mmsinger.checkpoint import load_checkpoint
 from mmsinger.engine.config import load_config, prepare_training
-from mmsinger.engine.hooks import target_norm_hook
 from mmsinger.engine.hooks import (RandomStateHook, RunGuardHook,
                                    SiNGERAdapterHook, StudentCheckpointHook,
-                                   TargetNormHook)
+                                   TargetNormHook, target_norm_hook)
 from mmsinger.errors import ConfigError, TrainingError
 from mmsinger.registry import MODELS
 from tiny import SEG_CONFIG, workplace

@@ -3,7 +3,7 @@ import torch
 from mmcv.cnn.bricks.transformer import PatchEmbed
 
 from mmsinger.errors import ConfigError
-from mmsinger.models.conv_stem import ConvStem
+from mmsinger.models.backbones.conv_stem import ConvStem
 
 
 def vit(**kwargs):

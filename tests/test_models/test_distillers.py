@@ -14,8 +14,8 @@ from mmseg.structures import SegDataSample
 from mmsinger.errors import ConfigError
 from mmsinger.models import FitNetDistiller, SiNGERDistiller
 from mmsinger.models.distillers.singer import inlier_variance_ratio
-from mmsinger.models.step_record import StepRecord
-from mmsinger.models.taps import BlockTaps
+from mmsinger.models.distillers.step_record import StepRecord
+from mmsinger.models.features.taps import BlockTaps
 from mmsinger.registry import MODELS
 from tiny import build, seg_vit, timm_vit, vit
 

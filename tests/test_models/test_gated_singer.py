@@ -6,8 +6,8 @@ from torch._subclasses import FakeTensorMode
 
 from mmsinger.errors import ConfigError
 from mmsinger.models import GatedSiNGERDistiller, SiNGERDistiller
-from mmsinger.models.step_record import StepRecord
-from mmsinger.models.tokens import Tokens
+from mmsinger.models.distillers.step_record import StepRecord
+from mmsinger.models.features.tokens import Tokens
 from tiny import vit
 
 

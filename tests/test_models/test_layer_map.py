@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmsinger.errors import ConfigError
-from mmsinger.models.layer_map import map_layers
+from mmsinger.models.distillers.layer_map import map_layers
 
 depths = st.integers(1, 60)
 

@@ -13,7 +13,7 @@ from mmseg.structures import SegDataSample
 from mmsinger.errors import ConfigError
 from mmsinger.export import is_distiller, student_state_dict
 from mmsinger.models import FrozenClassifier, LogitKDDistiller, LogitKLLoss
-from mmsinger.models.teacher import Normalisation
+from mmsinger.models.teachers.frozen import Normalisation
 from mmsinger.registry import MODELS
 from tiny import seg_vit, vit
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from mmengine.registry import DefaultScope
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import DefaultScope
+from step_cost import AllocatedMemory
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmsinger.benchmark import AllocatedMemory
 from mmsinger.errors import ConfigError
 from mmsinger.models.adapters import SiNGERAdapter
 from mmsinger.models.distillers.singer import inlier_variance_ratio

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmsinger.errors import ConfigError
-from mmsinger.models.adapters import (left_nullspace,
-                                      left_singular_directions,
+from mmsinger.models.adapters import (left_nullspace, left_singular_directions,
                                       linearised_ffn, subspace_energy)
 
 D, H, HEADS = 12, 24, 2

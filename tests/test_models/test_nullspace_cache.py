@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import mmsinger.models.adapters.nullspace_cache as nullspace_cache
+from mmsinger.analysis.null_directions import nullspace_energies
 from mmsinger.errors import ConfigError
-from mmsinger.evaluation.nullspace import nullspace_energies
 from mmsinger.files import cache_folder
 from mmsinger.models import SiNGERDistiller
 from mmsinger.models.adapters import (cached_singular_directions,

@@ -11,12 +11,11 @@ from torch import nn
 from mmsinger.errors import ConfigError
 from mmsinger.models import (FrozenTeacher, GatedSiNGERDistiller,
                              PlantedArtifacts, SiNGERDistiller)
-from mmsinger.models.adapters import (left_singular_directions,
-                                      linearised_ffn)
-from mmsinger.models.planted_artifacts import choose_patches
-from mmsinger.models.taps import (BlockTaps, find_blocks, patch_stride,
-                                  resolve_layer)
-from mmsinger.models.teacher import Normalisation
+from mmsinger.models.adapters import left_singular_directions, linearised_ffn
+from mmsinger.models.backbones.planted_artifacts import choose_patches
+from mmsinger.models.features.taps import (BlockTaps, find_blocks,
+                                           patch_stride, resolve_layer)
+from mmsinger.models.teachers.frozen import Normalisation
 from tiny import build, seg_vit, timm_vit, vit, write_teacher
 
 seeds = st.integers(0, 2**16)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import mmsinger.models.record_files as record_files
-from mmsinger.models.record_files import ENTRY, RecordFolder
+import mmsinger.models.teachers.record_files as record_files
+from mmsinger.models.teachers.record_files import ENTRY, RecordFolder
 
 SIZE = 24
 

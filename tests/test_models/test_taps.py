@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from mmsinger.errors import ConfigError
-from mmsinger.models.taps import (BlockTaps, find_blocks, fixed_input_size,
-                                  in_channels, patch_stride, resolve_layer)
+from mmsinger.models.features.taps import (BlockTaps, find_blocks,
+                                           fixed_input_size, in_channels,
+                                           patch_stride, resolve_layer)
 from mmsinger.registry import MODELS
 from tiny import build, seg_vit, timm_vit, vit
 

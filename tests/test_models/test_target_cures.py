@@ -10,9 +10,9 @@ from torch._subclasses import FakeTensorMode
 
 from mmsinger.errors import ConfigError
 from mmsinger.models import FeatureMSELoss, FitNetDistiller
-from mmsinger.models.target_cures import (TargetCure, clip_norms,
-                                          robust_threshold)
-from mmsinger.models.tokens import Tokens
+from mmsinger.models.features.tokens import Tokens
+from mmsinger.models.targets.filter import (TargetCure, clip_norms,
+                                            robust_threshold)
 from tiny import vit
 
 seeds = st.integers(0, 2**16)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmsinger.errors import ConfigError
-from mmsinger.models.target_norm import TargetNorm
+from mmsinger.models.targets.normalise import TargetNorm
 
 seeds = st.integers(0, 2**31 - 1)
 D = 16

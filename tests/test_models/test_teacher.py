@@ -8,8 +8,8 @@ from torch import nn
 from mmsinger.converters import timm_to_mmpretrain
 from mmsinger.errors import ConfigError
 from mmsinger.models import FrozenTeacher, SiNGERDistiller
-from mmsinger.models.taps import BlockTaps, find_blocks
-from mmsinger.models.teacher import Normalisation, feature_settings
+from mmsinger.models.features.taps import BlockTaps, find_blocks
+from mmsinger.models.teachers.frozen import Normalisation, feature_settings
 from tiny import build, seg_vit, timm_vit, vit
 
 PLAIN = Normalisation(None, None)

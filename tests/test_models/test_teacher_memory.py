@@ -7,10 +7,10 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 
 from mmsinger.errors import ConfigError
-from mmsinger.evaluation.loading import load_distiller
+from mmsinger.metrics.loading import load_distiller
 from mmsinger.models import (FitNetDistiller, FrozenTeacher, SiNGERDistiller,
                              ViTKDDistiller)
-from mmsinger.models.teacher import Normalisation
+from mmsinger.models.teachers.frozen import Normalisation
 from tiny import seg_vit, timm_vit, vit, write_teacher
 
 PLAIN = Normalisation(None, None)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
-
-import mmsinger.models.record_files as record_files
-from mmsinger.errors import ConfigError
-from mmsinger.evaluation.loading import load_distiller
-from mmsinger.models import FrozenTeacher, SiNGERDistiller
-from mmsinger.models.teacher import Normalisation
 from test_teacher_memory import FAMILIES, ONE_SIZE, step
+
+import mmsinger.models.teachers.record_files as record_files
+from mmsinger.errors import ConfigError
+from mmsinger.metrics.loading import load_distiller
+from mmsinger.models import FrozenTeacher, SiNGERDistiller
+from mmsinger.models.teachers.frozen import Normalisation
 from tiny import vit, write_teacher
 
 PLAIN = Normalisation(None, None)

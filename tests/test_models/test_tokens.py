@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmsinger.models.tokens import Tokens, align_tokens, resample_patches
+from mmsinger.models.features.tokens import (Tokens, align_tokens,
+                                             resample_patches)
 
 sizes = st.integers(1, 9)
 grids = st.tuples(sizes, sizes)

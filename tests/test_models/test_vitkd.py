@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensorMode
 from mmsinger.errors import ConfigError
 from mmsinger.models import ViTKDDistiller
 from mmsinger.models.distillers.vitkd import random_mask
-from mmsinger.models.tokens import Tokens
+from mmsinger.models.features.tokens import Tokens
 from tiny import vit
 
 DEEP = vit(arch=dict(embed_dims=32, num_layers=8, num_heads=4,

@@ -5,7 +5,7 @@ from mmengine.hooks import Hook
 
 from mmsinger.engine.unwrap import full_parameters, unwrap
 from mmsinger.models import SiNGERDistiller
-from mmsinger.models.step_record import StepRecord
+from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.registry import HOOKS
 
 

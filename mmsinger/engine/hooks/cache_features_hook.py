@@ -14,8 +14,8 @@ from mmsinger.engine.hooks.target_norm_hook import preserved_random_states
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError, check_choice
 from mmsinger.files import add_tensor, content_hash, whole_file
-from mmsinger.models.frozen_backbone import FrozenBackbone
-from mmsinger.models.tokens import Grid, Tokens
+from mmsinger.models.features.tokens import Grid, Tokens
+from mmsinger.models.probes.frozen_backbone import FrozenBackbone
 from mmsinger.registry import HOOKS
 
 FORMAT = 1  # raise it when the same key would stand for other tokens

@@ -6,22 +6,20 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from torch import Tensor
 
+from mmsinger.engine.diagnostics import adapter_energies, step_diagnostics
 from mmsinger.engine.hooks.target_norm_hook import (preserved_random_states,
                                                     training_images)
-from mmsinger.engine.unwrap import (full_parameters, is_sharded,
-                                    unwrap)
+from mmsinger.engine.unwrap import full_parameters, is_sharded, unwrap
 from mmsinger.errors import ConfigError
-from mmsinger.evaluation.diagnostics import (adapter_energies,
-                                             step_diagnostics)
+from mmsinger.figures.features import extract_features
+from mmsinger.figures.images import pictures_of
+from mmsinger.figures.maps import (draw_norm_maps, draw_pca_maps,
+                                   draw_similarity_maps)
+from mmsinger.figures.similarity import patch_at
+from mmsinger.figures.style import to_array
 from mmsinger.models import FeatureDistiller, SiNGERDistiller
-from mmsinger.models.step_record import StepRecord
+from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.registry import HOOKS
-from mmsinger.visualization.features import extract_features
-from mmsinger.visualization.images import pictures_of
-from mmsinger.visualization.maps import (draw_norm_maps, draw_pca_maps,
-                                         draw_similarity_maps)
-from mmsinger.visualization.similarity import patch_at
-from mmsinger.visualization.style import to_array
 
 
 @HOOKS.register_module()

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError
-from mmsinger.models.knn_classifier import KNNClassifier
+from mmsinger.models.probes.knn_classifier import KNNClassifier
 from mmsinger.registry import HOOKS
 
 

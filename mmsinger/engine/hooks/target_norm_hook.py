@@ -13,7 +13,6 @@ from mmsinger.engine.hooks.random_state_hook import (random_states,
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.registry import HOOKS
 
-
 NUM_IMAGES = 256
 
 

@@ -1,8 +1,7 @@
 """What all distillation methods share: a student and a frozen teacher."""
 import copy
 import inspect
-from typing import (Any, Callable, Dict, List, Optional, Tuple, Type,
-                    Union)
+from typing import Any, Callable, Dict, List, Optional, Tuple, Type, Union
 
 import torch
 from mmengine.logging import print_log
@@ -10,8 +9,8 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError, check_choice, check_keys
-from mmsinger.models.teacher import (PRECISIONS, FrozenModule, FrozenTeacher,
-                                     Normalisation)
+from mmsinger.models.teachers.frozen import (PRECISIONS, FrozenModule,
+                                             FrozenTeacher, Normalisation)
 from mmsinger.registry import MODELS
 
 

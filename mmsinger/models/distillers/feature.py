@@ -5,19 +5,20 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError, check_choice
-from mmsinger.models.compiled_blocks import compile_blocks
 from mmsinger.models.distillers.base import (BaseDistiller, build_loss,
                                              reached_parameters)
-from mmsinger.models.layer_map import LAYER_MAPS, map_layers
+from mmsinger.models.distillers.layer_map import LAYER_MAPS, map_layers
+from mmsinger.models.distillers.step_record import StepRecord, Value
+from mmsinger.models.features.compiled_blocks import compile_blocks
+from mmsinger.models.features.taps import (Blocks, BlockTaps, Layer,
+                                           find_blocks, fixed_input_size,
+                                           in_channels, patch_stride,
+                                           resolve_layer)
+from mmsinger.models.features.tokens import Tokens, align_tokens
 from mmsinger.models.losses import FeatureMSELoss
-from mmsinger.models.step_record import StepRecord, Value
-from mmsinger.models.taps import (Blocks, BlockTaps, Layer, find_blocks,
-                                  fixed_input_size, in_channels, patch_stride,
-                                  resolve_layer)
-from mmsinger.models.target_cures import TargetCure
-from mmsinger.models.target_norm import MODES as TARGET_NORMS
-from mmsinger.models.target_norm import TargetNorm
-from mmsinger.models.tokens import Tokens, align_tokens
+from mmsinger.models.targets.filter import TargetCure
+from mmsinger.models.targets.normalise import MODES as TARGET_NORMS
+from mmsinger.models.targets.normalise import TargetNorm
 
 
 class FeatureDistiller(BaseDistiller):

@@ -3,8 +3,8 @@ from typing import Dict
 from torch import Tensor
 
 from mmsinger.models.distillers.feature import FeatureDistiller
-from mmsinger.models.taps import BlockTaps
-from mmsinger.models.tokens import Tokens
+from mmsinger.models.features.taps import BlockTaps
+from mmsinger.models.features.tokens import Tokens
 from mmsinger.registry import MODELS
 
 

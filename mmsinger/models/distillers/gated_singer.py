@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from mmsinger.models.distillers.singer import SiNGERDistiller
-from mmsinger.models.target_cures import (check_limit, clip_norms,
-                                          robust_threshold)
-from mmsinger.models.tokens import Tokens
+from mmsinger.models.features.tokens import Tokens
+from mmsinger.models.targets.filter import (check_limit, clip_norms,
+                                            robust_threshold)
 from mmsinger.registry import MODELS
 
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from mmsinger.errors import ConfigError
 from mmsinger.models.distillers.base import (BaseDistiller, build_loss,
                                              reached_parameters)
-from mmsinger.models.taps import fixed_input_size
-from mmsinger.models.teacher import FrozenClassifier
+from mmsinger.models.features.taps import fixed_input_size
+from mmsinger.models.teachers.frozen import FrozenClassifier
 from mmsinger.registry import MODELS
 
 

@@ -12,11 +12,11 @@ from mmsinger.models.adapters.nullspace import SELECTIONS
 from mmsinger.models.adapters.singer_adapter import INITS
 from mmsinger.models.distillers.base import build_loss
 from mmsinger.models.distillers.feature import FeatureDistiller
+from mmsinger.models.distillers.step_record import StepRecord
+from mmsinger.models.features.taps import BlockTaps
+from mmsinger.models.features.tokens import Tokens
 from mmsinger.models.losses import outlier_threshold
-from mmsinger.models.step_record import StepRecord
-from mmsinger.models.target_norm import TargetNorm
-from mmsinger.models.taps import BlockTaps
-from mmsinger.models.tokens import Tokens
+from mmsinger.models.targets.normalise import TargetNorm
 from mmsinger.registry import MODELS
 
 # The keys of ``adapter``, by who reads them.

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError, check_choice
 from mmsinger.models.distillers.feature import FeatureDistiller
-from mmsinger.models.layer_map import map_layers
-from mmsinger.models.taps import BlockTaps, Layer
-from mmsinger.models.tokens import Tokens
+from mmsinger.models.distillers.layer_map import map_layers
+from mmsinger.models.features.taps import BlockTaps, Layer
+from mmsinger.models.features.tokens import Tokens
 from mmsinger.registry import MODELS
 
 REDUCTIONS = ('sum', 'mean')

@@ -1,0 +1,148 @@
+"""The paper's tables 3, 5a, 5b, 7 and 8 for one distiller.
+
+docs/measure.md says what each number means.
+"""
+import contextlib
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from mmsinger.analysis.null_directions import (intermediate_layers,
+                                               null_directions,
+                                               nullspace_energies)
+from mmsinger.errors import ConfigError, check_choice
+from mmsinger.metrics.streams import (CosineStream, DeviationStream,
+                                      GramStream, InflationStream, Stream)
+from mmsinger.models.distillers import FeatureDistiller, SiNGERDistiller
+from mmsinger.models.features.taps import BlockTaps, find_blocks
+from mmsinger.models.features.tokens import Tokens
+
+SINGER_METRICS = ('nullspace', 'cosine', 'deviation')
+METRICS = ('nullspace', 'cosine', 'gram', 'inflation', 'deviation')
+
+Batches = Callable[[], Iterable[Tensor]]
+Results = Dict[str, Dict[str, Any]]
+
+
+def applicable_metrics(distiller: FeatureDistiller) -> List[str]:
+    """The metrics that a method has: without adapters fewer."""
+    if not isinstance(distiller, SiNGERDistiller):
+        return [name for name in METRICS if name not in SINGER_METRICS]
+    if not intermediate_layers(distiller):
+        return [name for name in METRICS if name != 'deviation']
+    return list(METRICS)
+
+
+def check_metrics(distiller: FeatureDistiller, metrics: Sequence[str]) -> None:
+    """Raise :class:`ConfigError` for a metric that is unknown or that the
+    method does not have."""
+    possible = applicable_metrics(distiller)
+    for name in metrics:
+        check_choice('--metrics', name, METRICS)
+        if name in possible:
+            continue
+        kind = type(distiller).__name__
+        if not isinstance(distiller, SiNGERDistiller):
+            raise ConfigError(
+                f'--metrics {name}: {kind} has no adapters, which it '
+                f'measures. Choose from {", ".join(possible)}, or give a '
+                'recipe whose model is a mmsinger.SiNGERDistiller.')
+        raise ConfigError(
+            f'--metrics {name}: it perturbs the input of the block after a '
+            f'distilled one, but layers={distiller.layers} has only the '
+            'last, which has none. Leave it out, or distil an earlier layer '
+            'too.')
+
+
+def measure(distiller: FeatureDistiller,
+            batches: Batches,
+            metrics: Sequence[str],
+            seed: int = 0,
+            strength: float = 0.3,
+            jacobian_images: int = 8,
+            jacobian_products: Optional[int] = None) -> Results:
+    """Measure a distiller on images, in constant memory.
+
+    Args:
+        distiller (FeatureDistiller): Ready to train: teacher and student loaded,
+            adapters and target norms set.
+        batches (Callable): Returns an iterable of preprocessed images
+            (B, 3, H, W), the same each time; called once more for
+            ``'deviation'``.
+        metrics (Sequence[str]): From :func:`applicable_metrics`.
+        seed (int): Of whatever is random. Defaults to 0.
+        strength (float): ``'deviation'``: length of the steps over the
+            tokens' norms. Defaults to 0.3, about what refinement does in the
+            paper (a cosine of 0.9566, Table 3).
+        jacobian_images (int): ``'deviation'``: images at which the blocks are
+            linearised. Defaults to 8.
+        jacobian_products (int, optional): ``'deviation'``: see
+            :func:`smallest_directions`. Defaults to None, exact.
+
+    Returns:
+        dict: ``{metric: {layer: numbers}}``, ready for JSON.
+
+    Raises:
+        ConfigError: If a metric does not apply, or there are no images.
+    """
+    check_metrics(distiller, metrics)
+    results: Results = {}
+    distiller.eval()
+    if 'nullspace' in metrics:
+        results['nullspace'] = nullspace_energies(distiller, seed)
+    streams: Dict[str, Stream] = {}
+    for name, stream in (('cosine', CosineStream), ('gram', GramStream),
+                         ('inflation', InflationStream)):
+        if name in metrics:
+            streams[name] = stream(distiller, seed)
+    if 'deviation' in metrics:
+        streams['deviation'] = DeviationStream(
+            distiller, seed, strength, null_directions(
+                distiller, batches(), jacobian_images, jacobian_products,
+                seed))
+    if streams:
+        _run(distiller, batches(), list(streams.values()))
+    results.update({name: stream.result()
+                    for name, stream in streams.items()})
+    return {name: results[name] for name in METRICS if name in results}
+
+
+@torch.no_grad()
+def _run(distiller: FeatureDistiller, batches: Iterable[Tensor],
+         streams: List[Stream]) -> None:
+    """One pass of teacher and, if needed, student for all metrics."""
+    layers = sorted({layer for s in streams for layer in s.teacher_layers})
+    seen = False
+    for images in batches:
+        seen = True
+        with contextlib.ExitStack() as stack:
+            for stream in streams:
+                stack.enter_context(stream.watching())
+            taps = distiller.teacher(images, layers,
+                                     distiller.student_normalisation)
+        student = {}
+        if any(s.needs_student for s in streams):
+            student = student_tokens(distiller, images)
+        for stream in streams:
+            stream.update(taps, student)
+    if not seen:
+        raise ConfigError('There are no images to measure on.')
+
+
+def student_tokens(distiller: FeatureDistiller, images: Tensor
+                   ) -> Dict[int, Tokens]:
+    """Raw student tokens by teacher layer, without running its heads.
+
+    Args:
+        distiller (FeatureDistiller): In evaluation mode.
+        images (Tensor): Preprocessed, shape (B, 3, H, W).
+
+    Returns:
+        dict[int, Tokens]: Values of shape (B, n, C_S), on the student's grid.
+    """
+    blocks = find_blocks(distiller.student_backbone, 'student')
+    with BlockTaps(blocks, distiller.student_layers, stop=True) as taps:
+        taps.run(distiller.student_backbone, images)
+    return {layer: taps.tokens(student_layer) for layer, student_layer
+            in zip(distiller.layers, distiller.student_layers)}

@@ -1,0 +1,179 @@
+"""Each metric over a stream of images."""
+import contextlib
+from typing import Any, Dict, List, Tuple
+
+import torch
+from torch import Tensor
+
+from mmsinger.metrics.accumulators import Moments, Sample
+from mmsinger.metrics.block_norms import BlockNorms, Inflation
+from mmsinger.metrics.deviation import (Deviation, output_deviation,
+                                        perturb_along)
+from mmsinger.metrics.geometry import gram_distance, token_cosine
+from mmsinger.models.distillers import FeatureDistiller, SiNGERDistiller
+from mmsinger.models.features.taps import BlockTaps
+from mmsinger.models.features.tokens import Tokens, align_tokens
+
+
+class Stream:
+    """One metric, over batches.
+
+    Args:
+        distiller (FeatureDistiller): What is measured.
+        seed (int): Of whatever is random.
+    """
+
+    needs_student = False
+
+    def __init__(self, distiller: FeatureDistiller, seed: int) -> None:
+        self.distiller = distiller
+        self.seed = seed
+        self.moments: Dict[Tuple[int, str], Moments] = {}
+
+    @property
+    def teacher_layers(self) -> List[int]:
+        """Teacher blocks whose outputs are read."""
+        return self.distiller.tapped_teacher_layers
+
+    def watching(self):
+        """A context for the teacher's pass."""
+        return contextlib.nullcontext()
+
+    def update(self, taps: BlockTaps, student: Dict[int, Tokens]) -> None:
+        """Take in one batch."""
+        raise NotImplementedError
+
+    def result(self) -> Dict[str, Any]:
+        """Numbers by layer."""
+        raise NotImplementedError
+
+    def add(self, layer: int, name: str, values: Tensor) -> None:
+        """Take in one value an image, (B, )."""
+        self.moments.setdefault((layer, name), Moments()).add(values)
+
+    def summaries(self, layer: int) -> Dict[str, Dict[str, float]]:
+        """Mean and std over images of all that was added for a layer."""
+        return {name: moments.summary() for (at, name), moments
+                in self.moments.items() if at == layer}
+
+    def next_block(self, taps: BlockTaps, layer: int, tokens: Tokens
+                   ) -> Tensor:
+        """Normalised patch tokens (B, P, D) that the next block makes of
+        normalised tokens."""
+        norms = self.distiller.target_norms
+        values = taps.rerun(
+            layer + 1, norms[str(layer)].restore(tokens.values))
+        return Tokens(norms[str(layer + 1)].normalise(values),
+                      tokens.grid).patches
+
+
+class CosineStream(Stream):
+    """Table 3."""
+
+    def update(self, taps, student):
+        for layer in self.distiller.layers:
+            tokens = self.distiller.teacher_tokens(taps, layer)
+            refined = self.distiller.refine(layer, tokens)[0]
+            self.add(layer, 'refined', token_cosine(
+                tokens.patches, refined.patches))
+            if layer != self.distiller.last_layer:
+                following = self.distiller.teacher_tokens(taps, layer + 1)
+                self.add(layer, 'next_block', token_cosine(
+                    following.patches, self.next_block(taps, layer, refined)))
+
+    def result(self):
+        return {str(layer): self.summaries(layer)
+                for layer in self.distiller.layers}
+
+
+class GramStream(Stream):
+    """Table 5b."""
+
+    needs_student = True
+
+    def update(self, taps, student):
+        for layer in self.distiller.layers:
+            tokens = self.distiller.teacher_tokens(taps, layer)
+            if isinstance(self.distiller, SiNGERDistiller):
+                self.add(layer, 'teacher_refined', gram_distance(
+                    tokens.patches,
+                    self.distiller.refine(layer, tokens)[0].patches))
+            own, tokens = align_tokens(student[layer], tokens)
+            self.add(layer, 'teacher_student', gram_distance(
+                tokens.patches, own.patches))
+            projected = self.distiller.projectors[str(layer)](own.patches)
+            self.add(layer, 'teacher_projected', gram_distance(
+                tokens.patches, projected))
+
+    def result(self):
+        return {str(layer): self.summaries(layer)
+                for layer in self.distiller.layers}
+
+
+class InflationStream(Stream):
+    """Table 7, of every block of the teacher."""
+
+    def __init__(self, distiller, seed):
+        super().__init__(distiller, seed)
+        self.blocks = range(len(distiller.teacher.blocks))
+        self.norms = BlockNorms(distiller.teacher.blocks, self.blocks)
+        self.samples = {block: Sample(seed=seed) for block in self.blocks}
+
+    @property
+    def teacher_layers(self):
+        return [self.blocks[-1]]  # so that the pass reaches it
+
+    def watching(self):
+        return self.norms
+
+    def update(self, taps, student):
+        num_prefix = taps.tokens(self.blocks[-1]).num_prefix
+        for block in self.blocks:
+            values = torch.stack(self.norms.inflation(block), dim=-1)
+            self.samples[block].add(values[:, num_prefix:].flatten(0, 1))
+
+    def result(self):
+        rows = {str(block): sample.rows
+                for block, sample in self.samples.items()}
+        rows['all'] = torch.cat(list(rows.values()))
+        return {name: {
+            field: dict(mean=values.mean().item(),
+                        median=values.quantile(0.5).item(),
+                        p95=values.quantile(0.95).item())
+            for field, values in zip(Inflation._fields, part.double().T)
+        } for name, part in rows.items()}
+
+
+class DeviationStream(Stream):
+    """Table 8."""
+
+    def __init__(self, distiller, seed, strength, directions):
+        super().__init__(distiller, seed)
+        self.strength = strength
+        self.directions = directions
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def update(self, taps, student):
+        for layer, estimates in self.directions.items():
+            tokens = self.distiller.teacher_tokens(taps, layer)
+            original = self.distiller.teacher_tokens(taps, layer + 1).patches
+            shape = (*tokens.patches.shape[:2], len(estimates['ours']))
+            coefficients = torch.randn(shape, generator=self.generator)
+            for name, directions in estimates.items():
+                moved = tokens.with_patches(perturb_along(
+                    tokens.patches, directions, coefficients, self.strength))
+                deviation = output_deviation(
+                    original, self.next_block(taps, layer, moved))
+                for field, values in deviation._asdict().items():
+                    self.add(layer, f'{name}.{field}', values)
+
+    def result(self):
+        results = {}
+        for layer, estimates in self.directions.items():
+            values = self.summaries(layer)
+            results[str(layer)] = dict(block=layer + 1, **{
+                name: {field: values[f'{name}.{field}']
+                       for field in Deviation._fields}
+                for name in estimates
+            })
+        return results

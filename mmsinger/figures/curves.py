@@ -1,0 +1,210 @@
+"""Training curves from the logs in work dirs."""
+import fnmatch
+import glob
+import json
+import math
+import os
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+
+from mmsinger.errors import ConfigError, near_matches, near_paths
+from mmsinger.figures.style import add_caption, line_style, new_figure
+
+LOG = 'scalars.json'
+_NO_CURVES = {'step', 'iter', 'epoch', 'time', 'data_time', 'memory'}
+
+
+class Curve(NamedTuple):
+    """One logged value of a run.
+
+    Attributes:
+        steps (list[int]): Ascending.
+        values (list[float]): At each.
+        unit (str): Of the steps, ``'iteration'`` or ``'epoch'``.
+    """
+    steps: List[int]
+    values: List[float]
+    unit: str
+
+
+def read_curves(work_dir: str) -> Dict[str, Curve]:
+    """Read all that was logged in a work dir.
+
+    Of runs that were resumed the later one counts where both have a value.
+
+    Args:
+        work_dir (str): As given to ``tools/train.py``; or one of the folders
+            in it that are named by a time.
+
+    Returns:
+        dict[str, Curve]: By the name in the log.
+
+    Raises:
+        ConfigError: If the folder is missing or holds no logs.
+    """
+    if not os.path.isdir(work_dir):
+        raise ConfigError(f'work dir {work_dir!r}: no such folder (working '
+                          f'directory {os.getcwd()}).'
+                          f'{near_paths(work_dir)} Give what --work-dir '
+                          'was in training.')
+    logs = sorted(path for pattern in ('', '*') for path in glob.glob(
+        os.path.join(glob.escape(work_dir), pattern, 'vis_data', LOG)))
+    points: Dict[str, Dict[int, float]] = {}
+    units: Dict[str, str] = {}
+    for log in logs:
+        begun = set()
+        for line in _lines(log):
+            unit = 'iteration'
+            if 'iter' not in line and _counts_epochs(points):
+                unit = 'epoch'
+            if unit not in begun:
+                begun.add(unit)
+                _forget(points, units, unit, line['step'])
+            for key, value in line.items():
+                if isinstance(value, (int, float)):
+                    points.setdefault(key, {})[line['step']] = value
+                    units[key] = unit
+    curves = {}
+    for key in points.keys() - _NO_CURVES:
+        steps = sorted(points[key])
+        if steps:
+            curves[key] = Curve(steps, [points[key][step] for step in steps],
+                                units[key])
+    if not curves:
+        raise ConfigError(
+            f'work dir {work_dir!r} holds no logs: there is no '
+            f'*/vis_data/{LOG} with values in it. They are written from the '
+            "first logged iteration on, if vis_backends has "
+            "dict(type='LocalVisBackend').")
+    return curves
+
+
+def _lines(path: str):
+    with open(path, encoding='utf-8') as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:  # cut off when a run was killed
+                continue
+            if isinstance(line, dict) and 'step' in line:
+                yield line
+
+
+def _forget(points: Dict[str, Dict[int, float]], units: Dict[str, str],
+            unit: str, step: int) -> None:
+    """Leave out what an earlier run logged from a step on: a later one began
+    there, resumed or anew."""
+    for key, values in points.items():
+        if units[key] == unit:
+            for later in [s for s in values if s >= step]:
+                del values[later]
+
+
+def _counts_epochs(points: Dict[str, Dict[int, float]]) -> bool:
+    """Runs in epochs log ``epoch`` in training, and metrics by it."""
+    return 'epoch' in points
+
+
+def choose_keys(curves: Dict[str, Curve], patterns: Optional[Sequence[str]]
+                ) -> List[str]:
+    """Which curves to draw.
+
+    Args:
+        curves (dict[str, Curve]): All there are.
+        patterns (Sequence[str], optional): Names, or patterns such as
+            ``'diagnostics/cosine_*'``. None: losses and accuracies.
+
+    Returns:
+        list[str]: Names, in order.
+
+    Raises:
+        ConfigError: If a pattern fits none; near matches are listed.
+    """
+    names = sorted(curves)
+    if not patterns:
+        chosen = [name for name in names if 'loss' in name or not (
+            name.startswith(('diagnostics/', 'distill.')) or 'lr' in name
+            or 'grad_norm' in name)]
+        if not chosen:
+            raise ConfigError(
+                'The logs hold no losses and no accuracies. Choose with '
+                f'--keys from {", ".join(names)}.')
+        return chosen
+    chosen: List[str] = []
+    for pattern in patterns:
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            raise ConfigError(
+                f'--keys {pattern}: nothing in the logs is called so.'
+                f'{near_matches(pattern, names)} There are '
+                f'{", ".join(names)}.')
+        chosen += [name for name in found if name not in chosen]
+    return chosen
+
+
+def draw_curves(runs: Dict[str, Dict[str, Curve]], keys: Sequence[str]
+                ) -> Any:
+    """A panel a value, a line a run.
+
+    Args:
+        runs (dict[str, dict[str, Curve]]): What :func:`read_curves` gave, by
+            the run's name.
+        keys (Sequence[str]): What to draw.
+
+    Returns:
+        matplotlib.figure.Figure: The figure.
+    """
+    count = min(len(keys), 3)
+    lines = math.ceil(len(keys) / count)
+    from matplotlib.ticker import MaxNLocator
+    figure = new_figure((max(4.5, 3.4 * count), 2.4 * lines + 0.9))
+    axes = figure.subplots(lines, count, squeeze=False)
+    handles: Dict[str, Any] = {}
+    for axis, key in zip(axes.flat, keys):
+        units = set()
+        for number, (run, curves) in enumerate(runs.items()):
+            if key not in curves:
+                continue
+            curve = curves[key]
+            units.add(curve.unit)
+            handles[run], = axis.plot(
+                curve.steps, curve.values, linewidth=1.4, markersize=4,
+                markevery=max(1, len(curve.steps) // 8), **line_style(number))
+        axis.set_title(key, fontsize=9)
+        axis.set_xlabel(' or '.join(sorted(units)), fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.ticklabel_format(useOffset=False)
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.grid(alpha=0.3)
+    for axis in list(axes.flat)[len(keys):]:
+        axis.set_visible(False)
+    order = [run for run in runs if run in handles]
+    figure.legend([handles[run] for run in order], order,
+                  loc='outside upper center', fontsize=8, frameon=False,
+                  ncols=min(4, len(order)))
+    add_caption(figure, f'Logs of {", ".join(order)}, as they are, not '
+                'smoothed any further. Lines go through all values; markers '
+                'stand on some, to tell lines apart.')
+    return figure
+
+
+def run_names(work_dirs: Sequence[str]) -> List[str]:
+    """Short names that differ: as many last folders as it takes.
+
+    Args:
+        work_dirs (Sequence[str]): Paths.
+
+    Returns:
+        list[str]: A name for each.
+
+    Raises:
+        ConfigError: If a path is given twice.
+    """
+    parts = [os.path.normpath(os.path.abspath(path)).split(os.sep)
+             for path in work_dirs]
+    if len(set(map(tuple, parts))) < len(parts):
+        raise ConfigError('A work dir is given twice.')
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ['/'.join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names

@@ -1,0 +1,187 @@
+"""Norm, similarity and PCA maps of several images side by side."""
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+from torch import Tensor
+
+from mmsinger.figures.features import Features
+from mmsinger.figures.norm_maps import norm_map
+from mmsinger.figures.pca import pca_map, principal_components
+from mmsinger.figures.similarity import patch_at, similarity_map
+from mmsinger.figures.style import add_caption, new_figure
+from mmsinger.models.features.tokens import Grid, Tokens
+
+NAMES = dict(teacher='teacher', refined='refined', student='student')
+
+
+class Column(NamedTuple):
+    """One column of maps.
+
+    Attributes:
+        title (str): Above it.
+        maps (np.ndarray): (B, h, w), or (B, h, w, 3) in [0, 1].
+        limits (tuple[float, float], optional): Of the colour scale; columns
+            next to each other with equal limits share a colour bar. None for
+            colours.
+    """
+    title: str
+    maps: np.ndarray
+    limits: Optional[Tuple[float, float]] = None
+
+
+def draw_norm_maps(images: np.ndarray, features: Dict[int, Features],
+                   note: str = '') -> Any:
+    """Patch norms before and after refinement (Figure 2), and the student's.
+
+    Args:
+        images (np.ndarray): RGB, (B, H, W, 3), uint8.
+        features (dict[int, Features]): Of these images, see
+            :func:`extract_features`.
+        note (str): What the data are, for the caption. Defaults to ``''``.
+
+    Returns:
+        matplotlib.figure.Figure: A row an image.
+    """
+    columns = []
+    for layer, views in features.items():
+        maps = {name: _numpy(norm_map(tokens))
+                for name, tokens in _present(views)}
+        top = max(maps[name].max() for name in maps if name != 'student')
+        columns += [
+            Column(_title(layer, name), values,
+                   (0., float(values.max() if name == 'student' else top)))
+            for name, values in maps.items()]
+    return _draw(
+        images, columns, 'norm',
+        'Norms of patch tokens by distilled teacher block'
+        f'{_before_after(features)}. Teacher and refined teacher share a '
+        f'scale, the student has its own. {note}')
+
+
+def draw_similarity_maps(images: np.ndarray, features: Dict[int, Features],
+                         point: Tuple[float, float] = (0.5, 0.5),
+                         note: str = '') -> Any:
+    """Cosine similarity of all patches to a marked one (Figure 4).
+
+    Args:
+        images (np.ndarray): RGB, (B, H, W, 3), uint8.
+        features (dict[int, Features]): Of these images.
+        point (tuple[float, float]): Where the marked patch is, as shares of
+            height and width, see :func:`patch_at`. Defaults to the middle.
+        note (str): What the data are, for the caption. Defaults to ``''``.
+
+    Returns:
+        matplotlib.figure.Figure: A row an image.
+    """
+    columns = []
+    for layer, views in features.items():
+        maps = {name: _numpy(similarity_map(
+            tokens, patch_at(tokens.grid, point)))
+            for name, tokens in _present(views)}
+        low = min(float(values.min()) for values in maps.values())
+        columns += [Column(_title(layer, name), values, (low, 1.))
+                    for name, values in maps.items()]
+    return _draw(
+        images, columns, 'cosine',
+        'Cosine similarity of patch tokens to the marked one, by distilled '
+        f'teacher block. {note}', point)
+
+
+def draw_pca_maps(images: np.ndarray, features: Dict[int, Features],
+                  note: str = '') -> Any:
+    """The three main directions of patch tokens as colours.
+
+    Args:
+        images (np.ndarray): RGB, (B, H, W, 3), uint8.
+        features (dict[int, Features]): Of these images.
+        note (str): What the data are, for the caption. Defaults to ``''``.
+
+    Returns:
+        matplotlib.figure.Figure: A row an image.
+    """
+    columns = []
+    for layer, views in features.items():
+        basis = principal_components(views.teacher)
+        for name, tokens in _present(views):
+            own = principal_components(tokens) if name == 'student' else basis
+            columns.append(Column(_title(layer, name),
+                                  _numpy(pca_map(tokens, own))))
+    return _draw(
+        images, columns, '',
+        "Three principal components of each image's patch tokens as red, "
+        'green and blue. Teacher and refined teacher share components, so '
+        "that equal colours are equal tokens; the student's are its own. "
+        f'{note}')
+
+
+def _present(views: Features) -> List[Tuple[str, Tokens]]:
+    return [(name, tokens) for name, tokens in zip(NAMES, views)
+            if tokens is not None]
+
+
+def _title(layer: int, name: str) -> str:
+    return f'{NAMES[name]}\nblock {layer}' if name != 'student' else \
+        f'student\nfor block {layer}'
+
+
+def _before_after(features: Dict[int, Features]) -> str:
+    return ', before and after refinement' if any(
+        views.refined is not None for views in features.values()) else ''
+
+
+def _numpy(maps: Tensor) -> np.ndarray:
+    return maps.cpu().numpy()
+
+
+def _draw(images: np.ndarray, columns: List[Column], label: str,
+          caption: str, point: Optional[Tuple[float, float]] = None) -> Any:
+    rows, width = len(images), len(columns) + 1
+    figure = new_figure((max(4., 1.35 * width), 1.35 * rows + 1.2))
+    cells = figure.add_gridspec(rows + 1, width,
+                                height_ratios=[1.] * rows + [0.08])
+    axes = np.array([[figure.add_subplot(cells[row, column])
+                      for column in range(width)] for row in range(rows)])
+    for axis in axes.flat:
+        axis.set_axis_off()
+    axes[0, 0].set_title('image', fontsize=8)
+    for row, image in enumerate(images):
+        axes[row, 0].imshow(image)
+        if point is not None:
+            _mark(axes[row, 0], image.shape[:2], columns[0].maps.shape[1:3],
+                  point)
+    start = 1
+    for number, column in enumerate(columns, start=1):
+        axes[0, number].set_title(column.title, fontsize=8)
+        scale = {} if column.limits is None else dict(
+            vmin=column.limits[0], vmax=column.limits[1], cmap='cividis')
+        for row, values in enumerate(column.maps):
+            shown = axes[row, number].imshow(
+                values, interpolation='nearest', **scale)
+            if point is not None:
+                grid = values.shape[:2]
+                _mark(axes[row, number], grid, grid, point)
+        last = number == len(columns) or \
+            columns[number].limits != column.limits
+        if column.limits is not None and last:
+            bar = figure.colorbar(
+                shown, cax=figure.add_subplot(cells[rows, start:number + 1]),
+                orientation='horizontal')
+            bar.set_label(label, fontsize=8)
+            bar.ax.tick_params(labelsize=7)
+            bar.ax.locator_params(nbins=3)
+        if last:
+            start = number + 1
+    add_caption(figure, caption.strip())
+    return figure
+
+
+def _mark(axis: Any, shape: Grid, grid: Grid, point: Tuple[float, float]
+          ) -> None:
+    """Frame the patch of a point: shape is what is drawn, in pixels."""
+    from matplotlib.patches import Rectangle
+    height, width = (length / count for length, count in zip(shape, grid))
+    row, column = patch_at(grid, point)
+    corner = (column * width - 0.5, row * height - 0.5)
+    for colour, line in (('white', 2.6), ('#D55E00', 1.4)):
+        axis.add_patch(Rectangle(corner, width, height, fill=False,
+                                 edgecolor=colour, linewidth=line))

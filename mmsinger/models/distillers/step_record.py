@@ -1,0 +1,53 @@
+"""What one training step compared, kept for hooks that measure it."""
+from collections import defaultdict
+from typing import Dict, Union
+
+from torch import Tensor
+
+from mmsinger.models.features.tokens import Tokens
+
+Value = Union[Tensor, Tokens]
+
+
+class StepRecord:
+    """Tokens that a step of a :class:`FeatureDistiller` compared.
+
+    A hook puts one into ``distiller.records`` before the step it wants to see
+    and takes it out afterwards; any number of hooks may do so. A step without
+    a record does no extra work.
+
+    Args:
+        max_images (int): How many images to keep, the first of the batch:
+            what a measurement costs then does not grow with the batch.
+            Defaults to 16.
+
+    Attributes:
+        layers (dict[int, dict[str, Tensor | Tokens]]): By teacher layer:
+            ``teacher`` (Tokens), F in the space that ``target_norm`` makes;
+            ``refined`` (Tokens), F_hat, of methods with adapters;
+            ``student`` (Tokens), its own tokens on its own grid;
+            ``kd_gradient``, shape (B, k), see
+            :meth:`FeatureDistiller.record_kd_gradient`.
+    """
+
+    def __init__(self, max_images: int = 16) -> None:
+        self.max_images = max_images
+        self.layers: Dict[int, Dict[str, Value]] = defaultdict(dict)
+
+    def add(self, layer: int, **values: Value) -> None:
+        """Keep copies of values of one layer, without gradients.
+
+        Args:
+            layer (int): The teacher layer.
+            **values (Tensor | Tokens): The first dimension is the batch.
+        """
+        for name, value in values.items():
+            if isinstance(value, Tokens):
+                kept = Tokens(self._copy(value.values), value.grid)
+            else:
+                kept = self._copy(value)
+            self.layers[layer][name] = kept
+
+    def _copy(self, value: Tensor) -> Tensor:
+        # A view would keep the whole batch alive
+        return value.detach()[:self.max_images].clone()

@@ -1,0 +1,1 @@
+"""What a backbone shows: its blocks, and the tokens that they give."""

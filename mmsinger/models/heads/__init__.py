@@ -1,3 +1,0 @@
-from mmsinger.models.heads.linear_depth_head import LinearDepthHead
-
-__all__ = ['LinearDepthHead']

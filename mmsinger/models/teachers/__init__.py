@@ -1,0 +1,4 @@
+"""Frozen teachers."""
+from mmsinger.models.teachers.frozen import FrozenClassifier, FrozenTeacher
+
+__all__ = ['FrozenClassifier', 'FrozenTeacher']

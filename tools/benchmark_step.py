@@ -1,0 +1,203 @@
+"""What a distillation step costs, as ratios within one run.
+
+    python tools/benchmark_step.py \
+        --teacher vit_l16 --student vit_t16 --batch-size 4 --size 224
+
+Measures, on random images and weights, in turn and in one process: the
+teacher's pass and the student's forward and backward pass alone (the floor of
+any feature distillation), a FitNet step, and a SiNGER step with each of its
+losses on and off; the loading of a batch by one worker; counts FLOPs and
+memory. With --levers also what might make a step cheaper, with --compile
+compiled blocks. --steps leaves out what is not wanted, for many rounds of the
+rest. --out writes JSON. docs/cost.md explains the table.
+"""
+import argparse
+import json
+import os
+import statistics
+
+import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
+import torch
+from mmengine.registry import init_default_scope
+
+from mmsinger import paths
+from step_cost import (ImageLoading, Step, Steps, count_flops,
+                                describe_machine, fast_precisions,
+                                interleaved, paired_ratio, peak_memory)
+from step_cost.steps import PRECISIONS
+from mmsinger.engine.config import load_config
+from mmsinger.errors import (ConfigError, check_choice, check_output_file,
+                             readable_errors)
+
+RECIPE = os.path.join(paths.configs(), 'singer_vitl_to_vits_in1k.py')
+ALWAYS = ('teacher', 'student', 'FitNet', 'SiNGER')  # the ratios' parts
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--teacher', default='vit_l16', metavar='VIT',
+                        help='vit_{t,s,b,l,h,g}PATCH')
+    parser.add_argument('--student', default='vit_t16', metavar='VIT')
+    parser.add_argument('--batch-size', type=int, default=4, metavar='N',
+                        help='images a step')
+    parser.add_argument('--size', type=int, default=224, metavar='PX',
+                        help='their side')
+    parser.add_argument('--precision', default='fp32', choices=PRECISIONS,
+                        help='bf16: autocast')
+    parser.add_argument('--rank', type=int, default=16, metavar='R',
+                        help='of the adapters')
+    parser.add_argument('--rounds', type=int, default=5, metavar='N',
+                        help='how often each step is timed')
+    parser.add_argument('--levers', action='store_true',
+                        help='also what might make a step cheaper')
+    parser.add_argument('--compile', action='store_true',
+                        help='also with compiled blocks; compiling takes '
+                        'minutes')
+    parser.add_argument('--steps', nargs='*', metavar='NAME',
+                        help='beside teacher, student, FitNet and SiNGER, '
+                        'measure these alone, for instance '
+                        'info_fraction=0.5; without names, none')
+    parser.add_argument('--out', metavar='FILE', help='write JSON')
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    for key in ('batch_size', 'rounds'):
+        if getattr(args, key) < 1:
+            raise ConfigError(f'--{key.replace("_", "-")} '
+                              f'{getattr(args, key)} must be at least 1.')
+    if args.out:
+        check_output_file(args.out)
+    init_default_scope('mmpretrain')
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    bench = Steps(args.teacher, args.student, args.batch_size, args.size,
+                  args.precision, args.rank, device=device)
+    pipeline = load_config(RECIPE).train_dataloader.dataset.pipeline
+    with ImageLoading(pipeline, args.size) as loading:
+        steps = chosen_steps(args, bench, loading)
+        # Loading has no FLOPs, and counting would compile anew
+        counted = {name: step for name, step in steps.items()
+                   if name != 'data loading' and 'compiled' not in name}
+        flops = {name: count_flops(step) for name, step in counted.items()}
+        memory = {name: peak_memory(step, device)
+                  for name, step in counted.items()}
+        times = interleaved(steps, args.rounds, device)
+    settings = {key: value for key, value in vars(args).items()
+                if key not in ('out', 'levers', 'compile', 'steps')}
+    result = dict(
+        machine=describe_machine(device), settings=settings,
+        seconds={name: statistics.median(t) for name, t in times.items()},
+        rounds=times, flops=flops, memory_bytes=memory,
+        weight_bytes=bench.weight_bytes,
+        ratios=ratios(times, flops, memory, bench.weight_bytes),
+        quartiles=quartiles(times))
+    print(report(result))
+    if args.out:
+        with open(args.out, 'w') as file:
+            json.dump(result, file, indent=1)
+        print(f'\n{args.out}')
+
+
+def chosen_steps(args, bench, loading):
+    """What is measured, by name.
+
+    Raises:
+        ConfigError: If a name of ``--steps`` is not known.
+    """
+    core = {**bench.parts(), **bench.methods(), 'data loading': Step(
+        lambda: loading.load(args.batch_size))}
+    levers = bench.levers()
+    wanted = [*core] if args.steps is None else [*ALWAYS, *args.steps]
+    for name in wanted:
+        check_choice('--steps', name, {**core, **levers})
+    if args.levers:
+        wanted += levers
+    steps = {name: step for name, step in {**core, **levers}.items()
+             if name in wanted}
+    return {**steps, **bench.compiled()} if args.compile else steps
+
+
+def quartiles(times):
+    """Of the ratios to FitNet, round by round: half of them lie between."""
+    if len(times['FitNet']) < 2:
+        return {}
+    return {f'{name} over FitNet': statistics.quantiles(
+        [a / b for a, b in zip(seconds, times['FitNet'])], n=4)[::2]
+        for name, seconds in times.items()}
+
+
+def ratios(times, flops, memory, weights):
+    """What the project has targets for, and what explains it."""
+    floor = [a + b for a, b in zip(times['teacher'], times['student'])]
+    times = dict(times, floor=floor)
+    result = dict(
+        singer_over_fitnet=paired_ratio(times, 'SiNGER', 'FitNet'),
+        fitnet_over_floor=paired_ratio(times, 'FitNet', 'floor'),
+        flops_singer_over_fitnet=flops['SiNGER'] / flops['FitNet'],
+        flops_fitnet_over_floor=flops['FitNet'] / (
+            flops['teacher'] + flops['student']))
+    for kind in ('tensors', 'process'):
+        ours, theirs = (weights[name] + memory[name][kind]
+                        for name in ('SiNGER', 'FitNet'))
+        if memory['FitNet'][kind]:
+            key = 'memory_singer_over_fitnet'
+            result[key if kind == 'tensors' else f'{key}_{kind}'] = \
+                ours / theirs
+    for name in times:
+        if name not in ('teacher', 'student', 'floor', 'FitNet', 'SiNGER'):
+            result[f'{name}, over SiNGER'] = paired_ratio(
+                times, name, 'SiNGER')
+    return result
+
+
+def report(result):
+    """The table in Markdown.
+
+    "from floor" compares a step's time with its FLOPs at the rate of the
+    teacher's pass, which is nearly all matrix products.
+    """
+    seconds, flops, memory = (result[key] for key in (
+        'seconds', 'flops', 'memory_bytes'))
+    rate = flops['teacher'] / seconds['teacher']
+    machine, settings = result['machine'], result['settings']
+    lines = [
+        '', f'{settings["teacher"]} to {settings["student"]}, batch '
+        f'{settings["batch_size"]}, {settings["size"]} px, '
+        f'{settings["precision"]}; {machine["device"]}, {machine["threads"]} '
+        f'threads {" ".join(machine["instructions"])}, torch '
+        f'{machine["torch"]}; median of {settings["rounds"]} interleaved '
+        f'rounds, {rate / 1e9:.0f} GFLOP/s in the teacher\'s pass', '',
+        '| step | seconds | over FitNet (quartiles) | GFLOP | time over FLOP '
+        'floor | memory, MiB: tensors | process |',
+        '|---|---|---|---|---|---|---|']
+    for name, value in seconds.items():
+        over = f'{paired_ratio(result["rounds"], name, "FitNet"):.3f}'
+        key = f'{name} over FitNet'
+        if key in result['quartiles']:
+            over += ' ({:.3f} to {:.3f})'.format(*result['quartiles'][key])
+        cells = [name, f'{value:.3f}', over]
+        if name in flops:
+            cells += [f'{flops[name] / 1e9:.0f}',
+                      f'{value / (flops[name] / rate):.2f}']
+        else:
+            cells += ['', '']
+        cells += [f'{memory[name][kind] / 2**20:.0f}' if name in memory
+                  else '' for kind in ('tensors', 'process')]
+        lines.append(f'| {" | ".join(cells)} |')
+    weights = result['weight_bytes']['SiNGER'] / 2**20
+    if settings['precision'] == 'bf16' and 'bf16' not in fast_precisions():
+        lines += ['', 'This machine has no bfloat16 instructions: its times '
+                  'in bfloat16 say nothing about others.']
+    lines += ['', f'Memory is what a step needs beside the weights '
+              f'({weights:.0f} MiB).', '']
+    lines += [f'- {name}: {value:.3f}'
+              for name, value in result['ratios'].items()]
+    return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+    with readable_errors():
+        main()
