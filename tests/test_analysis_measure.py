@@ -12,7 +12,7 @@ from mmsinger.analysis.null_directions import null_directions
 from mmsinger.engine.config import load_config
 from mmsinger.errors import ConfigError
 from mmsinger.metrics.jacobian import random_signs
-from mmsinger.metrics.measure import (METRICS, applicable_metrics,
+from mmsinger.analysis.measure import (METRICS, applicable_metrics,
                                       check_metrics, measure)
 from mmsinger.models import (FitNetDistiller, GatedSiNGERDistiller,
                              SiNGERDistiller, ViTKDDistiller)

@@ -28,7 +28,7 @@ import forked
 import tiny
 from mmsinger.datasets import make_digit_scenes
 from mmsinger.errors import ConfigError
-from mmsinger.metrics.measure import METRICS, measure
+from mmsinger.analysis.measure import METRICS, measure
 from mmsinger.models import SiNGERDistiller
 
 

@@ -21,10 +21,10 @@ from mmengine.runner import set_random_seed
 from mmsinger.engine.config import load_config
 from mmsinger.errors import (ConfigError, check_output_file,
                              readable_errors)
-from mmsinger.metrics.loading import ImageBatches, load_distiller, prepare
-from mmsinger.metrics.measure import (METRICS, applicable_metrics,
+from mmsinger.engine.loading import ImageBatches, load_distiller, prepare
+from mmsinger.analysis.measure import (METRICS, applicable_metrics,
                                          check_metrics, measure)
-from mmsinger.metrics.table import format_results
+from mmsinger.analysis.table import format_results
 
 
 def parse_args():

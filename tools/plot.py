@@ -21,7 +21,7 @@ from mmengine.registry import init_default_scope
 
 from mmsinger.engine.config import load_config
 from mmsinger.errors import readable_errors
-from mmsinger.metrics.loading import load_distiller
+from mmsinger.engine.loading import load_distiller
 from mmsinger.figures.curves import (choose_keys, draw_curves,
                                            read_curves, run_names)
 from mmsinger.figures.features import extract_features

@@ -12,7 +12,7 @@ from mmsinger.analysis.null_directions import (intermediate_layers,
                                                null_directions,
                                                nullspace_energies)
 from mmsinger.errors import ConfigError, check_choice
-from mmsinger.metrics.streams import (CosineStream, DeviationStream,
+from mmsinger.analysis.streams import (CosineStream, DeviationStream,
                                       GramStream, InflationStream, Stream)
 from mmsinger.models.distillers import FeatureDistiller, SiNGERDistiller
 from mmsinger.models.features.taps import BlockTaps, find_blocks

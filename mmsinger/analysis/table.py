@@ -1,4 +1,4 @@
-"""Results of :func:`mmsinger.metrics.measure.measure` to read."""
+"""Results of :func:`mmsinger.analysis.measure.measure` to read."""
 from typing import Any, Callable, Dict, Iterable, List
 
 Row = List[str]

@@ -4,7 +4,7 @@ from typing import Dict, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from mmsinger.metrics.measure import student_tokens
+from mmsinger.analysis.measure import student_tokens
 from mmsinger.models import FeatureDistiller, SiNGERDistiller
 from mmsinger.models.features.tokens import Tokens
 

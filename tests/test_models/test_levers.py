@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmsinger.engine.config import compile_blocks_alone
 from mmsinger.errors import ConfigError
-from mmsinger.metrics.loading import load_distiller
+from mmsinger.engine.loading import load_distiller
 from mmsinger.models import FitNetDistiller, SiNGERDistiller
 from mmsinger.models.adapters import linearised_ffn
 from mmsinger.models.distillers.singer import choose_images

@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 
 from mmsinger.errors import ConfigError
-from mmsinger.metrics.loading import load_distiller
+from mmsinger.engine.loading import load_distiller
 from mmsinger.models import (FitNetDistiller, FrozenTeacher, SiNGERDistiller,
                              ViTKDDistiller)
 from mmsinger.models.teachers.frozen import Normalisation

@@ -12,7 +12,7 @@ from test_teacher_memory import FAMILIES, ONE_SIZE, step
 
 import mmsinger.models.teachers.record_files as record_files
 from mmsinger.errors import ConfigError
-from mmsinger.metrics.loading import load_distiller
+from mmsinger.engine.loading import load_distiller
 from mmsinger.models import FrozenTeacher, SiNGERDistiller
 from mmsinger.models.teachers.frozen import Normalisation
 from tiny import vit, write_teacher
