@@ -78,14 +78,14 @@ setup(
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
     packages=find_packages(include=['mmsinger', 'mmsinger.*']),
-    package_data={'mmsinger': ['assets/*']},
+    package_data={'mmsinger': ['assets/*', 'analysis/*.jinja']},
     cmdclass={'build_py': BuildWithMim},
     python_requires='>=3.9',
     # mmengine, mmcv, mmpretrain and mmseg are no requirements: two families
     # of distributions provide these packages (OneDL's and OpenMMLab's) and
     # overwrite each other's files. Choose one with an extra below, or keep
     # the one that is installed. tools/check_env.py tells when they mix.
-    install_requires=['torch>=2.6', 'numpy', 'scipy'],
+    install_requires=['torch>=2.6', 'numpy', 'scipy', 'jinja2'],
     extras_require={
         # maintained; Python 3.10 or newer
         'onedl': [

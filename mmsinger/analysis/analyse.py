@@ -1,4 +1,5 @@
 """The whole analysis of a teacher, from images to verdict."""
+from itertools import zip_longest
 from typing import Any, Dict, List, NamedTuple, Optional
 
 import mmengine
@@ -26,7 +27,7 @@ class Analysis(NamedTuple):
             if it was not asked for.
         verdict (Verdict): The judgement.
         suggestion (Suggestion): What to begin with.
-        snippet (str): The same as a config to paste.
+        snippet (str): The suggestion as a config to paste.
     """
     meta: Dict[str, Any]
     collection: Collection
@@ -40,18 +41,15 @@ class Analysis(NamedTuple):
         """Everything but the pictures, for JSON."""
         verdict = self.verdict._asdict()
         verdict['signs'] = [signs._asdict() for signs in self.verdict.signs]
-        layers = []
-        for index, record in enumerate(self.collection.layers):
-            layers.append(dict(
-                layer=index, **record.numbers(),
-                ffn=self.spectra[index],
-                jacobian=self.jacobian[index] if self.jacobian and
-                index < len(self.jacobian) else None))
         return dict(
             meta=self.meta, verdict=verdict,
-            suggestion=dict(**self.suggestion._asdict(),
-                            config=self.snippet),
-            layers=layers)
+            suggestion=dict(**self.suggestion._asdict(), config=self.snippet),
+            layers=[
+                dict(layer=index, **record.numbers(), ffn=spectrum,
+                     jacobian=jacobian)
+                for index, (record, spectrum, jacobian) in enumerate(
+                    zip_longest(self.collection.layers, self.spectra,
+                                self.jacobian or ()))])
 
 
 def analyse(subject: Subject, folder: ImageFolder, config: str,
@@ -85,23 +83,23 @@ def analyse(subject: Subject, folder: ImageFolder, config: str,
         if value < least:
             raise ConfigError(f'{option} {value}: at least {least} is '
                               'needed.')
+    teacher = subject.teacher
     bar = ProgressBar(len(folder))
     collection = collect(subject, folder, batch_size, num_samples,
                          jacobian_images, bar.update)
     print()
     evidence = [record.evidence() for record in collection.layers]
     verdict = judge(evidence, collection.count)
-    suggestion = suggest(verdict, evidence, subject.teacher.blocks.dim)
-    spectra = ffn_spectra(subject.teacher, [
+    suggestion = suggest(verdict, evidence, teacher.blocks.dim)
+    spectra = ffn_spectra(teacher, [
         record.excess.rows for record in collection.layers])
     jacobian = None
     if jacobian_images:
         bar = ProgressBar(len(collection.layers) - 1)
         jacobian = compare_with_jacobian(
-            subject.teacher, collection.inputs, subject.normalisation,
+            teacher, collection.inputs, subject.normalisation,
             suggestion.rank, jacobian_products, seed, bar.update)
         print()
-    teacher = subject.teacher
     meta = dict(
         config=config, part=subject.source,
         checkpoint=teacher.checkpoint,
