@@ -21,19 +21,19 @@ import forked
 import tiny
 from mmsinger import paths
 from mmsinger.analysis import (Evidence, ImageFolder, analyse, check_size,
-                               far_outliers, judge, load_subject, natural_size,
-                               patch_contrast, ratio_histogram, ratio_spread,
-                               render, snippet, spanned_dimensions,
-                               subspace_overlap, suggest, tail_group,
-                               within_image_rank)
+                               load_subject, natural_size, render)
+from mmsinger.analysis.charts import block_chart, ridge_chart, spectrum_chart
 from mmsinger.analysis.collect import LayerRecord, collect
 from mmsinger.analysis.null_directions import null_directions
 from mmsinger.analysis.nullspace import (compare_with_jacobian, ffn_spectra,
                                          nullspace_dimensions)
 from mmsinger.analysis.report import shown_blocks
-from mmsinger.analysis.separation import excess
+from mmsinger.analysis.separation import (excess, far_outliers, patch_contrast,
+                                          ratio_histogram, ratio_spread,
+                                          spanned_dimensions, subspace_overlap,
+                                          tail_group, within_image_rank)
 from mmsinger.analysis.subject import distilled_layers
-from mmsinger.analysis.verdict import percent
+from mmsinger.analysis.verdict import judge, percent, snippet, suggest
 from mmsinger.datasets import make_digit_scenes
 from mmsinger.engine.config import load_config
 from mmsinger.errors import ConfigError
@@ -543,6 +543,18 @@ def test_the_report_is_one_file(which, request):
     assert len(page.images) == maps + (which == 'planted')  # and positions
     assert page.tags.count('svg') == 4
     assert not re.search('NaN|None|nan', re.sub('base64,[^"]*', '', text))
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('depth', [1, 40])
+def test_charts_of_shallow_and_deep_teachers(depth):
+    values = [None] + [2.] * (depth - 1) + [3.]
+    histogram = ratio_histogram(torch.ones(1, 4))
+    charts = (block_chart({'norm': values[-depth:]}, 'x', depth - 1),
+              ridge_chart([histogram] * depth, [0]),
+              spectrum_chart([[0.]] * depth, [depth - 1]))
+    assert all(chart.startswith('<svg class="chart" ') for chart in charts)
+    assert f'>block {depth - 1}<' in charts[2]
 
 
 def test_names_are_escaped(planted):

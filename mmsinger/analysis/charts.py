@@ -90,15 +90,13 @@ def spectrum_chart(spectra: Sequence[List[float]], chosen: Collection[int]
         Markup: An svg element.
     """
     figure, axis = _axes((5, 3.2), 'directions, most visible first, % of all')
-    others = [block for block in range(len(spectra)) if block not in chosen]
-    styles = {block: dict(color=FAINT, linewidth=0.8,
-                          label='' if number else 'other blocks')
-              for number, block in enumerate(others)}
-    styles.update({block: dict(line_style(number), marker='', linewidth=1.6,
-                               label=f'block {block}')
-                   for number, block in enumerate(sorted(chosen))})
-    for block, style in styles.items():
-        values = np.array(spectra[block])
+    numbers = {block: number for number, block in enumerate(sorted(chosen))}
+    for block, spectrum in enumerate(spectra):
+        style = dict(color=FAINT, linewidth=0.8, zorder=1)
+        if block in numbers:
+            style = dict(line_style(numbers[block]), marker='', linewidth=1.6,
+                         label=f'block {block}')
+        values = np.array(spectrum)
         axis.plot(np.linspace(0, 100, len(values)),
                   values.clip(max(values[0] * 1e-6, 1e-12)), **style)
     axis.set_yscale('log')

@@ -1,7 +1,6 @@
 """One pass over the images: what is known of every block afterwards."""
 from itertools import islice
-from typing import (Any, Callable, Dict, Iterable, List, NamedTuple, Optional,
-                    Tuple)
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -40,24 +39,22 @@ class SampleImage(NamedTuple):
 class LayerRecord:
     """What one block's patch tokens were like, in constant memory.
 
-    Args:
-        seed (int): Of the samples. Defaults to 0.
-
     Attributes:
-        moments (dict[str, Moments]): Of one value an image each.
+        moments (dict[str, Moments]): By name, each of one value an image.
         histogram (Tensor): Counts of log2(norm / median), (NUM_BINS, ).
         positions (Tensor): How many images had a far outlier at each patch,
             shape (h, w).
-        excess (Sample): Of far outliers, rows (n, D).
-        far_shares (Sample): Of far outliers in an image, rows (n, 1).
+        excess (Sample): What far outliers have beyond the other tokens of
+            their image, rows (n, D).
+        far_shares (Sample): Share of far outliers in an image, rows (n, 1).
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self) -> None:
         self.moments: Dict[str, Moments] = {}
         self.histogram = torch.zeros(NUM_BINS, dtype=torch.float64)
         self.positions = torch.zeros((), dtype=torch.int64)
-        self.excess = Sample(512, seed)
-        self.far_shares = Sample(seed=seed)
+        self.excess = Sample(512)
+        self.far_shares = Sample()
         self._before = self._stayed = 0
 
     def add(self, layer: int, tokens: Tokens, ranks: Tensor,
@@ -67,7 +64,8 @@ class LayerRecord:
         Args:
             layer (int): Which block it is, for messages.
             tokens (Tokens): Its output, values of shape (B, N, D).
-            ranks (Tensor): Of each patch's contrast within its image, (B, P).
+            ranks (Tensor): Rank of each patch's contrast within its image,
+                (B, P).
             previous (Tensor | None): The far outliers after the block before,
                 shape (B, P), bool.
 
@@ -137,24 +135,19 @@ class LayerRecord:
             dimensions=0 if rows is None else spanned_dimensions(rows))
 
     def numbers(self) -> Dict[str, Any]:
-        """Everything for JSON."""
-        seen = self.evidence()
+        """What was measured, for JSON, with :meth:`evidence` left out."""
         return dict(
             norms={name: moments.summary() if moments.count else None
                    for name, moments in self.moments.items()},
             histogram=self.histogram.long().tolist(),
-            group=seen.group and seen.group._asdict(),
-            positions=self.positions.tolist(),
-            stayed=self.stayed,
-            busiest=seen.busiest,
-            dimensions=seen.dimensions or None)
+            positions=self.positions.tolist(), stayed=self.stayed)
 
 
 class Collection(NamedTuple):
     """What one pass found.
 
     Attributes:
-        layers (list[LayerRecord]): Of every block.
+        layers (list[LayerRecord]): For each block.
         samples (list[SampleImage]): The first images, to show.
         inputs (list[Tensor]): Some images as they were fed, (1, 3, H, W).
         count (int): Images seen.
@@ -169,8 +162,7 @@ class Collection(NamedTuple):
 
 @torch.no_grad()
 def collect(subject: Subject, images: Iterable[Tuple[str, Tensor]],
-            batch_size: int = 8, num_samples: int = 4, num_inputs: int = 0,
-            progress: Callable[[int], Any] = lambda count: None
+            batch_size: int = 8, num_samples: int = 4, num_inputs: int = 0
             ) -> Collection:
     """Run the teacher over images, once, in constant memory.
 
@@ -181,7 +173,6 @@ def collect(subject: Subject, images: Iterable[Tuple[str, Tensor]],
         batch_size (int): Images at a time. Defaults to 8.
         num_samples (int): Images to keep for showing. Defaults to 4.
         num_inputs (int): Images to keep as they were fed. Defaults to 0.
-        progress (Callable): Called with the number of images just seen.
 
     Returns:
         Collection: All that was found.
@@ -215,7 +206,6 @@ def collect(subject: Subject, images: Iterable[Tuple[str, Tensor]],
         inputs += [image[None] for image in
                    fed[:max(0, num_inputs - len(inputs))]]
         count += len(names)
-        progress(len(names))
     if not count:
         raise ConfigError('There are no images to look at.')
     return Collection(records, samples, inputs, count, grid)

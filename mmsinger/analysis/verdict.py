@@ -2,10 +2,9 @@
 import os
 from typing import List, NamedTuple, Optional, Sequence
 
-from mmsinger.analysis.separation import TailGroup
+from mmsinger.analysis.separation import MIN_SHARE, TailGroup
 
 # The criteria; docs/analysis.md gives the reasons.
-MIN_SHARE = 0.001    # of all tokens
 MIN_IMAGES = 0.1     # share of the images that have some
 MIN_DEPTH = 0.5      # of the valley below a separate group
 MIN_GROWTH = 1.5     # of max / median over one block
@@ -19,14 +18,16 @@ class Evidence(NamedTuple):
     """What was seen in the norms of one block's patch tokens.
 
     Attributes:
-        far_share (float): Of all tokens, see
-            :func:`mmsinger.analysis.far_outliers`.
+        far_share (float): Share of all tokens that are far, see
+            :func:`mmsinger.analysis.separation.far_outliers`.
         far_images (float): Share of the images that have such tokens.
-        max_over_median (float): Mean over the images.
-        group (TailGroup | None): See :func:`mmsinger.analysis.tail_group`.
+        max_over_median (float): Largest norm of an image over its median,
+            mean over the images.
+        group (TailGroup | None): The separate group, if there is one.
         busiest (float): Share of far tokens in an image, 95th percentile
             over the images.
-        dimensions (int): That the far tokens' excess spans; 0 without any.
+        dimensions (int): Directions that hold 90 % of what far tokens have
+            beyond the others; 0 without any.
     """
     far_share: float
     far_images: float
@@ -50,7 +51,7 @@ class Verdict(NamedTuple):
         status (str): ``'artifacts'``, ``'unclear'`` or ``'clean'``.
         onset (int | None): The first block with artifacts.
         affected (list[int]): That block and the later ones that show them.
-        signs (list[Signs]): Of every block.
+        signs (list[Signs]): For each block.
         headline (str): The verdict in one sentence.
         reasons (list[str]): The evidence in plain words.
     """
@@ -67,8 +68,8 @@ class Suggestion(NamedTuple):
 
     Attributes:
         layers (list[int]): Teacher blocks to distil.
-        rank (int): Of the adapters.
-        quantile (float): Of the outlier loss.
+        rank (int): Rank of the adapters.
+        quantile (float): Quantile of the outlier loss.
     """
     layers: List[int]
     rank: int
@@ -84,7 +85,7 @@ def judge(evidence: Sequence[Evidence], num_images: int) -> Verdict:
     stream, need one of the first two.
 
     Args:
-        evidence (Sequence[Evidence]): Of all blocks, in order.
+        evidence (Sequence[Evidence]): For each block, in order.
         num_images (int): How many images were seen.
 
     Returns:
@@ -200,18 +201,16 @@ def suggest(verdict: Verdict, evidence: Sequence[Evidence], dim: int
 
     - ``layers``: the block at three quarters of the depth (the paper's 17 of
       24), or the first one with artifacts if that comes later, and the last.
-    - ``rank``: the smallest of 16, 32, 64 that is no less than the number of
-      directions which hold 90 % of the artifacts' energy in these blocks: an
-      adapter cannot remove what spans more.
+    - ``rank``: the smallest of 16, 32, 64 that holds 90 % of the artifacts'
+      energy in these blocks.
     - ``quantile``: the largest of 0.99, 0.97, 0.95, 0.9 that leaves room for
-      the artifacts of 95 % of the images: with more of them than that, the
-      quantile itself would be the norm of an artifact.
+      the artifacts of 95 % of the images.
 
     Without artifacts the paper's rank 16 and quantile 0.95.
 
     Args:
         verdict (Verdict): From :func:`judge`.
-        evidence (Sequence[Evidence]): Of all blocks.
+        evidence (Sequence[Evidence]): For each block, in order.
         dim (int): Channels of the tokens.
 
     Returns:
