@@ -557,6 +557,14 @@ def test_charts_of_shallow_and_deep_teachers(depth):
     assert f'>block {depth - 1}<' in charts[2]
 
 
+def test_the_report_of_an_unclear_teacher_without_pictures(clean):
+    verdict = judge([Evidence(0.004, 0.5, 4.)] * 6, 64)
+    text = render(clean._replace(
+        verdict=verdict, collection=clean.collection._replace(samples=[])))
+    assert verdict.headline in text and 'try SiNGER all the same' in text
+    assert not Page(text).images
+
+
 def test_names_are_escaped(planted):
     evil = '<img src=x onerror=alert(1)>.png'
     sample = planted.collection.samples[0]._replace(name=evil)

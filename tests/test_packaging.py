@@ -101,7 +101,7 @@ def test_all_modules_and_assets_are_in_the_wheel(source, site):
     package = source / 'mmsinger'
     wanted = {
         f for f in files_below(package)
-        if f.endswith('.py') or f.startswith('assets')
+        if f.endswith(('.py', '.jinja')) or f.startswith('assets')
     }
     missing = wanted - files_below(f'{site}/mmsinger')
     assert not missing, 'a folder without __init__.py?'
