@@ -1,75 +1,58 @@
 """What is installed, and how to mend it where mmsinger cannot run.
 
-``tools/check_env.py`` runs this file by its path. It imports the standard
-library only, so that it works where torch or OpenMMLab's packages are missing
-or broken. :func:`check` looks at nothing but the facts it is given.
+``tools/check_env.py`` runs this file by its path. Beside the standard library
+it needs packaging alone, which comes with pip, so that it works where torch or
+OpenMMLab's packages are missing or broken. What to install is read from
+mmsinger's own metadata, the extras of setup.py.
 """
 import argparse
 import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import platform
-import re
 import sys
+import types
 import warnings
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Set, Tuple
+
+try:
+    from packaging.requirements import Requirement
+    from packaging.version import InvalidVersion, Version
+except ImportError:
+    from pip._vendor.packaging.requirements import Requirement
+    from pip._vendor.packaging.version import InvalidVersion, Version
 
 ONEDL = 'OneDL'
 OPENMMLAB = 'OpenMMLab'
+EXTRAS = {ONEDL: ('onedl', 'det'), OPENMMLAB: ('openmmlab', )}  # of mmsinger
 
-# Import package -> the distributions that provide it, the first of each
-# family being what `pip install` should be asked for. All distributions of
-# one row write the same folder.
+# Import package -> the distributions that provide it: OneDL's, then the one
+# of OpenMMLab to ask pip for, then others. All of a row write one folder.
 PROVIDERS = {
-    'mmengine': {
-        ONEDL: ('onedl-mmengine', ),
-        OPENMMLAB: ('mmengine', 'mmengine-lite')
-    },
-    'mmcv': {
-        ONEDL: ('onedl-mmcv', ),
-        OPENMMLAB: ('mmcv', 'mmcv-lite', 'mmcv-full')
-    },
-    'mmpretrain': {
-        ONEDL: ('onedl-mmpretrain', ),
-        OPENMMLAB: ('mmpretrain', )
-    },
-    'mmseg': {
-        ONEDL: ('onedl-mmsegmentation', ),
-        OPENMMLAB: ('mmsegmentation', )
-    },
-    'mmdet': {
-        ONEDL: ('onedl-mmdetection', ),
-        OPENMMLAB: ('mmdet', )
-    },
+    'mmengine': ('onedl-mmengine', 'mmengine', 'mmengine-lite'),
+    'mmcv': ('onedl-mmcv', 'mmcv', 'mmcv-lite', 'mmcv-full'),
+    'mmpretrain': ('onedl-mmpretrain', 'mmpretrain'),
+    'mmseg': ('onedl-mmsegmentation', 'mmsegmentation'),
+    'mmdet': ('onedl-mmdetection', 'mmdet'),
 }
 
-# As in the extras of setup.py, and the original mmdet.
-REQUIREMENTS = {
-    'onedl-mmengine': 'onedl-mmengine>=0.10.12',
-    'onedl-mmcv': 'onedl-mmcv>=2.3.6',
-    'onedl-mmpretrain': 'onedl-mmpretrain>=1.3.6',
-    'onedl-mmsegmentation': 'onedl-mmsegmentation>=1.4.2',
-    'onedl-mmdetection': 'onedl-mmdetection>=3.5.1',
-    'mmengine': 'mmengine==0.10.7',
-    'mmcv': 'mmcv>=2.0,<2.2',
-    'mmpretrain': 'mmpretrain==1.2.0',
-    'mmsegmentation': 'mmsegmentation==1.2.2',
-    'mmdet': 'mmdet==3.3.0',
+# Who runs with which versions; strict ones first. Of mmsinger's extras, which
+# ask for what is tested, these are the limits. Others assert theirs in code.
+RUNS_WITH = {
+    'mmsinger': ('mmengine>=0.10', 'mmcv>=2.0', 'mmpretrain>=1.0',
+                 'mmseg>=1.0', 'mmdet>=3.0'),
+    'mmsegmentation': ('mmcv<2.2', ),
+    'mmdet': ('mmcv<2.2', ),
+    'mmpretrain': ('mmcv<2.4', ),
+    'onedl-mmpretrain': ('mmcv<2.4', ),
+    'mmengine': ('numpy<2', 'setuptools<82'),  # pkg_resources
+    'mmengine-lite': ('numpy<2', 'setuptools<82'),
 }
-
-# Oldest release that has what mmsinger uses.
-OLDEST = {
-    'mmengine': (0, 10),
-    'mmcv': (2, 0),
-    'mmpretrain': (1, 0),
-    'mmseg': (1, 0),
-    'mmdet': (3, 0),
-}
-
-TORCH = 'torch==2.13.0 torchvision==0.28.0'
+TORCH = ('torch==2.13.0', 'torchvision==0.28.0')
 OTHERS = ('torch', 'torchvision', 'numpy', 'timm', 'setuptools', 'mmsinger')
 
 
@@ -81,40 +64,37 @@ class Facts:
         distributions (dict): Name of an installed distribution -> version.
         python (str): Python's version.
         import_errors (dict): Import package -> why its import failed.
-        cuda (str, optional): The CUDA version that torch was built for.
-        devices (tuple): Names of the GPUs that torch sees.
+        torch_build (str): The CUDA version that torch was built for, and the
+            GPUs that it sees.
         torchvision_operators (bool, optional): Whether torchvision's compiled
             operators load; None if that was not looked at.
-        mmcv_operators (bool, optional): The same for ``mmcv._ext``.
+        mmcv_operators (bool, optional): Whether ``mmcv._ext`` is there; None
+            if that was not looked at.
     """
     distributions: Dict[str, str]
     python: str = '3.11.0'
     import_errors: Dict[str, str] = dataclasses.field(default_factory=dict)
-    cuda: Optional[str] = None
-    devices: Tuple[str, ...] = ()
+    torch_build: str = ''
     torchvision_operators: Optional[bool] = None
     mmcv_operators: Optional[bool] = None
 
     def providers(self, package: str) -> List[str]:
         """The installed distributions that provide an import package."""
-        return [
-            name for names in PROVIDERS[package].values() for name in names
-            if name in self.distributions
-        ]
+        return [name for name in PROVIDERS.get(package, (package, ))
+                if name in self.distributions]
 
-    def families(self) -> List[str]:
+    def families(self) -> Set[str]:
         """The families of which at least one distribution is installed."""
-        return [
-            family for family in (ONEDL, OPENMMLAB)
-            if any(name in self.distributions for row in PROVIDERS.values()
-                   for name in row[family])
-        ]
+        return {family_of(name) for package in PROVIDERS
+                for name in self.providers(package)}
 
-    def release(self, distribution: str) -> Optional[Tuple[int, ...]]:
-        """The release numbers of a distribution, None if not installed."""
-        if distribution not in self.distributions:
-            return None
-        return release(self.distributions[distribution])
+    def has(self, requirement: str) -> bool:
+        """Whether a distribution in this range is installed, for instance
+        ``'torch>=2.6'``."""
+        wanted = Requirement(requirement)
+        found = self.distributions.get(wanted.name)
+        return found is not None and wanted.specifier.contains(
+            release(found).base_version)
 
 
 @dataclasses.dataclass
@@ -131,10 +111,57 @@ class Finding:
     error: bool = True
 
 
-def release(version: str) -> Tuple[int, ...]:
-    """``'2.13.0+cpu'`` -> ``(2, 13, 0)``."""
-    numbers = re.match(r'\d+(?:\.\d+)*', version)
-    return tuple(map(int, numbers.group().split('.'))) if numbers else ()
+def release(version: str) -> Version:
+    """A version to compare; 0 for what is none."""
+    try:
+        return Version(version)
+    except InvalidVersion:
+        return Version('0')
+
+
+def family_of(distribution: str) -> str:
+    """The family of a distribution in ``PROVIDERS``."""
+    return ONEDL if distribution.startswith('onedl-') else OPENMMLAB
+
+
+def wanted(name: str, family: str) -> str:
+    """What to ask pip for.
+
+    Args:
+        name (str): An import package of ``PROVIDERS``, or a distribution.
+        family (str): Whose.
+
+    Returns:
+        str: The requirement in mmsinger's metadata; without a version where
+        it has none, or mmsinger is not installed.
+    """
+    if name in PROVIDERS:
+        name = next(n for n in PROVIDERS[name] if family_of(n) == family)
+    try:
+        asked = map(Requirement, importlib.metadata.requires('mmsinger'))
+    except (importlib.metadata.PackageNotFoundError, TypeError):
+        return name
+    for requirement in asked:
+        if requirement.name == name and requirement.marker and any(
+                requirement.marker.evaluate({'extra': extra})
+                for extra in EXTRAS[family]):
+            return name + ','.join(sorted(  # the lower bound first
+                map(str, requirement.specifier), reverse=True))
+    return name
+
+
+def install(*requirements: str) -> str:
+    """The command that installs the requirements, quoted for a shell.
+
+    OpenMMLab's mmcv is source that newer setuptools do not build, and that
+    has to see torch for its operators.
+    """
+    words = ' '.join(f'"{r}"' if set(r) & set('<>*') else r
+                     for r in requirements)
+    if any(Requirement(r).name == 'mmcv' for r in requirements):
+        return (install('setuptools<82', 'wheel', 'ninja')
+                + f' && pip install --no-build-isolation {words}')
+    return f'pip install {words}'
 
 
 def check(facts: Facts, det: bool = False) -> List[Finding]:
@@ -148,219 +175,157 @@ def check(facts: Facts, det: bool = False) -> List[Finding]:
     Returns:
         list[Finding]: Errors and notes, the first to be mended first.
     """
-    families = list(_check_families(facts))
-    findings = [
-        *_check_python(facts),
-        *_check_torch(facts),
-        *families,
-        *_check_missing(facts, det),
-    ]
-    if not families:  # otherwise they are going to be replaced
-        findings += _check_versions(facts)
-        findings += _check_mmcv_operators(facts, det)
-    findings += _check_torchvision_operators(facts)
+    family = OPENMMLAB if facts.families() == {OPENMMLAB} else ONEDL
+    mixed = list(_mixed_families(facts, family))
+    findings = [*_python_and_torch(facts), *mixed,
+                *_missing(facts, family, det)]
+    if not mixed:  # otherwise they are going to be replaced
+        findings += [*_versions(facts, family),
+                     *_mmcv_operators(facts, family, det)]
+    findings += _torchvision_operators(facts)
     if not any(finding.error for finding in findings):
         # Otherwise most likely a consequence of the errors above.
-        findings += _check_imports(facts)
+        findings += [
+            Finding(f'{package} ({name} {facts.distributions[name]}) cannot '
+                    f'be imported: {error}',
+                    ('pip install --force-reinstall --no-deps '
+                     f'{name}=={facts.distributions[name]}', ))
+            for package, error in facts.import_errors.items()
+            for name in facts.providers(package)]
     return findings
 
 
-def install(*requirements: str) -> str:
-    """The command that installs the requirements, quoted for a shell.
-
-    OpenMMLab's mmcv is source that newer setuptools do not build, and that
-    has to see torch for its operators.
-    """
-    words = ' '.join(
-        f'"{r}"' if re.search('[<>*]', r) else r for r in requirements)
-    if any(r.startswith('mmcv>') for r in requirements):
-        return (install('setuptools<82', 'wheel', 'ninja')
-                + f' && pip install --no-build-isolation {words}')
-    return f'pip install {words}'
-
-
-def _check_python(facts):
-    if release(facts.python) < (3, 9):
+def _python_and_torch(facts: Facts) -> Iterator[Finding]:
+    if release(facts.python) < Version('3.9'):
         yield Finding(
             f'Python {facts.python} is too old: mmsinger needs 3.9 or newer, '
-            'the OneDL packages 3.10.',
-            ('make install PYTHON=python3.11', ))
-
-
-def _check_torch(facts):
-    torch = facts.release('torch')
-    if torch is None:
-        yield Finding('torch is not installed.', (install(TORCH), ))
-        return
-    if 'torch' in facts.import_errors:
+            'the OneDL packages 3.10.', ('make install PYTHON=python3.11', ))
+    version = facts.distributions.get('torch')
+    if version is None:
+        yield Finding('torch is not installed.', (install(*TORCH), ))
+    elif 'torch' in facts.import_errors:
         yield Finding(
-            f'torch {facts.distributions["torch"]} cannot be imported: '
+            f'torch {version} cannot be imported: '
             f'{facts.import_errors["torch"]}',
-            (f'pip install --force-reinstall {TORCH}', ))
-    elif torch < (2, 6):
-        yield Finding(
-            f'torch {facts.distributions["torch"]} is too old: mmsinger needs '
-            '2.6 or newer.', (install(TORCH), ))
-        return
-    if 'torchvision' not in facts.distributions:
+            (f'pip install --force-reinstall {" ".join(TORCH)}', ))
+    elif not facts.has('torch>=2.6'):
+        yield Finding(f'torch {version} is too old: mmsinger needs 2.6 or '
+                      'newer.', (install(*TORCH), ))
+    elif not facts.has('torchvision'):
         yield Finding('torchvision is not installed: mmpretrain and mmseg '
-                      'import it.', (install(_torchvision_for(torch)), ))
+                      'import it.', (install(_torchvision_for(version)), ))
 
 
-def _torchvision_for(torch: Tuple[int, ...]) -> str:
+def _torchvision_for(torch: str) -> str:
     # torchvision 0.15 came with torch 2.0, and they have kept step since.
-    if len(torch) < 2 or torch[0] != 2:
-        return 'torchvision'
-    return f'torchvision==0.{torch[1] + 15}.*'
+    version = release(torch)
+    return f'torchvision==0.{version.minor + 15}.*' if version.major == 2 \
+        else 'torchvision'
 
 
-def _check_families(facts):
-    families = facts.families()
-    doubled = [p for p in PROVIDERS if len(facts.providers(p)) > 1]
-    if not doubled and len(families) < 2:
-        return
-    keep = OPENMMLAB if families == [OPENMMLAB] else ONEDL
-    replace = doubled + [
-        p for p, row in PROVIDERS.items() if p not in doubled
-        and not set(facts.providers(p)) <= set(row[keep])
-    ]
+def _mixed_families(facts: Facts, keep: str) -> Iterator[Finding]:
+    found = {p: facts.providers(p) for p in PROVIDERS if facts.providers(p)}
+    doubled = [p for p in found if len(found[p]) > 1]
+    replace = doubled + [p for p in found if p not in doubled
+                         and family_of(found[p][0]) != keep]
     if doubled:
-        what = '; '.join(f'{p} comes from {" and ".join(facts.providers(p))}'
+        what = '; '.join(f'{p} comes from {" and ".join(found[p])}'
                          for p in doubled)
         what = (f'Two distributions of one package are installed: {what}. '
                 'They write the same folder: its files are a mixture, and '
                 'removing one leaves the other incomplete. Remove both, then '
                 'install one')
-    else:
-        names = ', '.join(facts.providers(p)[0] for p in PROVIDERS
-                          if facts.providers(p))
+    elif replace:
+        names = ', '.join(names[0] for names in found.values())
         what = (f'{names}: packages of {ONEDL} and of {OPENMMLAB} are mixed, '
                 'which neither supports. Take all from one')
-    remove = [name for p in replace for name in facts.providers(p)]
-    yield Finding(
-        f'{what} (here: {keep}).',
-        ('pip uninstall -y ' + ' '.join(remove),
-         install(*(REQUIREMENTS[PROVIDERS[p][keep][0]] for p in replace))))
+    else:
+        return
+    yield Finding(f'{what} (here: {keep}).', (
+        'pip uninstall -y ' + ' '.join(sum((found[p] for p in replace), [])),
+        install(*(wanted(p, keep) for p in replace))))
 
 
-def _check_missing(facts, det):
-    family = OPENMMLAB if facts.families() == [OPENMMLAB] else ONEDL
-    needed = ['mmengine', 'mmcv', 'mmpretrain'] + ['mmdet'] * det
-    missing = [p for p in needed if not facts.providers(p)]
+def _missing(facts: Facts, family: str, det: bool) -> Iterator[Finding]:
+    missing = [p for p in ('mmengine', 'mmcv', 'mmpretrain', *['mmdet'] * det)
+               if not facts.providers(p)]
     if missing:
-        yield Finding(
-            f'{", ".join(missing)}: not installed.',
-            (install(*(REQUIREMENTS[PROVIDERS[p][family][0]]
-                       for p in missing)), ))
+        yield Finding(f'{", ".join(missing)}: not installed.',
+                      (install(*(wanted(p, family) for p in missing)), ))
     if not facts.providers('mmseg'):
         yield Finding(
             'mmseg is not installed: segmentation and depth recipes will not '
             'run, classification will.',
-            (install(REQUIREMENTS[PROVIDERS['mmseg'][family][0]]), ),
-            error=False)
-    if 'numpy' not in facts.distributions:
-        wanted = 'numpy<2' if family == OPENMMLAB else 'numpy'
-        yield Finding('numpy is not installed.', (install(wanted), ))
+            (install(wanted('mmseg', family)), ), error=False)
+    for name in ('numpy', *['setuptools'] * (family == OPENMMLAB)):
+        if not facts.has(name):
+            yield Finding(f'{name} is not installed'
+                          + ('.' if name == 'numpy' else
+                             ': mmengine imports its pkg_resources.'),
+                          (install(wanted(name, family)), ))
     if 'mmsinger' in facts.import_errors:
         yield Finding(
             f'mmsinger cannot be imported: {facts.import_errors["mmsinger"]}',
             ('pip install --no-deps -e .   # in the checkout', ))
 
 
-def _check_versions(facts):
-    for package, oldest in OLDEST.items():
+def _versions(facts: Facts, family: str) -> Iterator[Finding]:
+    told = set()
+    for user, text in [(u, t) for u, texts in RUNS_WITH.items()
+                       for t in texts if u == 'mmsinger' or facts.has(u)]:
+        package, limit = Requirement(text).name, str(Requirement(text).specifier)
         for name in facts.providers(package):
-            if facts.release(name) >= oldest:
+            if name in told or facts.has(name + limit):
                 continue
-            fix = [install(REQUIREMENTS[name])] if name in REQUIREMENTS else [
-                f'pip uninstall -y {name}',
-                install(REQUIREMENTS[PROVIDERS[package][OPENMMLAB][0]])
-            ]
+            told.add(name)
+            asked = wanted(package, family)
+            if family == ONEDL and limit[0] == '<':
+                asked = f'{name}>=2.0,{limit}'
+            remove = [f'pip uninstall -y {name}'] * (
+                Requirement(asked).name != name)
             yield Finding(
-                f'{name} {facts.distributions[name]} is too old: mmsinger '
-                f'needs {package} {_dotted(oldest)} or newer.', tuple(fix))
-    yield from _check_newest_mmcv(facts)
-    if facts.families() == [OPENMMLAB]:
-        yield from _check_what_openmmlab_needs(facts)
+                f'{name} {facts.distributions[name]} is too '
+                f'{"old" if limit[0] == ">" else "new"}: {user} needs '
+                f'{text}.', (*remove, install(asked)))
 
 
-def _check_newest_mmcv(facts):
-    # The upper bounds that these packages assert when they are imported.
-    strict = [
-        n for n in ('mmsegmentation', 'mmdet') if n in facts.distributions
-    ]
-    limit = _dotted((2, 2) if strict else (2, 4))
-    users = ' and '.join(strict or facts.providers('mmpretrain'))
-    for name in facts.providers('mmcv'):
-        if users and facts.release(name) >= release(limit):
-            yield Finding(
-                f'{name} {facts.distributions[name]} is too new: {users} '
-                f'takes versions below {limit} only.',
-                (install(f'{name}>=2.0,<{limit}'), ))
-
-
-def _check_what_openmmlab_needs(facts):
-    numpy = facts.release('numpy')
-    if numpy and numpy >= (2, ):
-        yield Finding(
-            f'numpy {facts.distributions["numpy"]} is too new for '
-            f"{OPENMMLAB}'s packages, which were made for numpy 1 (those of "
-            f'{ONEDL} take numpy 2).', (install('numpy<2'), ))
-    setuptools = facts.release('setuptools')
-    if setuptools is None or setuptools >= (82, ):
-        got = facts.distributions.get('setuptools', 'not installed')
-        yield Finding(
-            'mmengine imports pkg_resources, which setuptools holds up to '
-            f'version 81 (here: {got}).', (install('setuptools<82'), ))
-
-
-def _dotted(numbers: Tuple[int, ...]) -> str:
-    return '.'.join(map(str, numbers))
-
-
-def _check_mmcv_operators(facts, det):
-    if facts.mmcv_operators is not False:
+def _mmcv_operators(facts: Facts, family: str, det: bool
+                    ) -> Iterator[Finding]:
+    users = [name for name in ('onedl-mmdetection', 'mmdet', 'mmsegmentation')
+             if facts.has(name)] or ['mmdet'] * det
+    if facts.mmcv_operators is not False or not users:
         return
-    users = [
-        name for name in ('onedl-mmdetection', 'mmdet', 'mmsegmentation')
-        if name in facts.distributions
-    ] or ['mmdet'] * det
-    if not users:
-        return
-    lite = [n for n in facts.providers('mmcv') if n == 'mmcv-lite']
-    name = 'onedl-mmcv' if 'onedl-mmcv' in facts.distributions else 'mmcv'
+    asked = wanted('mmcv', family)
     yield Finding(
         'mmcv has no compiled operators (mmcv._ext), which '
         f'{" and ".join(users)} needs: pip built it without seeing torch. '
         'Compiling takes 5 to 15 minutes.',
-        (*[f'pip uninstall -y {n}' for n in lite],
-         install('setuptools<82' if name == 'mmcv' else 'setuptools', 'wheel',
+        (*['pip uninstall -y mmcv-lite'] * facts.has('mmcv-lite'),
+         install('setuptools' if family == ONEDL else 'setuptools<82', 'wheel',
                  'ninja'),
          # pip keeps the build without operators under the same key as one
          # with them: --no-cache-dir and --no-binary stop it from taking it.
          'pip install --no-build-isolation --no-cache-dir --force-reinstall '
-         f'--no-deps --no-binary {name} "{REQUIREMENTS[name]}"'))
+         f'--no-deps --no-binary {Requirement(asked).name} "{asked}"'))
 
 
-def _check_torchvision_operators(facts):
-    if facts.torchvision_operators is not False or \
-            'torch' not in facts.distributions:
+def _torchvision_operators(facts: Facts) -> Iterator[Finding]:
+    if facts.torchvision_operators is not False or not facts.has('torch'):
         return
-    torch, torchvision = (
-        facts.distributions[n] for n in ('torch', 'torchvision'))
-    wanted = _torchvision_for(release(torch))
-    kept_step = f'torchvision=={_dotted(release(torchvision)[:2])}.*' == wanted
-    if kept_step:
+    torch, torchvision = (facts.distributions[n]
+                          for n in ('torch', 'torchvision'))
+    fitting = _torchvision_for(torch)
+    if facts.has(fitting):
         why = 'it was compiled for another build of torch (CUDA or CPU)'
         fix = ('pip install --force-reinstall '
-               f'torch=={_dotted(release(torch))} '
-               f'torchvision=={_dotted(release(torchvision))} '
+               f'torch=={release(torch).base_version} '
+               f'torchvision=={release(torchvision).base_version} '
                '--index-url URL   # the URL that '
                'https://pytorch.org/get-started/locally names for your '
                'platform, CPU or CUDA')
     else:
-        why = f'it does not belong to this torch, {wanted} does'
-        fix = install(wanted)
+        why = f'it does not belong to this torch, {fitting} does'
+        fix = install(fitting)
     yield Finding(
         f'torchvision {torchvision} beside torch {torch} has no compiled '
         f'operators: {why}. mmsinger declares what its import looks for, so '
@@ -370,76 +335,59 @@ def _check_torchvision_operators(facts):
         error=False)
 
 
-def _check_imports(facts):
-    for package, error in facts.import_errors.items():
-        names = facts.providers(package) if package in PROVIDERS else [package]
-        for name in names:
-            yield Finding(
-                f'{package} ({name} {facts.distributions.get(name, "")}) '
-                f'cannot be imported: {error}',
-                ('pip install --force-reinstall --no-deps '
-                 f'{name}=={facts.distributions.get(name, "")}', ))
-
-
 def collect() -> Facts:
     """Look at this interpreter: metadata, then one import after the other."""
-    facts = Facts(_installed(), python=platform.python_version())
-    if not _imports('torch', facts):
+    facts = Facts(installed(), python=platform.python_version())
+    torch = _imports('torch', facts)
+    if torch is None:
         if 'torch' in facts.import_errors:
             facts.distributions.setdefault('torch', 'unknown')
         return facts
-    import torch
     facts.distributions.setdefault('torch', torch.__version__)
-    facts.cuda = torch.version.cuda
+    facts.torch_build = f'CUDA {torch.version.cuda}' if torch.version.cuda \
+        else 'CPU only'
     if torch.cuda.is_available():
-        facts.devices = tuple(
-            torch.cuda.get_device_name(i)
-            for i in range(torch.cuda.device_count()))
+        facts.torch_build += (f', {torch.cuda.device_count()} x '
+                              f'{torch.cuda.get_device_name(0)}')
     if importlib.util.find_spec('mmsinger') is None:
         facts.import_errors['mmsinger'] = 'it is not installed'
         sys.path.append(
             os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     from mmsinger import compat
-    if 'torchvision' in facts.distributions:
+    if facts.has('torchvision'):
         facts.torchvision_operators = compat.torchvision_operators_present()
-    for package in ('torchvision', *PROVIDERS):
-        if package == 'torchvision' or facts.providers(package):
-            _imports(package, facts)
-    facts.mmcv_operators = _mmcv_operators()
+    for package in filter(facts.providers, ('torchvision', *PROVIDERS)):
+        _imports(package, facts)
+    facts.mmcv_operators = _has_mmcv_operators()
     return facts
 
 
-def _installed() -> Dict[str, str]:
-    names = [n for row in PROVIDERS.values() for f in row.values() for n in f]
-    found = {}
-    for name in (*names, *OTHERS):
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        if version:  # None where pip was interrupted
-            found[name] = version
-    return found
+def installed() -> Dict[str, str]:
+    """Versions of the installed distributions that matter here."""
+    found = {d.metadata['Name']: d.version
+             for d in importlib.metadata.distributions()}
+    names = (*itertools.chain(*PROVIDERS.values()), *OTHERS)
+    # No version where pip was interrupted
+    return {name: found[name] for name in names if found.get(name)}
 
 
-def _imports(package: str, facts: Facts) -> bool:
+def _imports(package: str, facts: Facts) -> Optional[types.ModuleType]:
     """Import a package; note the error if it is installed but broken."""
-    if importlib.util.find_spec(package) is None:
-        if package in facts.distributions or package in PROVIDERS:
-            facts.import_errors[package] = 'its files are missing'
-        return False
     try:
+        if importlib.util.find_spec(package) is None:
+            if facts.providers(package):
+                facts.import_errors[package] = 'its files are missing'
+            return None
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            importlib.import_module(package)
+            return importlib.import_module(package)
     except Exception as error:  # whatever it is, it is what we look for
         message = ' '.join(str(error).split())
         facts.import_errors[package] = f'{type(error).__name__}: {message}'
-        return False
-    return True
+        return None
 
 
-def _mmcv_operators() -> Optional[bool]:
+def _has_mmcv_operators() -> Optional[bool]:
     spec = importlib.util.find_spec('mmcv')
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -451,22 +399,18 @@ def _mmcv_operators() -> Optional[bool]:
 def versions(facts: Facts) -> Dict[str, str]:
     """What to print: import package -> version, provider, remark."""
     rows = {'Python': facts.python}
-    for name in ('mmsinger', 'torch', 'torchvision', *PROVIDERS, 'timm',
-                 'numpy'):
-        names = facts.providers(name) if name in PROVIDERS else \
-            [name] * (name in facts.distributions)
-        text = ' and '.join(
-            facts.distributions[n] + (f'  {n}' if n != name else '')
-            for n in names)
-        rows[name] = text or 'not installed'
-    if 'torch' in facts.distributions:
-        rows['torch'] += f'  CUDA {facts.cuda}' if facts.cuda else '  CPU only'
-        if facts.devices:
-            rows['torch'] += f', {len(facts.devices)} x {facts.devices[0]}'
-    if facts.torchvision_operators is False:
-        rows['torchvision'] += '  without compiled operators'
-    if facts.mmcv_operators is False:
-        rows['mmcv'] += '  without compiled operators'
+    for package in ('mmsinger', 'torch', 'torchvision', *PROVIDERS, 'timm',
+                    'numpy'):
+        rows[package] = ' and '.join(
+            facts.distributions[name] + f'  {name}' * (name != package)
+            for name in facts.providers(package)) or 'not installed'
+    for package, remark in (
+            ('torch', facts.torch_build),
+            ('torchvision', 'without compiled operators'
+             if facts.torchvision_operators is False else ''),
+            ('mmcv', 'without compiled operators'
+             if facts.mmcv_operators is False else '')):
+        rows[package] += f'  {remark}' * bool(remark)
     return rows
 
 
@@ -487,26 +431,24 @@ def main() -> int:
     args = parser.parse_args()
     facts = collect()
     findings = check(facts, args.det)
-    errors = sum(finding.error for finding in findings)
+    usable = not any(finding.error for finding in findings)
     if args.json:
         print(json.dumps({
-            'usable': not errors,
-            'versions': versions(facts),
+            'usable': usable, 'versions': versions(facts),
             'findings': [dataclasses.asdict(f) for f in findings],
         }, indent=2))
-        return int(errors > 0)
+        return int(not usable)
 
     for name, text in versions(facts).items():
         print(f'{name:<12} {text}')
     for finding in findings:
         print(f'\n{"ERROR" if finding.error else "Note"}: {finding.what}')
-        for command in finding.fix:
-            print(f'    {command}')
+        print(*(f'    {command}' for command in finding.fix), sep='\n')
     if findings:
         print(f'\n(pip stands for: {sys.executable} -m pip)')
-    print('\nSomething must be mended before mmsinger can be used: see ERROR '
-          'above.' if errors else '\nmmsinger can be used.')
-    return int(errors > 0)
+    print('\nmmsinger can be used.' if usable else '\nSomething must be '
+          'mended before mmsinger can be used: see ERROR above.')
+    return int(not usable)
 
 
 if __name__ == '__main__':
