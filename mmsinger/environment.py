@@ -273,7 +273,8 @@ def _versions(facts: Facts, family: str) -> Iterator[Finding]:
     told = set()
     for user, text in [(u, t) for u, texts in RUNS_WITH.items()
                        for t in texts if u == 'mmsinger' or facts.has(u)]:
-        package, limit = Requirement(text).name, str(Requirement(text).specifier)
+        package = Requirement(text).name
+        limit = text[len(package):]
         for name in facts.providers(package):
             if name in told or facts.has(name + limit):
                 continue
@@ -319,20 +320,17 @@ def _torchvision_operators(facts: Facts) -> Iterator[Finding]:
         why = 'it was compiled for another build of torch (CUDA or CPU)'
         fix = ('pip install --force-reinstall '
                f'torch=={release(torch).base_version} '
-               f'torchvision=={release(torchvision).base_version} '
-               '--index-url URL   # the URL that '
-               'https://pytorch.org/get-started/locally names for your '
-               'platform, CPU or CUDA')
+               f'torchvision=={release(torchvision).base_version} --index-url '
+               'URL   # from https://pytorch.org/get-started/locally')
     else:
         why = f'it does not belong to this torch, {fitting} does'
         fix = install(fitting)
     yield Finding(
         f'torchvision {torchvision} beside torch {torch} has no compiled '
-        f'operators: {why}. mmsinger declares what its import looks for, so '
-        'that transforms, mmpretrain and mmseg work; only '
-        "torchvision.ops' own operators on boxes (nms, roi_align) stay "
-        'absent. Nothing needs mending unless you use those.', (fix, ),
-        error=False)
+        f'operators: {why}. Transforms, mmpretrain and mmseg work all the '
+        'same: mmsinger declares what their imports look for. Mend it only '
+        "where you use torchvision.ops' operators on boxes (nms, roi_align).",
+        (fix, ), error=False)
 
 
 def collect() -> Facts:
@@ -358,7 +356,9 @@ def collect() -> Facts:
         facts.torchvision_operators = compat.torchvision_operators_present()
     for package in filter(facts.providers, ('torchvision', *PROVIDERS)):
         _imports(package, facts)
-    facts.mmcv_operators = _has_mmcv_operators()
+    if 'mmcv' in sys.modules:
+        facts.mmcv_operators = \
+            importlib.util.find_spec('mmcv._ext') is not None
     return facts
 
 
@@ -385,15 +385,6 @@ def _imports(package: str, facts: Facts) -> Optional[types.ModuleType]:
         message = ' '.join(str(error).split())
         facts.import_errors[package] = f'{type(error).__name__}: {message}'
         return None
-
-
-def _has_mmcv_operators() -> Optional[bool]:
-    spec = importlib.util.find_spec('mmcv')
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    files = os.listdir(list(spec.submodule_search_locations)[0])
-    return any(
-        f.startswith('_ext') and f.endswith(('.so', '.pyd')) for f in files)
 
 
 def versions(facts: Facts) -> Dict[str, str]:
