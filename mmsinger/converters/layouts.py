@@ -186,7 +186,7 @@ LAYOUTS = {
     'hf_dinov2': Layout(
         "transformers' DINOv2", _HF_DINOV2, _DINOV2_DROPPED,
         sign=r'encoder\.layer\.\d+\.(norm1|layer_scale1|mlp)\..*',
-        wrapper=r'dinov2(_with_registers)?\.', interpolation='offset',
+        wrapper=r'dinov2(_with_registers)?\.', interpolation='plain',
         outside={r'classifier\.': 'head'}),
     'hf_clip': Layout(
         "transformers' CLIP", _HF_CLIP, _CLIP_DROPPED,
