@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import sys
 import types
 import warnings
@@ -40,11 +41,11 @@ PROVIDERS = {
     'mmdet': ('onedl-mmdetection', 'mmdet'),
 }
 
-# Who runs with which versions; strict ones first. Of mmsinger's extras, which
-# ask for what is tested, these are the limits. Others assert theirs in code.
+# Who runs with what; strict ones first. mmsinger's extras ask for what it is
+# tested with, which is less. Others assert theirs in code.
 RUNS_WITH = {
-    'mmsinger': ('mmengine>=0.10', 'mmcv>=2.0', 'mmpretrain>=1.0',
-                 'mmseg>=1.0', 'mmdet>=3.0'),
+    'mmsinger': ('torch>=2.6', 'torchvision', 'numpy', 'mmengine>=0.10',
+                 'mmcv>=2.0', 'mmpretrain>=1.0', 'mmseg>=1.0', 'mmdet>=3.0'),
     'mmsegmentation': ('mmcv<2.2', ),
     'mmdet': ('mmcv<2.2', ),
     'mmpretrain': ('mmcv<2.4', ),
@@ -52,7 +53,7 @@ RUNS_WITH = {
     'mmengine': ('numpy<2', 'setuptools<82'),  # pkg_resources
     'mmengine-lite': ('numpy<2', 'setuptools<82'),
 }
-TORCH = ('torch==2.13.0', 'torchvision==0.28.0')
+TORCH = 'torch==2.13.0 torchvision==0.28.0'
 OTHERS = ('torch', 'torchvision', 'numpy', 'timm', 'setuptools', 'mmsinger')
 
 
@@ -158,7 +159,7 @@ def install(*requirements: str) -> str:
     """
     words = ' '.join(f'"{r}"' if set(r) & set('<>*') else r
                      for r in requirements)
-    if any(Requirement(r).name == 'mmcv' for r in requirements):
+    if any(re.match(r'mmcv\b', r) for r in requirements):
         return (install('setuptools<82', 'wheel', 'ninja')
                 + f' && pip install --no-build-isolation {words}')
     return f'pip install {words}'
@@ -177,11 +178,10 @@ def check(facts: Facts, det: bool = False) -> List[Finding]:
     """
     family = OPENMMLAB if facts.families() == {OPENMMLAB} else ONEDL
     mixed = list(_mixed_families(facts, family))
-    findings = [*_python_and_torch(facts), *mixed,
-                *_missing(facts, family, det)]
-    if not mixed:  # otherwise they are going to be replaced
-        findings += [*_versions(facts, family),
-                     *_mmcv_operators(facts, family, det)]
+    findings = [*_broken_base(facts), *_versions(facts, family, bool(mixed)),
+                *mixed, *_missing(facts, family, det)]
+    if not mixed:
+        findings += _mmcv_operators(facts, family, det)
     findings += _torchvision_operators(facts)
     if not any(finding.error for finding in findings):
         # Otherwise most likely a consequence of the errors above.
@@ -195,32 +195,22 @@ def check(facts: Facts, det: bool = False) -> List[Finding]:
     return findings
 
 
-def _python_and_torch(facts: Facts) -> Iterator[Finding]:
+def _broken_base(facts: Facts) -> Iterator[Finding]:
     if release(facts.python) < Version('3.9'):
         yield Finding(
             f'Python {facts.python} is too old: mmsinger needs 3.9 or newer, '
             'the OneDL packages 3.10.', ('make install PYTHON=python3.11', ))
-    version = facts.distributions.get('torch')
-    if version is None:
-        yield Finding('torch is not installed.', (install(*TORCH), ))
-    elif 'torch' in facts.import_errors:
-        yield Finding(
-            f'torch {version} cannot be imported: '
-            f'{facts.import_errors["torch"]}',
-            (f'pip install --force-reinstall {" ".join(TORCH)}', ))
-    elif not facts.has('torch>=2.6'):
-        yield Finding(f'torch {version} is too old: mmsinger needs 2.6 or '
-                      'newer.', (install(*TORCH), ))
-    elif not facts.has('torchvision'):
-        yield Finding('torchvision is not installed: mmpretrain and mmseg '
-                      'import it.', (install(_torchvision_for(version)), ))
-
-
-def _torchvision_for(torch: str) -> str:
-    # torchvision 0.15 came with torch 2.0, and they have kept step since.
-    version = release(torch)
-    return f'torchvision==0.{version.minor + 15}.*' if version.major == 2 \
-        else 'torchvision'
+    install_mmsinger = 'pip install --no-deps -e .   # in the checkout'
+    for package, fix in (('torch', f'pip install --force-reinstall {TORCH}'),
+                         ('mmsinger', install_mmsinger)):
+        if package in facts.import_errors:
+            yield Finding(
+                f'{package} {facts.distributions.get(package, "")} cannot be '
+                f'imported: {facts.import_errors[package]}', (fix, ))
+    if wanted('mmengine', ONEDL) == 'onedl-mmengine':  # it has no metadata
+        yield Finding('mmsinger is not installed, so the versions that it '
+                      'asks for are not known here. Install it first.',
+                      (install_mmsinger, ), error=False)
 
 
 def _mixed_families(facts: Facts, keep: str) -> Iterator[Finding]:
@@ -257,37 +247,44 @@ def _missing(facts: Facts, family: str, det: bool) -> Iterator[Finding]:
             'mmseg is not installed: segmentation and depth recipes will not '
             'run, classification will.',
             (install(wanted('mmseg', family)), ), error=False)
-    for name in ('numpy', *['setuptools'] * (family == OPENMMLAB)):
-        if not facts.has(name):
-            yield Finding(f'{name} is not installed'
-                          + ('.' if name == 'numpy' else
-                             ': mmengine imports its pkg_resources.'),
-                          (install(wanted(name, family)), ))
-    if 'mmsinger' in facts.import_errors:
-        yield Finding(
-            f'mmsinger cannot be imported: {facts.import_errors["mmsinger"]}',
-            ('pip install --no-deps -e .   # in the checkout', ))
 
 
-def _versions(facts: Facts, family: str) -> Iterator[Finding]:
-    told = set()
-    for user, text in [(u, t) for u, texts in RUNS_WITH.items()
-                       for t in texts if u == 'mmsinger' or facts.has(u)]:
+def _versions(facts: Facts, family: str, mixed: bool) -> Iterator[Finding]:
+    told = {'torch'} & facts.import_errors.keys()
+    users = ['mmsinger'] if mixed else [  # mixed ones will be replaced
+        user for user in RUNS_WITH if user == 'mmsinger' or facts.has(user)]
+    for user, text in [(u, text) for u in users for text in RUNS_WITH[u]]:
         package = Requirement(text).name
         limit = text[len(package):]
-        for name in facts.providers(package):
-            if name in told or facts.has(name + limit):
+        names = [package]
+        if package in PROVIDERS:
+            names = [] if mixed else facts.providers(package)
+        for name in names:
+            if name in told or facts.has(name + limit) or \
+                    name == 'torchvision' and 'torch' in told:
                 continue
             told.add(name)
             asked = wanted(package, family)
-            if family == ONEDL and limit[0] == '<':
+            if package == 'torch':
+                asked = TORCH
+            elif package == 'torchvision':
+                asked = _torchvision_for(facts.distributions['torch'])
+            elif family == ONEDL and limit[:1] == '<':
                 asked = f'{name}>=2.0,{limit}'
             remove = [f'pip uninstall -y {name}'] * (
-                Requirement(asked).name != name)
-            yield Finding(
-                f'{name} {facts.distributions[name]} is too '
-                f'{"old" if limit[0] == ">" else "new"}: {user} needs '
-                f'{text}.', (*remove, install(asked)))
+                package in PROVIDERS and Requirement(asked).name != name)
+            found = facts.distributions.get(name)
+            what = f'{name} is not installed' if found is None else \
+                f'{name} {found} is too {"new" if limit[0] == "<" else "old"}'
+            yield Finding(f'{what}: {user} needs {text}.',
+                          (*remove, install(asked)))
+
+
+def _torchvision_for(torch: str) -> str:
+    # torchvision 0.15 came with torch 2.0, and they have kept step since.
+    version = release(torch)
+    return f'torchvision==0.{version.minor + 15}.*' if version.major == 2 \
+        else 'torchvision'
 
 
 def _mmcv_operators(facts: Facts, family: str, det: bool

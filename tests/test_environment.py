@@ -1,4 +1,5 @@
 """What tools/check_env.py finds, in made-up and in real environments."""
+import importlib.metadata
 import json
 import os
 import re
@@ -209,6 +210,16 @@ def test_broken_torch():
     found, = errors(facts)
     assert 'OSError: libcudart' in found.what
     assert '--force-reinstall torch==' in found.fix[0]
+
+
+def test_mmsinger_without_metadata(monkeypatch):
+    def requires(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, 'requires', requires)
+    note, = check(Facts(GOOD_ONEDL))
+    assert not note.error and 'versions that it asks for' in note.what
+    assert 'pip install --no-deps -e .' in note.fix[0]
 
 
 # Whatever is installed, following the printed commands ends in a usable
