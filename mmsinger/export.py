@@ -12,29 +12,13 @@ from typing import Any, Dict, Optional
 import torch
 from mmengine.config import Config
 
-from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
+from mmsinger.checkpoint import (STUDENT, load_checkpoint, load_strict,
+                                 student_state_dict, weights_of)
 from mmsinger.errors import ConfigError
 from mmsinger.files import whole_file
 from mmsinger.registry import MODELS
 
-PREFIX = 'student.'
 SUFFIX = '_student'
-
-
-def student_state_dict(state_dict: Dict[str, torch.Tensor]
-                       ) -> Dict[str, torch.Tensor]:
-    """The student's part of a distiller's state dict, in the plain layout.
-
-    Args:
-        state_dict (dict[str, Tensor]): Keys ``student.backbone.…``,
-            ``adapters.…`` and so on.
-
-    Returns:
-        dict[str, Tensor]: Keys ``backbone.…``, ``decode_head.…`` and so on;
-        empty if there is no student in it.
-    """
-    return {key[len(PREFIX):]: value for key, value in state_dict.items()
-            if key.startswith(PREFIX)}
 
 
 def is_distiller(model_cfg: dict) -> bool:
@@ -143,7 +127,7 @@ def export_student(checkpoint: str, out: Optional[str] = None,
     if not weights:
         raise ConfigError(
             f'{checkpoint!r} holds no student: no key begins with '
-            f'{PREFIX!r}. Give a checkpoint that a distiller wrote.')
+            f'{STUDENT!r}. Give a checkpoint that a distiller wrote.')
     if cfg is not None:
         load_strict(
             MODELS.build(student_config(cfg).model), weights,

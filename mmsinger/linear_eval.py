@@ -80,7 +80,8 @@ def _student(source: Config, checkpoint: Optional[str]
 
 def _teacher(source: Config, checkpoint: Optional[str]
              ) -> Tuple[Dict[str, Any], Optional[dict]]:
-    """The same of a recipe's teacher."""
+    """Arguments of FrozenBackbone for a recipe's teacher, and the data
+    preprocessor's config."""
     if 'model' not in source and 'teacher' in source:
         teacher, student = source.teacher, {}
     elif 'model' in source and is_distiller(source.model):

@@ -139,7 +139,7 @@ def chosen_steps(args, bench, loading):
 
 
 def quartiles(times):
-    """Of the ratios to FitNet, round by round: half of them lie between."""
+    """Quartiles of the ratios to FitNet, round by round."""
     if len(times['FitNet']) < 2:
         return {}
     return {f'{name} over FitNet': statistics.quantiles(
