@@ -8,10 +8,11 @@ import sys
 import zipfile
 from email.parser import Parser
 
+import check_env
 import pytest
 
 import mmsinger
-from mmsinger import environment, paths
+from mmsinger import paths
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NOT_SOURCE = ('.git', '.venv', 'build', 'dist', '*.egg-info', 'work_dirs',
@@ -146,16 +147,16 @@ def test_building_leaves_nothing_that_git_sees(source, wheel, tmp_path):
 
 
 @pytest.mark.parametrize('package, family, wanted', [
-    ('mmcv', environment.ONEDL, 'onedl-mmcv>=2.3.6'),
-    ('mmdet', environment.ONEDL, 'onedl-mmdetection>=3.5.1'),
-    ('mmcv', environment.OPENMMLAB, 'mmcv>=2.0,<2.2'),
-    ('mmseg', environment.OPENMMLAB, 'mmsegmentation==1.2.2'),
-    ('setuptools', environment.OPENMMLAB, 'setuptools<82')])
+    ('mmcv', check_env.ONEDL, 'onedl-mmcv>=2.3.6'),
+    ('mmdet', check_env.ONEDL, 'onedl-mmdetection>=3.5.1'),
+    ('mmcv', check_env.OPENMMLAB, 'mmcv>=2.0,<2.2'),
+    ('mmseg', check_env.OPENMMLAB, 'mmsegmentation==1.2.2'),
+    ('setuptools', check_env.OPENMMLAB, 'setuptools<82')])
 def test_check_env_recommends_what_the_extras_ask_for(
         site, monkeypatch, package, family, wanted):
     monkeypatch.setattr('importlib.metadata.requires', lambda name:
                         metadata(site).get_all('Requires-Dist'))
-    assert environment.wanted(package, family) == wanted
+    assert check_env.wanted(package, family) == wanted
 
 
 def test_installed_package_finds_its_recipes(site):

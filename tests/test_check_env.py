@@ -8,12 +8,11 @@ import sys
 
 import packaging
 import pytest
+from check_env import (ONEDL, OPENMMLAB, PROVIDERS, Facts, check, installed,
+                       release, versions)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.requirements import Requirement
-
-from mmsinger.environment import (ONEDL, OPENMMLAB, PROVIDERS, Facts, check,
-                                  installed, release, versions)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CHECK_ENV = os.path.join(ROOT, 'tools', 'check_env.py')
