@@ -428,6 +428,16 @@ def test_transformers_siglip():
     assert_same_features(backbone, model, images)
 
 
+def test_transformers_with_damaged_attention():
+    weights = hf_layout(timm_model('augreg-s'), 'hf_vit')
+    query = 'encoder.layer.1.attention.attention.query.weight'
+    text = message({**weights, query: torch.zeros(16, 32)})
+    assert query in text and 'their shapes differ' in text
+    del weights[query]
+    del weights[query.replace('query', 'key')]
+    assert 'layers.1.attn.qkv.weight' in message(weights)
+
+
 def test_transformers_head():
     model = timm_model('augreg-s')
     result = convert(hf_layout(model, 'hf_vit', 'vit.'), num_heads=HEADS,

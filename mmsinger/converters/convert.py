@@ -193,11 +193,17 @@ def _by_target(renamed: List[Renamed], weights: Dict[str, Tensor]
                               f'{target!r} in mmpretrain: which one counts '
                               'is not certain.')
         found[part] = source
-    named = {target: weights[found[0]] if len(found) == 1 else torch.cat(
-        [weights[found[part]] for part in sorted(found)])
-        for target, found in parts.items()}
+    named = {}
+    for target, found in parts.items():
+        tensors = [weights[found[part]] for part in sorted(found)]
+        shapes = {tuple(tensor.shape) for tensor in tensors}
+        if len(shapes) > 1:
+            raise ConfigError(f'{", ".join(map(repr, found.values()))} make '
+                              f'one tensor in mmpretrain, {target!r}, but '
+                              f'their shapes differ: {sorted(shapes)}.')
+        named[target] = tensors[0] if len(found) == 1 else torch.cat(tensors)
     for key, value in named.items():
-        if key in ('cls_token', 'pos_embed') and value.dim() < 3:
+        if key in ('cls_token', 'pos_embed') and 0 < value.dim() < 3:
             named[key] = value.reshape(1, -1, value.shape[-1])
     return named
 
