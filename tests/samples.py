@@ -41,7 +41,7 @@ def build(cfg):
     model = MODELS.build(model_cfg)
     model.init_weights()
     if getattr(model, 'needs_adapters', False):
-        model.initialise_adapters()
+        model.refinement.init_weights(model.teacher)
     return model.train()
 
 

@@ -3,7 +3,8 @@
 Pure functions on the norms of patch tokens, without a wait for the device
 unless it is said.
 """
-from typing import NamedTuple, Tuple
+import math
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -69,21 +70,30 @@ def lower_median(values: Tensor, dim: int) -> Tensor:
     return values.sort(dim=dim).values.narrow(dim, middle, 1)
 
 
-def outlier_threshold(norms: Tensor, quantile: float) -> Tensor:
+def outlier_threshold(norms: Tensor, quantile: float,
+                      weight: Optional[Tensor] = None) -> Tensor:
     """The quantile of each image's patch norms, without gradient.
 
     Args:
         norms (Tensor): Token norms, shape (B, P).
         quantile (float): In (0, 1).
+        weight (Tensor, optional): Shape (B, P); tokens of weight 0 do not
+            count, all others alike. Defaults to None, all count.
 
     Returns:
-        Tensor: Shape (B, 1), float32.
+        Tensor: Shape (B, 1), float32; infinite for an image without a token
+        that counts.
     """
-    return torch.quantile(
-        norms.detach().float(), quantile, dim=1, keepdim=True)
+    norms = norms.detach().float()
+    if weight is None:
+        return torch.quantile(norms, quantile, dim=1, keepdim=True)
+    norms = norms.masked_fill(weight == 0, math.nan)
+    return torch.nanquantile(norms, quantile, dim=1, keepdim=True).nan_to_num(
+        nan=math.inf, posinf=math.inf)
 
 
-def robust_threshold(norms: Tensor, mad: float, per_image: bool = False
+def robust_threshold(norms: Tensor, mad: float, per_image: bool = False,
+                     weight: Optional[Tensor] = None
                      ) -> Tuple[Tensor, Tensor]:
     """A norm that no ordinary token has: ``median + mad * 1.4826 * MAD``.
 
@@ -97,16 +107,23 @@ def robust_threshold(norms: Tensor, mad: float, per_image: bool = False
         per_image (bool): One threshold for each image, by medians between
             the two middle values of an even number; or one for the batch, by
             the lower of the two. Defaults to False, the batch.
+        weight (Tensor, optional): Shape (B, P); tokens of weight 0 do not
+            count, all others alike. Defaults to None, all count.
 
     Returns:
         tuple[Tensor, Tensor]: The median norm and the threshold, without
-        gradient, float32; scalars of a batch, each (B, 1) of images.
+        gradient, float32; scalars of a batch, each (B, 1) of images. Both
+        infinite where no token counts.
     """
     norms = norms.detach().float()
 
     def median_of(values: Tensor) -> Tensor:
-        return outlier_threshold(values, 0.5) if per_image \
-            else values.median()
+        if per_image:
+            return outlier_threshold(values, 0.5, weight)
+        if weight is None:
+            return values.median()
+        return values.masked_fill(weight == 0, math.nan).nanmedian(
+            ).nan_to_num(nan=math.inf, posinf=math.inf)
 
     median = median_of(norms)
     deviation = median_of((norms - median).abs())

@@ -20,7 +20,7 @@ def distiller(cls=GatedSiNGERDistiller, ready=True, **kwargs):
         for p in model.teacher.parameters():
             p.add_(0.1 * torch.randn_like(p))
     if ready:
-        model.initialise_adapters()
+        model.refinement.init_weights(model.teacher)
         for adapter in model.adapters.values():
             torch.nn.init.normal_(adapter.down, std=0.3)
     return model.train()
@@ -93,7 +93,7 @@ def test_gated_tokens_train_the_adapters():
     sum(losses.values()).backward()
     for p in model.adapters.parameters():
         assert torch.isfinite(p.grad).all() and p.grad.any()
-    ratios = model.inlier_variance(record)
+    ratios = model.refinement.inlier_variance(record.layers)
     assert len(ratios) == 2
     assert all(torch.isfinite(v) for v in ratios.values())
 

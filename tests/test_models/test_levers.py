@@ -26,9 +26,9 @@ def distiller(cls=SiNGERDistiller, teacher=TEACHERS['mmpretrain'], **kwargs):
         student=dict(type='mmpretrain.ImageClassifier', backbone=vit()),
         teacher=dict(backbone=teacher, layers=(1, 3)), task_loss_weight=0,
         **kwargs)
-    model.load_teacher()
+    model.init_weights()
     if cls is SiNGERDistiller:
-        model.initialise_adapters()
+        model.refinement.init_weights(model.teacher)
     model.train()
     return model
 
@@ -92,7 +92,7 @@ def test_nullspace_of_a_bf16_teacher_is_that_of_its_full_weights():
 
 def test_loading_again_starts_from_full_precision():
     model = distiller(teacher_dtype='bf16')
-    model.load_teacher()
+    model.init_weights()
     assert next(model.teacher.parameters()).dtype == torch.bfloat16
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmsinger.errors import ConfigError
 from mmsinger.metrics import cosine_gram, outlier_threshold
 from mmsinger.models.adapters import SiNGERAdapter
-from mmsinger.models.distillers.singer import inlier_variance_ratio
+from mmsinger.models.targets.refine import inlier_variance_ratio
 from mmsinger.models.losses import (FeatureMSELoss, GramInformationLoss,
                                     OutlierSuppressionLoss, gram_difference)
 

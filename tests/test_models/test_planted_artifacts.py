@@ -13,8 +13,9 @@ from mmsinger.models import (FrozenTeacher, GatedSiNGERDistiller,
                              PlantedArtifacts, SiNGERDistiller)
 from mmsinger.models.adapters import left_singular_directions, linearised_ffn
 from mmsinger.models.backbones.planted_artifacts import choose_patches
-from mmsinger.models.features.taps import (BlockTaps, find_blocks,
-                                           patch_stride, resolve_layer)
+from mmsinger.models.features.anatomy import (find_blocks, patch_stride,
+                                              resolve_layer)
+from mmsinger.models.features.taps import BlockTaps
 from mmsinger.models.teachers.frozen import Normalisation
 from tiny import build, seg_vit, timm_vit, vit, write_teacher
 
@@ -453,7 +454,7 @@ def test_in_a_distiller(method):
                    target_norm='standardise', teacher=dict(backbone=dict(
                        type='mmsinger.PlantedArtifacts', backbone=vit())))
     model.init_weights()
-    model.initialise_adapters()
+    model.refinement.init_weights(model.teacher)
     model.calibrate_target_norms([pictures(4, 32, 32)])
     losses = model.loss(pictures(4, 32, 32), None)
     assert all(torch.isfinite(value) for value in losses.values())
@@ -466,7 +467,7 @@ def test_the_block_it_plants_after_is_not_run_alone():
         teacher=dict(backbone=dict(type='mmsinger.PlantedArtifacts',
                                    backbone=vit(), after=1)))
     model.init_weights()
-    model.initialise_adapters()
+    model.refinement.init_weights(model.teacher)
     with pytest.raises(ConfigError, match='block 1 was run on its own.*'
                        'Distil block 1 or later'):
         model.loss(pictures(2, 32, 32), None)

@@ -11,7 +11,7 @@ from mmsinger.errors import ConfigError
 from mmsinger.metrics import subspace_energy
 from mmsinger.models.adapters import (SiNGERAdapter, left_nullspace,
                                       left_singular_directions)
-from mmsinger.models.distillers.singer import inlier_variance_ratio
+from mmsinger.models.targets.refine import inlier_variance_ratio
 
 seeds = st.integers(0, 2**31 - 1)
 

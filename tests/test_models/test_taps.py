@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from mmsinger.errors import ConfigError
-from mmsinger.models.features.taps import (BlockTaps, find_blocks,
-                                           fixed_input_size, in_channels,
-                                           patch_stride, resolve_layer)
+from mmsinger.models.features.anatomy import (find_blocks, fixed_input_size,
+                                              in_channels, patch_stride,
+                                              resolve_layer)
+from mmsinger.models.features.taps import BlockTaps
 from mmsinger.registry import MODELS
 from tiny import build, seg_vit, timm_vit, vit
 

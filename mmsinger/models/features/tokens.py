@@ -1,5 +1,5 @@
-"""Tokens of a vision transformer, with the layout that makes them an image."""
-from typing import NamedTuple, Tuple
+"""Tokens of a backbone, with the layout that makes them an image."""
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,13 @@ class Tokens(NamedTuple):
         values (Tensor): Prefix tokens (CLS, registers) followed by the patch
             tokens in row-major order, shape (B, N, C).
         grid (tuple[int, int]): Rows h and columns w of patches.
+        weight (Tensor, optional): How much each token counts in losses, means
+            and thresholds, shape (B, N), without gradient: 0 for padding and
+            for what is masked. None: all count alike.
     """
     values: Tensor
     grid: Grid
+    weight: Optional[Tensor] = None
 
     @property
     def num_prefix(self) -> int:
@@ -33,9 +37,23 @@ class Tokens(NamedTuple):
         """Patch tokens, shape (B, h * w, C)."""
         return self.values[:, self.num_prefix:]
 
+    @property
+    def patch_weight(self) -> Optional[Tensor]:
+        """Weights of the patch tokens, shape (B, h * w), or None."""
+        return None if self.weight is None else \
+            self.weight[:, self.num_prefix:]
+
     def with_patches(self, patches: Tensor) -> 'Tokens':
-        """The same tokens with other patch tokens, shape (B, h * w, C)."""
-        return Tokens(torch.cat([self.prefix, patches], dim=1), self.grid)
+        """These tokens with other patch tokens, shape (B, h * w, C)."""
+        return self._replace(values=torch.cat([self.prefix, patches], dim=1))
+
+    def weighed(self, patch_weight: Tensor) -> 'Tokens':
+        """These tokens with their patches' weights times a factor, shape
+        (B, h * w)."""
+        weight = nn.functional.pad(
+            patch_weight.float(), (self.num_prefix, 0), value=1.)
+        return self._replace(
+            weight=weight if self.weight is None else self.weight * weight)
 
 
 def resample_patches(patches: Tensor, grid: Grid, target: Grid) -> Tensor:
@@ -76,19 +94,32 @@ def align_tokens(student: Tokens, teacher: Tokens) -> Tuple[Tokens, Tokens]:
 
     Returns:
         tuple[Tokens, Tokens]: Student and teacher tokens of shapes
-        (B, k + h' w', C_S) and (B, k + h' w', C_T) that correspond.
+        (B, k + h' w', C_S) and (B, k + h' w', C_T) that correspond. The
+        teacher's weights take in the student's.
     """
-    patches = resample_patches(student.patches, student.grid, teacher.grid)
     if student.num_prefix == teacher.num_prefix:
         shared = teacher.num_prefix
     else:
         shared = min(student.num_prefix, teacher.num_prefix, 1)
-    if shared != teacher.num_prefix:
-        teacher = Tokens(
-            torch.cat([teacher.prefix[:, :shared], teacher.patches], dim=1),
-            teacher.grid)
-    if shared == student.num_prefix and student.grid == teacher.grid:
-        return student, teacher
-    student = Tokens(
-        torch.cat([student.prefix[:, :shared], patches], dim=1), teacher.grid)
+    teacher = _rearranged(teacher, shared, teacher.grid)
+    student = _rearranged(student, shared, teacher.grid)
+    if student.weight is not None:
+        teacher = teacher._replace(
+            weight=student.weight if teacher.weight is None
+            else student.weight * teacher.weight)
     return student, teacher
+
+
+def _rearranged(tokens: Tokens, num_prefix: int, grid: Grid) -> Tokens:
+    """Tokens with the first prefix tokens alone, on another grid."""
+    old = tokens.num_prefix
+    if num_prefix == old and grid == tokens.grid:
+        return tokens
+
+    def rearrange(values: Tensor) -> Tensor:  # (B, N, C)
+        return torch.cat([values[:, :num_prefix], resample_patches(
+            values[:, old:], tokens.grid, grid)], dim=1)
+
+    weight = None if tokens.weight is None else \
+        rearrange(tokens.weight.unsqueeze(-1)).squeeze(-1)
+    return Tokens(rearrange(tokens.values), grid, weight)
