@@ -80,15 +80,15 @@ def build_part(key: str, cfg: Any, default: str = '') -> Any:
         raise ConfigError(f'{key} must be a dict, got {cfg!r}. For instance '
                           f'dict(type={example!r}).')
     cfg = dict(cfg or {})
-    kind = cfg.setdefault('type', default)
-    cls = kind
+    kind = cls = cfg.setdefault('type', default)
     if isinstance(kind, str):
         cls = MODELS.get(kind) or MODELS.get(f'mmsinger.{kind}')
-    if cls is None:
+    if not callable(cls):
+        name = str(kind).split('.')[-1]
         raise ConfigError(
             f'{key}.type={kind!r}: there is no such type.'
-            f'{near_matches(kind.split(".")[-1], MODELS.module_dict)} Write '
-            f'its scope too, as in {example!r}.')
+            f'{near_matches(name, MODELS.module_dict)} Write its scope too, '
+            f'as in {example!r}.')
     cfg['type'] = cls
     if inspect.isclass(cls) and cls.__module__.startswith('mmsinger.'):
         check_keys(key, cfg, ['type', '_scope_', *argument_names(cls)],

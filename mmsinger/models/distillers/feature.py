@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from mmsinger.errors import ConfigError, check_choice
 from mmsinger.models.distillers.base import BaseDistiller, reached_parameters
 from mmsinger.models.distillers.layer_map import LAYER_MAPS, map_layers
-from mmsinger.models.distillers.step_record import StepRecord, Value
+from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.models.features.anatomy import (Blocks, Layer, example_images,
                                               find_blocks, resolve_layer)
 from mmsinger.models.features.compiled import compile_blocks
@@ -60,7 +60,8 @@ class FeatureDistiller(BaseDistiller):
             together.
     """
 
-    required_hooks = ('TargetNormHook', *BaseDistiller.required_hooks)
+    required_hooks = ('TargetNormHook', *BaseDistiller.required_hooks,
+                      'SiNGERAdapterHook')
     layer_maps = LAYER_MAPS
 
     def __init__(self,
@@ -93,9 +94,15 @@ class FeatureDistiller(BaseDistiller):
             str(layer): nn.Linear(self._student_blocks.dim, dim)
             for layer in self.layers
         })
+        self.target_norm = target_norm
         self.steps = steps
         for step in steps:
             step.prepare(self.teacher, self.layers)
+        #: Teacher blocks that are read: the distilled ones and what steps
+        #: ask for
+        self.tapped_teacher_layers: List[int] = sorted({
+            *self.layers, *(layer for step in steps
+                            for layer in step.extra_layers(self.layers))})
         self.target_norms = nn.ModuleDict({
             str(layer): TargetNorm(dim, target_norm)
             for layer in self.tapped_teacher_layers
@@ -126,14 +133,6 @@ class FeatureDistiller(BaseDistiller):
         raise NotImplementedError
 
     @property
-    def tapped_teacher_layers(self) -> List[int]:
-        """Teacher blocks whose outputs are read: the distilled ones and what
-        the steps ask for."""
-        return sorted({*self.layers, *(
-            layer for step in self.steps
-            for layer in step.extra_layers(self.layers))})
-
-    @property
     def refinement(self) -> Optional[Refine]:
         """The step that refines targets; None if no step does."""
         return next((s for s in self.steps if isinstance(s, Refine)), None)
@@ -151,8 +150,9 @@ class FeatureDistiller(BaseDistiller):
             for name, part in step.named_children():
                 if name in self._modules:
                     raise ConfigError(
-                        f'model.targets: two steps have {name!r}. A step '
-                        'with parameters can be taken once.')
+                        f'model.targets: {type(step).__name__} cannot hold '
+                        f'its {name!r} in the distiller, which has one '
+                        'already. A step with parts can be taken once.')
                 self.add_module(name, part)
 
     def _init_from_teacher(self) -> None:
@@ -215,7 +215,7 @@ class FeatureDistiller(BaseDistiller):
     def run_teacher(self, inputs: Tensor) -> TeacherOutputs:
         taps = self.teacher(inputs, self.tapped_teacher_layers,
                             self.student_normalisation)
-        return TeacherOutputs(taps, self.target_norms, self.record)
+        return TeacherOutputs(taps, self.target_norms, self.records)
 
     def run_student(self, inputs: Tensor, data_samples: Optional[list]
                     ) -> Tuple[Dict[str, Any], Dict[int, Tokens]]:
@@ -251,8 +251,9 @@ class FeatureDistiller(BaseDistiller):
             layer, values of shape (B, N, D), and the losses of the steps.
         """
         targets = {layer: outputs.tokens(layer) for layer in self.layers}
-        for layer, tokens in targets.items():
-            self.record(layer, teacher=tokens)
+        for record in self.records:
+            for layer, tokens in targets.items():
+                record.add(layer, teacher=tokens)
         losses: Dict[str, Tensor] = {}
         for step in self.steps:
             targets, own = step(targets, outputs)
@@ -283,7 +284,7 @@ class FeatureDistiller(BaseDistiller):
             for blocks in (self.teacher.blocks, self._student_blocks):
                 compile_blocks(blocks, **options)
             self._compile = False
-        if self.needs_calibration:
+        if self.target_norm == 'standardise' and self.needs_calibration:
             raise RuntimeError(
                 "target_norm='standardise' has not been calibrated. Add "
                 "dict(type='mmsinger.TargetNormHook') to custom_hooks, or "
@@ -301,10 +302,11 @@ class FeatureDistiller(BaseDistiller):
             Tensor: A scalar.
         """
         student, target = self.compare(layer, student, target)
-        if isinstance(self.loss_kd, FeatureMSELoss):
+        if self.records and isinstance(self.loss_kd, FeatureMSELoss):
             self.record_kd_gradient(layer, student.values, target.values,
                                     target.weight)
-        return self.loss_kd(student.values, target.values, target.weight)
+        return self.loss_kd(student.values, target.values,
+                            weight=target.weight)
 
     def compare(self, layer: int, student: Tokens, target: Tokens
                 ) -> Tuple[Tokens, Tokens]:
@@ -320,7 +322,8 @@ class FeatureDistiller(BaseDistiller):
             tuple[Tokens, Tokens]: Projected student tokens and KD targets,
             (B, k, D); the targets' weights are those of the comparison.
         """
-        self.record(layer, student=student)
+        for record in self.records:
+            record.add(layer, student=student)
         student, target = align_tokens(student, target)
         return (student._replace(
                     values=self.projectors[str(layer)](student.values)),
@@ -328,12 +331,6 @@ class FeatureDistiller(BaseDistiller):
                     target.values)))
 
     # -- what hooks measure ------------------------------------------------
-
-    def record(self, layer: int, **values: Value) -> None:
-        """Offer values of a step to :attr:`records`, see
-        :class:`StepRecord`."""
-        for record in self.records:
-            record.add(layer, **values)
 
     def record_kd_gradient(self, layer: int, pred: Tensor, target: Tensor,
                            weight: Optional[Tensor] = None) -> None:
@@ -351,13 +348,12 @@ class FeatureDistiller(BaseDistiller):
             weight (Tensor, optional): Of each token, (B, k). Defaults to
                 None, all the same.
         """
-        if not self.records:
-            return
         norms = torch.linalg.vector_norm(
             pred.detach().float() - target.detach().float(), dim=-1)
         if weight is not None:
             norms = weight * norms
-        self.record(layer, kd_gradient=norms)
+        for record in self.records:
+            record.add(layer, kd_gradient=norms)
 
     # -- calibration -------------------------------------------------------
 
@@ -410,21 +406,26 @@ def build_steps(cfgs: Sequence[dict], target_norm: Optional[str]
     Raises:
         ConfigError: If one is no step, or has no effect.
     """
-    if not isinstance(cfgs, (list, tuple)):
-        raise ConfigError(f'model.targets must be a list of steps, got '
+    if not isinstance(cfgs, (list, tuple)) or \
+            not all(isinstance(cfg, dict) for cfg in cfgs):
+        raise ConfigError('model.targets must be a list of dicts, got '
                           f"{cfgs!r}. For instance [dict(type="
                           "'mmsinger.ClipNorms', quantile=0.95)].")
-    steps = [build_part(f'model.targets[{i}]', cfg)
-             for i, cfg in enumerate(cfgs)]
-    for i, step in enumerate(steps):
+    steps = [build_part('model.targets', cfg) for cfg in cfgs]
+    for step in steps:
+        name = type(step).__name__
         if not isinstance(step, TargetStep):
             raise ConfigError(
-                f'model.targets[{i}]: a {type(step).__name__} is no step for '
-                'targets. Choose ClipNorms, MaskTokens, Refine, or a '
-                'subclass of TargetStep.')
+                f'model.targets: {name} is no step for targets. Choose '
+                'ClipNorms, MaskTokens, Refine, or a subclass of TargetStep.')
+        own = [*step._parameters, *step._buffers]
+        if own:
+            raise ConfigError(
+                f'model.targets: {name} holds {own} itself, which would not '
+                'be trained, moved or saved. Put them into a submodule of it.')
         if isinstance(step, ClipNorms) and target_norm == 'layernorm':
             raise ConfigError(
-                f"model.targets[{i}]: ClipNorms has no effect with "
+                'model.targets: ClipNorms has no effect with '
                 "target_norm='layernorm', which gives all targets the same "
                 "norm. Use target_norm='standardise' or None.")
     return steps

@@ -1,7 +1,6 @@
 """SiNGER: distil refined teacher features (arXiv 2509.20986)."""
 from typing import Any, Optional, Sequence
 
-from mmsinger.models.distillers.feature import FeatureDistiller
 from mmsinger.models.distillers.fitnet import FitNetDistiller
 from mmsinger.registry import MODELS
 
@@ -41,8 +40,6 @@ class SiNGERDistiller(FitNetDistiller):
             together.
     """
 
-    required_hooks = FeatureDistiller.required_hooks + ('SiNGERAdapterHook', )
-
     def __init__(self,
                  adapter: Optional[dict] = None,
                  loss_outlier: Optional[dict] = None,
@@ -59,5 +56,6 @@ class SiNGERDistiller(FitNetDistiller):
             loss_outlier=loss_outlier, loss_info=loss_info,
             last_layer=last_layer, info_fraction=info_fraction, gate=gate,
             cap=cap)
-        super().__init__(targets=[refine, *targets], over_layers=over_layers,
-                         **kwargs)
+        if isinstance(targets, (list, tuple)):
+            targets = [refine, *targets]
+        super().__init__(targets=targets, over_layers=over_layers, **kwargs)

@@ -121,8 +121,10 @@ class ViTKDDistiller(FeatureDistiller):
                   ) -> Tensor:
         student, target = self.compare(layer, student, target)
         patches = student.patches
-        masked = random_mask(patches, self.mask_ratio)
-        patches = torch.where(masked.unsqueeze(-1), self.mask_token, patches)
+        masked = hidden = random_mask(patches, self.mask_ratio)
+        if student.weight is not None:  # padding is not to be seen either
+            hidden = masked | (student.patch_weight == 0)
+        patches = torch.where(hidden.unsqueeze(-1), self.mask_token, patches)
         image = patches.transpose(1, 2).unflatten(2, target.grid)
         generated = self.generator(image)  # (B, D, h, w)
         counts = masked.float()
@@ -135,9 +137,10 @@ class ViTKDDistiller(FeatureDistiller):
     def _error(self, layer: int, pred: Tensor, target: Tensor,
                weight: Optional[Tensor]) -> Tensor:
         """Squared error of tokens (B, P, D), weighted by (B, P)."""
-        self.record_kd_gradient(layer, pred, target, weight)
+        if self.records:
+            self.record_kd_gradient(layer, pred, target, weight)
         if self.reduction == 'mean':
-            return self.loss_kd(pred, target, weight)
+            return self.loss_kd(pred, target, weight=weight)
         squares = (pred.float() - target.float()).square().sum(dim=-1)
         if weight is not None:
             squares = weight * squares

@@ -236,11 +236,6 @@ def unmasked(backbone: nn.Module) -> Dict[str, Any]:
         backbone.forward).parameters else {}
 
 
-def first_output(output: Any) -> Tensor:
-    """The tokens among what a block returns."""
-    return output[0] if isinstance(output, (tuple, list)) else output
-
-
 def patch_grid(patch_embed: nn.Module, images: Tensor, output: Any) -> Grid:
     """Rows and columns of patches.
 

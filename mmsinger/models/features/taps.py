@@ -3,6 +3,7 @@
 The models are not edited; every hook is removed again.
 """
 import contextlib
+from functools import partial
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, \
     Tuple
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError
-from mmsinger.models.features.anatomy import (Blocks, Grid, first_output,
-                                              patch_grid, unmasked)
+from mmsinger.models.features.anatomy import (Blocks, Grid, patch_grid,
+                                              unmasked)
 from mmsinger.models.features.tokens import Tokens
 
 
@@ -63,9 +64,9 @@ class BlockTaps:
         for layer in self.layers:
             block = self.blocks.modules[layer]
             self._handles.append(block.register_forward_pre_hook(
-                self._record_extras(layer), with_kwargs=True))
+                partial(self._record_extras, layer), with_kwargs=True))
             self._handles.append(block.register_forward_hook(
-                self._record_output(layer)))
+                partial(self._record_output, layer)))
         return self
 
     def __exit__(self, *_) -> None:
@@ -147,21 +148,15 @@ class BlockTaps:
                      ) -> None:
         self._grid = patch_grid(module, args[0], output)
 
-    def _record_extras(self, layer: int):
+    def _record_extras(self, layer: int, module: nn.Module, args: tuple,
+                       kwargs: Dict[str, Any]) -> None:
+        self._extras[layer] = Pass(args[1:], dict(kwargs))
 
-        def hook(module, args, kwargs):
-            self._extras[layer] = Pass(args[1:], dict(kwargs))
-
-        return hook
-
-    def _record_output(self, layer: int):
-
-        def hook(module, args, output):
-            self._outputs[layer] = first_output(output)
-            if self.stop and layer == self.layers[-1]:
-                raise _StopForward
-
-        return hook
+    def _record_output(self, layer: int, module: nn.Module, args: tuple,
+                       output: Any) -> None:
+        self._outputs[layer] = first_output(output)
+        if self.stop and layer == self.layers[-1]:
+            raise _StopForward
 
 
 @contextlib.contextmanager
@@ -182,3 +177,8 @@ def own_precision(values: Tensor, dtype: Optional[torch.dtype]
     else:
         with torch.autocast(values.device.type, enabled=False):
             yield values.to(dtype)
+
+
+def first_output(output: Any) -> Tensor:
+    """The tokens among what a block returns."""
+    return output[0] if isinstance(output, (tuple, list)) else output

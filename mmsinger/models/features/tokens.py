@@ -30,18 +30,18 @@ class Tokens(NamedTuple):
     @property
     def prefix(self) -> Tensor:
         """CLS and register tokens, shape (B, num_prefix, C)."""
-        return self.values[:, :self.num_prefix]
+        return self.values[:, :-self.grid[0] * self.grid[1]]
 
     @property
     def patches(self) -> Tensor:
         """Patch tokens, shape (B, h * w, C)."""
-        return self.values[:, self.num_prefix:]
+        return self.values[:, -self.grid[0] * self.grid[1]:]
 
     @property
     def patch_weight(self) -> Optional[Tensor]:
         """Weights of the patch tokens, shape (B, h * w), or None."""
         return None if self.weight is None else \
-            self.weight[:, self.num_prefix:]
+            self.weight[:, -self.grid[0] * self.grid[1]:]
 
     def with_patches(self, patches: Tensor) -> 'Tokens':
         """These tokens with other patch tokens, shape (B, h * w, C)."""
@@ -97,12 +97,12 @@ def align_tokens(student: Tokens, teacher: Tokens) -> Tuple[Tokens, Tokens]:
         (B, k + h' w', C_S) and (B, k + h' w', C_T) that correspond. The
         teacher's weights take in the student's.
     """
-    if student.num_prefix == teacher.num_prefix:
-        shared = teacher.num_prefix
-    else:
-        shared = min(student.num_prefix, teacher.num_prefix, 1)
-    teacher = _rearranged(teacher, shared, teacher.grid)
-    student = _rearranged(student, shared, teacher.grid)
+    ours, theirs = student.num_prefix, teacher.num_prefix
+    shared = theirs if ours == theirs else min(ours, theirs, 1)
+    if shared != theirs:
+        teacher = _rearranged(teacher, shared, teacher.grid)
+    if shared != ours or student.grid != teacher.grid:
+        student = _rearranged(student, shared, teacher.grid)
     if student.weight is not None:
         teacher = teacher._replace(
             weight=student.weight if teacher.weight is None
@@ -113,13 +113,15 @@ def align_tokens(student: Tokens, teacher: Tokens) -> Tuple[Tokens, Tokens]:
 def _rearranged(tokens: Tokens, num_prefix: int, grid: Grid) -> Tokens:
     """Tokens with the first prefix tokens alone, on another grid."""
     old = tokens.num_prefix
-    if num_prefix == old and grid == tokens.grid:
-        return tokens
 
     def rearrange(values: Tensor) -> Tensor:  # (B, N, C)
         return torch.cat([values[:, :num_prefix], resample_patches(
             values[:, old:], tokens.grid, grid)], dim=1)
 
-    weight = None if tokens.weight is None else \
-        rearrange(tokens.weight.unsqueeze(-1)).squeeze(-1)
-    return Tokens(rearrange(tokens.values), grid, weight)
+    if tokens.weight is None:
+        return Tokens(rearrange(tokens.values), grid)
+    # A mean by weight: what does not count must not leak into its neighbours
+    weight = tokens.weight.unsqueeze(-1)
+    total = rearrange(weight)  # (B, N', 1)
+    values = rearrange(weight * tokens.values) / total.clamp(min=1e-6)
+    return Tokens(values.to(tokens.values.dtype), grid, total.squeeze(-1))

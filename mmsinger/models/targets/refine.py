@@ -181,11 +181,14 @@ class Refine(TargetStep):
         :meth:`TargetStep.forward`."""
         refined, outlier, info = {}, [], []
         previous = None
-        images = choose_images(
-            len(next(iter(targets.values())).values), self.info_fraction)
+        images = None
+        if self.info_fraction < 1:
+            images = choose_images(
+                len(next(iter(targets.values())).values), self.info_fraction)
         for layer, tokens in targets.items():
             result = self.refine(layer, tokens)
-            outputs.record(layer, refined=result.tokens)
+            for record in outputs.records:
+                record.add(layer, refined=result.tokens)
             refined[layer] = result.target
             outlier.append(result.excess)
             info.append(self._info_loss(
@@ -230,23 +233,25 @@ class Refine(TargetStep):
 
     def _info_loss(self, outputs: TeacherOutputs, layer: int, tokens: Tokens,
                    refined: Tokens, previous: Optional[Tokens],
-                   images: List[slice]) -> Tensor:
+                   images: Optional[List[slice]]) -> Tensor:
         if self.loss_info.loss_weight == 0:
             return refined.values.new_zeros(())
-        ours = take(refined.values, images)
-        weight = None if tokens.weight is None else \
-            take(tokens.weight, images)
-        if layer == self.last_layer:
+        is_last = layer == self.last_layer
+        if not is_last:
+            reference = outputs.tokens(layer + 1)
+        elif self.loss_info.last == 'previous' and previous is not None:
+            reference = previous
+        else:
             reference = tokens
-            if self.loss_info.last == 'previous' and previous is not None:
-                reference = previous
-            return self.loss_info(
-                ours, take(reference.values, images),
-                num_prefix=tokens.num_prefix, weight=weight)
-        return self.loss_info(
-            outputs.rerun(layer + 1, ours),
-            take(outputs.tokens(layer + 1).values, images),
-            num_prefix=tokens.num_prefix, is_last=False, weight=weight)
+        ours, theirs, weight = refined.values, reference.values, tokens.weight
+        if images is not None:
+            ours, theirs, weight = (
+                value if value is None else take(value, images)
+                for value in (ours, theirs, weight))
+        if not is_last:
+            ours = outputs.rerun(layer + 1, ours)
+        return self.loss_info(ours, theirs, num_prefix=tokens.num_prefix,
+                              is_last=is_last, weight=weight)
 
     def inlier_variance(self, layers: Dict[int, Dict[str, Any]]
                         ) -> Dict[int, Tensor]:
@@ -262,7 +267,7 @@ class Refine(TargetStep):
         return {
             layer: inlier_variance_ratio(
                 values['teacher'].patches, values['refined'].patches,
-                self.loss_outlier.quantile, values['teacher'].patch_weight)
+                self.loss_outlier.quantile, values['refined'].patch_weight)
             for layer, values in layers.items()
         }
 

@@ -1,5 +1,5 @@
 """A step on the way from a teacher's tokens to a student's targets."""
-from typing import Callable, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 from torch import Tensor, nn
 
@@ -15,15 +15,15 @@ class TeacherOutputs:
     Args:
         taps (BlockTaps): Of the pass.
         norms (nn.ModuleDict): A :class:`TargetNorm` for each tapped layer.
-        record (Callable): Takes a layer and named values, for hooks that
-            measure the step; see :class:`StepRecord`.
+        records (Sequence[StepRecord]): Of hooks that measure this step, to
+            be given what a step makes of the tokens.
     """
 
     def __init__(self, taps: BlockTaps, norms: nn.ModuleDict,
-                 record: Callable[..., None]) -> None:
+                 records: Sequence[Any] = ()) -> None:
         self.taps = taps
         self.norms = norms
-        self.record = record
+        self.records = records
 
     def tokens(self, layer: int) -> Tokens:
         """F, a block's output, normalised; values of shape (B, N, D)."""
