@@ -81,7 +81,7 @@ def build_part(key: str, cfg: Any, default: str = '') -> Any:
                           f'dict(type={example!r}).')
     cfg = dict(cfg or {})
     kind = cls = cfg.setdefault('type', default)
-    if isinstance(kind, str):
+    if kind and isinstance(kind, str):
         cls = MODELS.get(kind) or MODELS.get(f'mmsinger.{kind}')
     if not callable(cls):
         name = str(kind).split('.')[-1]

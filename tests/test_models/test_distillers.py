@@ -487,9 +487,9 @@ def test_standardised_targets_have_unit_size():
     batches = [images(8) for _ in range(4)]
     model.calibrate_target_norms(batches)
     assert sorted(model.target_norms) == ['1', '2', '3']
-    taps = model.teacher(batches[0], [1, 2, 3], model.student_normalisation)
+    outputs = model.run_teacher(batches[0])
     for layer in (1, 2, 3):
-        raw = taps.tokens(layer).patches
+        raw = outputs.taps.tokens(layer).patches
         patches = outputs.tokens(layer).patches
         assert 0.8 < patches.norm(dim=-1).median() / 32**0.5 < 1.2
         assert patches.flatten(0, 1).median(0).values.abs().max() < 0.5

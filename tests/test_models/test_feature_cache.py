@@ -1,4 +1,4 @@
-"""Remembered teacher tokens: the same training, fewer passes."""
+"""Cached teacher tokens: the same training, fewer passes."""
 import copy
 
 import pytest
@@ -31,7 +31,7 @@ class Counted:
 
     def __init__(self, feature_cache=100, backbone=None):
         self.teacher = FrozenTeacher(backbone=backbone or vit(),
-                                     feature_cache=remember)
+                                     feature_cache=feature_cache)
         self.seen = 0
         self.teacher.backbone.register_forward_pre_hook(self._count)
 
@@ -44,13 +44,12 @@ class Counted:
 
 
 def distiller(name, method=SiNGERDistiller, **kwargs):
-    """With and without memory, alike otherwise."""
+    """Like its twin of another call, before a cache is set."""
     model = method(student=vit(), task_loss_weight=0,
                    teacher=dict(backbone=FAMILIES[name], layers=(1, 3)),
                    **kwargs)
     model.init_weights()
     if method is SiNGERDistiller:
-        model.refinement.init_weights(model.teacher)
         for adapter in model.adapters.values():
             torch.nn.init.normal_(adapter.down, std=0.1)
     model.eval()  # a student without dropout
@@ -200,7 +199,7 @@ def test_precision_may_change_on_the_way():
     assert teacher.seen == 4
 
 
-def test_what_is_remembered_cannot_be_changed_from_outside():
+def test_what_is_cached_cannot_be_changed_from_outside():
     teacher = Counted()
     images = torch.randn(2, 3, 32, 32)
     first = teacher(images)
@@ -219,17 +218,17 @@ def test_no_graph_is_kept():
     for _ in range(2):  # a second backward pass meets no freed graph
         step(model, images)
     assert images.grad.any()  # through the student alone
-    memory = model.teacher._cached
-    kept = [t for tokens in memory._tokens.values() for t in tokens]
+    cache = model.teacher._cached
+    kept = [t for tokens in cache._tokens.values() for t in tokens]
     assert len(kept) == 6
     assert not any(t.requires_grad for t in kept)
-    # of a batch, nothing but what is remembered
-    assert not any(example._outputs for example in memory._examples.values())
+    # of a batch, nothing but what is cached
+    assert not any(example._outputs for example in cache._examples.values())
     assert all(t.untyped_storage().nbytes() == t.numel() * 4 for t in kept)
 
 
 def warnings_of(caplog, teacher, batches):
-    logger = MMLogger.get_instance('memory')
+    logger = MMLogger.get_instance('cache')
     logger.addHandler(caplog.handler)
     try:
         for images in batches:
@@ -296,9 +295,11 @@ def test_measures_see_each_pass():
 def test_the_planted_mask_is_of_the_last_pass():
     teacher = dict(backbone=FAMILIES['planted'], feature_cache=10)
     with pytest.raises(ConfigError) as error:
-        FitNetDistiller(student=vit(), layers=(1, 3), mask='oracle',
-                        teacher=teacher)
-    for word in ("mask='oracle'", 'teacher.feature_cache=10',
+        FitNetDistiller(
+            student=vit(), layers=(1, 3), teacher=teacher,
+            task_loss_weight=0,
+            targets=[dict(type='mmsinger.MaskTokens', oracle=True)])
+    for word in ('MaskTokens(oracle=True)', 'teacher.feature_cache=10',
                  'teacher.feature_cache=0'):
         assert word in str(error.value)
 

@@ -19,7 +19,7 @@ Grid = Tuple[int, int]
 
 # What the parts are called, as dotted paths; the first that is there counts.
 NAMES: Dict[str, List[str]] = dict(
-    patch_embed=['patch_embed'],  # beside the list of blocks
+    patch_embed=['patch_embed'],  # beside the list of blocks, or above it
     # in a block
     attention=['attn'],
     ffn=['ffn', 'mlp'],
@@ -122,12 +122,14 @@ def find_blocks(backbone: nn.Module, owner: str) -> Blocks:
             'pyramid such as Swin or PVT. mmsinger needs a plain vision '
             'transformer, whose blocks all have the same grid and width.')
     (path, blocks), = lists.items()
-    parent = backbone.get_submodule(path.rpartition('.')[0])
-    patch_embed = find_part(parent, 'patch_embed')
+    parent, patch_embed = path, None
+    while parent and patch_embed is None:
+        parent = parent.rpartition('.')[0]
+        patch_embed = find_part(backbone.get_submodule(parent), 'patch_embed')
     if patch_embed is None:
         raise ConfigError(
             f'{owner}: {name} has blocks at {path!r} but no patch_embed '
-            'beside them, so their patch grid is not known.')
+            'beside or above them, so their patch grid is not known.')
     return Blocks(path, blocks, patch_embed)
 
 

@@ -85,7 +85,7 @@ class MaskTokens(FilterStep):
         self.oracle = oracle
         if not oracle or mad is not None:
             self.limit = norm_limit(
-                'MaskTokens', " or 'oracle=True'", mad=mad)
+                'MaskTokens', ' or oracle=True', mad=mad)
         if oracle and mad is not None:
             raise ConfigError(f'MaskTokens: mad={mad!r} has no effect with '
                               'oracle=True. Give one of the two.')

@@ -113,12 +113,12 @@ class Refine(TargetStep):
                 '1, the share of images to compute L_info on. To leave L_info '
                 'out, set loss_info.loss_weight=0.')
         if gate is not None:
-            check_keys('model.gate', gate, ('mad', ))
-            norm_limit('model.gate', **gate)
+            _check_dict('model.gate', gate, 'mad=8.0', ('mad', ))
+            norm_limit('model.gate', mad=gate.get('mad'))
         elif cap:
             raise ConfigError('cap=True shortens gated tokens, but there is '
                               'no gate. Add gate=dict(mad=8.0).')
-        self.adapter_cfg = _check_adapter_keys(dict(adapter or {}))
+        self.adapter_cfg = _check_adapter_keys(adapter or {})
         self.info_fraction = info_fraction
         self.gate = gate
         self.cap = cap
@@ -333,8 +333,17 @@ def inlier_variance_ratio(original: Tensor, refined: Tensor, quantile: float,
     return variance(refined) / variance(original).clamp(min=1e-12)
 
 
+def _check_dict(key: str, value: Any, example: str, keys: Sequence[str]
+                ) -> None:
+    if not isinstance(value, dict):
+        raise ConfigError(f'{key}={value!r} must be a dict, for instance '
+                          f'dict({example}).')
+    check_keys(key, value, keys)
+
+
 def _check_adapter_keys(cfg: Dict[str, Any]) -> Dict[str, Any]:
-    check_keys('model.adapter', cfg, _BUILD_KEYS + _FFN_KEYS + _INIT_KEYS)
+    _check_dict('model.adapter', cfg, 'rank=16',
+                _BUILD_KEYS + _FFN_KEYS + _INIT_KEYS)
     for key, choices in (('init', INITS), ('selection', SELECTIONS)):
         if key in cfg:
             check_choice(f'model.adapter.{key}', cfg[key], choices)
