@@ -40,8 +40,6 @@ def build(cfg):
         model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
     model = MODELS.build(model_cfg)
     model.init_weights()
-    if getattr(model, 'needs_adapters', False):
-        model.initialise_adapters()
     return model.train()
 
 

@@ -39,7 +39,7 @@ def distiller(cls=SiNGERDistiller, target_norm=None, **kwargs):
                           *model.student.parameters()):
             parameter.add_(0.1 * torch.randn_like(parameter))
         if cls is SiNGERDistiller:
-            model.initialise_adapters()
+            model.refinement.init_weights(model.teacher)
             for parameter in model.adapters.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
     if target_norm == 'standardise':

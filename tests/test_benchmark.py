@@ -16,7 +16,7 @@ from step_cost.steps import selected_quantile
 
 from mmsinger.engine.config import load_config
 from mmsinger.errors import ConfigError
-from mmsinger.models.losses import outlier_threshold
+from mmsinger.metrics.norms import outlier_threshold
 
 MIB = 2**18  # float32 numbers in a MiB
 

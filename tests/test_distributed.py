@@ -167,7 +167,7 @@ def worker(rank, folder):
     try:
         train(folder, 'fsdp_remembers', {
             **FSDP, 'strategy.shard_teacher': True,
-            'model.teacher.remember': 8}, 'pytorch')
+            'model.teacher.feature_cache': 8}, 'pytorch')
         results['fsdp_remembers'] = ''
     except ConfigError as error:
         results['fsdp_remembers'] = str(error)
@@ -340,7 +340,7 @@ def test_fsdp_begins_from_a_plain_student(outcome):
 
 def test_fsdp_does_not_divide_a_teacher_that_is_left_out(outcome):
     for ranks in outcome[1]:
-        assert 'teacher.remember do not go together' in \
+        assert 'teacher.feature_cache do not go together' in \
             ranks['fsdp_remembers']
 
 

@@ -536,7 +536,7 @@ def place(tmp_path_factory):
     cfg.model.teacher.checkpoint = str(folder / 'teacher.pth')
     model = MODELS.build(cfg.model)
     model.init_weights()
-    model.initialise_adapters()
+    model.refinement.init_weights(model.teacher)
     torch.save(dict(state_dict=model.state_dict()), folder / 'iter_1.pth')
     return folder
 

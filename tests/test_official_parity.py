@@ -96,7 +96,6 @@ class Reference:
                 adapter = model.adapters[str(layer)]
                 adapter.down.copy_(self[f'adapter/{layer:03d}.W_d'])
                 adapter.up.copy_(self[f'adapter/{layer:03d}.W_u'])
-                adapter.initialised = True
         return model
 
 
@@ -171,7 +170,7 @@ def test_fitnet_loss(reference):
 def test_linearised_ffn_and_initial_basis(reference):
     model = reference.singer()
     for layer in reference.layers:
-        block = layer if layer == model.last_layer else layer + 1
+        block = layer if layer == model.refinement.last_layer else layer + 1
         weight = linearised_ffn(model.teacher.blocks.modules[block])
         assert_close(weight.float(), reference[f'linearised_ffn/{layer:03d}'],
                      1e-5)

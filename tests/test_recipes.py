@@ -302,7 +302,7 @@ def test_official_preset():
     assert (model.loss_info.intermediate, model.loss_info.last) == \
         ('mse', 'previous')
     assert model.task_loss_weight == 0
-    assert model.last_layer == 23
+    assert model.refinement.last_layer == 23
     assert model.student_layers == [8, 11]
     assert model.tapped_teacher_layers == [17, 18, 23]
 

@@ -153,7 +153,7 @@ def test_measured_metrics_are_those_that_are_read():
         student=tiny.vit(), task_loss_weight=0, layers=(1, 3),
         teacher=dict(backbone=tiny.vit()))
     model.init_weights()
-    model.initialise_adapters()
+    model.refinement.init_weights(model.teacher)
     images = [torch.randn(2, 3, 32, 32)]
     metrics = execute._flat(json.loads(json.dumps(
         measure(model, lambda: images, METRICS, jacobian_images=1))))

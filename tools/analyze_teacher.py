@@ -22,7 +22,7 @@ from mmsinger.analysis import (ImageFolder, analyse, check_size, load_subject,
 from mmsinger.engine.config import check_work_dir, load_config
 from mmsinger.errors import readable_errors
 from mmsinger.files import whole_file
-from mmsinger.models.features.taps import patch_stride
+from mmsinger.models.features.anatomy import patch_stride
 
 
 def parse_args():

@@ -11,11 +11,12 @@ from torch import Tensor
 from mmsinger.analysis.null_directions import (intermediate_layers,
                                                null_directions,
                                                nullspace_energies)
-from mmsinger.errors import ConfigError, check_choice
 from mmsinger.analysis.streams import (CosineStream, DeviationStream,
-                                      GramStream, InflationStream, Stream)
+                                       GramStream, InflationStream, Stream)
+from mmsinger.errors import ConfigError, check_choice
 from mmsinger.models.distillers import FeatureDistiller, SiNGERDistiller
-from mmsinger.models.features.taps import BlockTaps, find_blocks
+from mmsinger.models.features.anatomy import find_blocks
+from mmsinger.models.features.taps import BlockTaps
 from mmsinger.models.features.tokens import Tokens
 
 SINGER_METRICS = ('nullspace', 'cosine', 'deviation')

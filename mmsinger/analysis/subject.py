@@ -7,7 +7,7 @@ from torch import Tensor
 from mmsinger.checkpoint import load_checkpoint, weights_of
 from mmsinger.errors import ConfigError, check_keys
 from mmsinger.models.distillers.base import argument_names
-from mmsinger.models.features.taps import patch_stride
+from mmsinger.models.features.anatomy import patch_stride
 from mmsinger.models.teachers.frozen import (FrozenTeacher, Normalisation,
                                              feature_settings)
 

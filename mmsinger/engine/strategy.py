@@ -81,12 +81,12 @@ class FSDPStrategy(MMEngineFSDPStrategy):
         if teacher is not None:
             teacher.to(device)
         if self.shard_teacher:
-            if getattr(teacher, 'remember', 0):
+            if getattr(teacher, 'feature_cache', 0):
                 raise ConfigError(
-                    'strategy.shard_teacher=True and model.teacher.remember '
-                    'do not go together: all processes gather the blocks in '
-                    'each pass, and one that knows its images makes none. '
-                    'Leave one of them out.')
+                    'strategy.shard_teacher=True and '
+                    'model.teacher.feature_cache do not go together: all '
+                    'processes gather the blocks in each pass, and one that '
+                    'knows its images makes none. Leave one of them out.')
             shard_blocks(teacher)
         self.model_wrapper.setdefault('device_id', device)
         if isinstance(model, FeatureDistiller):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmsinger.errors import ConfigError, near_paths
 from mmsinger.models import FeatureDistiller
-from mmsinger.models.features.taps import find_blocks, patch_stride
+from mmsinger.models.features.anatomy import find_blocks, patch_stride
 
 Size = Tuple[int, int]
 

@@ -3,20 +3,25 @@ from mmsinger.models.adapters import SiNGERAdapter
 from mmsinger.models.backbones import (ConvStem, PlantedArtifacts,
                                        VisionTransformerWithRegisters)
 from mmsinger.models.distillers import (BaseDistiller, FeatureDistiller,
-                                        FitNetDistiller, GatedSiNGERDistiller,
-                                        LogitKDDistiller, SiNGERDistiller,
-                                        ViTKDDistiller)
-from mmsinger.models.losses import (FeatureMSELoss, GramInformationLoss,
-                                    LogitKLLoss, OutlierSuppressionLoss)
+                                        FitNetDistiller, LogitKDDistiller,
+                                        SiNGERDistiller, ViTKDDistiller)
+from mmsinger.models.losses import (FeatureCosineLoss, FeatureLoss,
+                                    FeatureMSELoss, FeatureSmoothL1Loss,
+                                    GramInformationLoss, LogitKLLoss,
+                                    OutlierSuppressionLoss)
 from mmsinger.models.probes import (FrozenBackbone, KNNClassifier,
                                     LinearDepthHead)
+from mmsinger.models.targets import (ClipNorms, MaskTokens, Refine,
+                                     TargetStep)
 from mmsinger.models.teachers import FrozenClassifier, FrozenTeacher
 
 __all__ = [
-    'BaseDistiller', 'ConvStem', 'FeatureDistiller', 'FeatureMSELoss',
-    'FitNetDistiller', 'FrozenBackbone', 'FrozenClassifier', 'FrozenTeacher',
-    'GatedSiNGERDistiller', 'GramInformationLoss', 'KNNClassifier',
-    'LinearDepthHead', 'LogitKDDistiller', 'LogitKLLoss',
-    'OutlierSuppressionLoss', 'PlantedArtifacts', 'SiNGERAdapter',
-    'SiNGERDistiller', 'ViTKDDistiller', 'VisionTransformerWithRegisters'
+    'BaseDistiller', 'ClipNorms', 'ConvStem', 'FeatureCosineLoss',
+    'FeatureDistiller', 'FeatureLoss', 'FeatureMSELoss',
+    'FeatureSmoothL1Loss', 'FitNetDistiller', 'FrozenBackbone',
+    'FrozenClassifier', 'FrozenTeacher', 'GramInformationLoss',
+    'KNNClassifier', 'LinearDepthHead', 'LogitKDDistiller', 'LogitKLLoss',
+    'MaskTokens', 'OutlierSuppressionLoss', 'PlantedArtifacts', 'Refine',
+    'SiNGERAdapter', 'SiNGERDistiller', 'TargetStep', 'ViTKDDistiller',
+    'VisionTransformerWithRegisters'
 ]

@@ -47,7 +47,7 @@ def distiller(cls=SiNGERDistiller, **kwargs):
         for parameter in model.teacher.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     if issubclass(cls, SiNGERDistiller):
-        model.initialise_adapters()
+        model.refinement.init_weights(model.teacher)
     if model.needs_calibration:
         model.calibrate_target_norms([IMAGES])
     return model.train()

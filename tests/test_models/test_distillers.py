@@ -13,7 +13,7 @@ from mmseg.structures import SegDataSample
 
 from mmsinger.errors import ConfigError
 from mmsinger.models import FitNetDistiller, SiNGERDistiller
-from mmsinger.models.distillers.singer import inlier_variance_ratio
+from mmsinger.models.targets.refine import inlier_variance_ratio
 from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.models.features.taps import BlockTaps
 from mmsinger.registry import MODELS
@@ -92,7 +92,7 @@ def distiller(student='classifier', cls=SiNGERDistiller, ready=True,
             for p in model.teacher.parameters():
                 p.add_(0.1 * torch.randn_like(p))
         if cls is SiNGERDistiller:
-            model.initialise_adapters()
+            model.refinement.init_weights(model.teacher)
     return model.train()
 
 
@@ -487,10 +487,10 @@ def test_standardised_targets_have_unit_size():
     batches = [images(8) for _ in range(4)]
     model.calibrate_target_norms(batches)
     assert sorted(model.target_norms) == ['1', '2', '3']
-    taps = model.teacher(batches[0], [1, 2, 3], model.student_normalisation)
+    outputs = model.run_teacher(batches[0])
     for layer in (1, 2, 3):
-        raw = taps.tokens(layer).patches
-        patches = model.teacher_tokens(taps, layer).patches
+        raw = outputs.taps.tokens(layer).patches
+        patches = outputs.tokens(layer).patches
         assert 0.8 < patches.norm(dim=-1).median() / 32**0.5 < 1.2
         assert patches.flatten(0, 1).median(0).values.abs().max() < 0.5
         norm = model.target_norms[str(layer)]
@@ -561,9 +561,9 @@ def test_state_dict_comes_back():
     model = distiller('segmentor', target_norm='standardise')
     model.calibrate_target_norms([images()])
     twin = distiller('segmentor', target_norm='standardise', ready=False)
-    assert twin.needs_adapters and twin.needs_calibration
+    assert twin.needs_calibration
     twin.load_state_dict(model.state_dict(), strict=True)
-    assert not twin.needs_adapters and not twin.needs_calibration
+    assert not twin.needs_calibration
     twin.__dict__['teacher'] = model.teacher
     model.eval(), twin.eval()
     x = images()
@@ -581,10 +581,10 @@ def test_what_does_not_fit_does_not_count_as_loaded():
                                     feedforward_channels=64))))
     other.calibrate_target_norms([images()])
     load_state_dict(model, other.state_dict(), strict=False)
-    assert model.needs_adapters and model.needs_calibration
+    assert model.needs_calibration
     uncalibrated = distiller('mmpretrain', target_norm='standardise')
     model.load_state_dict(uncalibrated.state_dict())
-    assert model.needs_calibration and not model.needs_adapters
+    assert model.needs_calibration
 
 
 def test_averaged_copy():
@@ -671,7 +671,7 @@ def test_inlier_variance_is_measured_on_request():
     def measure():
         model.records = [StepRecord()]
         model.loss(images(), None)
-        return model.inlier_variance(model.records.pop())
+        return model.refinement.inlier_variance(model.records.pop().layers)
 
     ratios = measure()
     assert sorted(ratios) == [1, 3]
@@ -745,10 +745,23 @@ def test_bad_input(kwargs, words):
         assert word in str(error.value), str(error.value)
 
 
-def test_not_initialised_adapters():
-    model = distiller('mmpretrain', ready=False)
-    with pytest.raises(RuntimeError, match='SiNGERAdapterHook'):
-        model.loss(images(), None)
+def test_adapters_start_with_the_weights(tmp_path):
+    weights = vit()
+    torch.save(build(weights).state_dict(), tmp_path / 'teacher.pth')
+    model = SiNGERDistiller(
+        student=SMALL_VIT, task_loss_weight=0, layers=(1, 3),
+        adapter=dict(rank=4), teacher_dtype='bf16',
+        teacher=dict(backbone=weights, checkpoint=str(
+            tmp_path / 'teacher.pth')))
+    for adapter in model.adapters.values():
+        assert not adapter.up.any()
+    model.init_weights()
+    for layer, block in ((1, 2), (3, 3)):
+        null = model.refinement.null_directions[layer]
+        assert null.block == block
+        # from the full weights, whatever the teacher is cast to
+        expected = null.directions[:, -4:].flip(1).T.float()
+        assert torch.equal(model.adapters[str(layer)].up, expected)
 
 
 def test_unlinearisable_teacher():
@@ -757,4 +770,4 @@ def test_unlinearisable_teacher():
     with torch.no_grad():
         block.ffn.layers[1].weight[0, 0] = float('nan')
     with pytest.raises(ConfigError, match='not finite'):
-        model.initialise_adapters()
+        model.refinement.init_weights(model.teacher)

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmsinger.errors import ConfigError
-from mmsinger.models import (FrozenTeacher, GatedSiNGERDistiller,
-                             PlantedArtifacts, SiNGERDistiller)
+from mmsinger.models import FrozenTeacher, PlantedArtifacts, SiNGERDistiller
 from mmsinger.models.adapters import left_singular_directions, linearised_ffn
 from mmsinger.models.backbones.planted_artifacts import choose_patches
-from mmsinger.models.features.taps import (BlockTaps, find_blocks,
-                                           patch_stride, resolve_layer)
+from mmsinger.models.features.anatomy import (find_blocks, patch_stride,
+                                              resolve_layer)
+from mmsinger.models.features.taps import BlockTaps
 from mmsinger.models.teachers.frozen import Normalisation
 from tiny import build, seg_vit, timm_vit, vit, write_teacher
 
@@ -427,7 +427,7 @@ def test_a_copy_plants_by_itself():
     model = planter(direction='null')
     images = pictures(2, 32, 48)
     trained = (images.clone().requires_grad_() * 1)
-    model(trained)  # what it remembers of a pass can be copied
+    model(trained)  # what it keeps of a pass can be copied
     expected = tokens_after(model, images, 3).values
     twin = copy.deepcopy(model)
     model.planted_mask = None
@@ -447,13 +447,14 @@ def test_gradients_pass():
                for p in model.backbone.layers[0].parameters())
 
 
-@pytest.mark.parametrize('method', [SiNGERDistiller, GatedSiNGERDistiller])
-def test_in_a_distiller(method):
-    model = method(student=vit(), task_loss_weight=0, layers=(1, 3),
-                   target_norm='standardise', teacher=dict(backbone=dict(
-                       type='mmsinger.PlantedArtifacts', backbone=vit())))
+@pytest.mark.parametrize('kwargs', [
+    {}, dict(gate=dict(mad=8.0), cap=True)], ids=['paper', 'gated'])
+def test_in_a_distiller(kwargs):
+    model = SiNGERDistiller(
+        student=vit(), task_loss_weight=0, layers=(1, 3),
+        target_norm='standardise', teacher=dict(backbone=dict(
+            type='mmsinger.PlantedArtifacts', backbone=vit())), **kwargs)
     model.init_weights()
-    model.initialise_adapters()
     model.calibrate_target_norms([pictures(4, 32, 32)])
     losses = model.loss(pictures(4, 32, 32), None)
     assert all(torch.isfinite(value) for value in losses.values())
@@ -466,7 +467,6 @@ def test_the_block_it_plants_after_is_not_run_alone():
         teacher=dict(backbone=dict(type='mmsinger.PlantedArtifacts',
                                    backbone=vit(), after=1)))
     model.init_weights()
-    model.initialise_adapters()
     with pytest.raises(ConfigError, match='block 1 was run on its own.*'
                        'Distil block 1 or later'):
         model.loss(pictures(2, 32, 32), None)

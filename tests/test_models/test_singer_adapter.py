@@ -1,17 +1,14 @@
 """The adapter F_hat = F + gain (F down) up (section 3.2)."""
-import copy
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from mmsinger.errors import ConfigError
+from mmsinger.metrics import subspace_energy
 from mmsinger.models.adapters import (SiNGERAdapter, left_nullspace,
-                                      left_singular_directions,
-                                      subspace_energy)
-from mmsinger.models.distillers.singer import inlier_variance_ratio
+                                      left_singular_directions)
+from mmsinger.models.targets.refine import inlier_variance_ratio
 
 seeds = st.integers(0, 2**31 - 1)
 
@@ -116,7 +113,6 @@ def test_zero_init_is_the_identity_and_can_learn():
 def test_before_initialisation_it_is_the_identity():
     adapter = SiNGERAdapter(12, 4)
     patches = randn(2, 5, 12)
-    assert not adapter.initialised
     assert torch.equal(adapter(patches), patches)
 
 
@@ -154,7 +150,6 @@ def test_what_is_logged(init, values, num_random):
     assert info['init'] == init and info['rank'] == 4
     assert len(info['singular_values']) == values
     assert info['num_random'] == num_random
-    assert adapter.initialised
     expected = sorted(torch.linalg.svdvals(randn(12, 12).double()))[:values]
     assert info['singular_values'] == pytest.approx(
         [float(v) for v in expected])
@@ -178,51 +173,6 @@ def test_energy_of_an_initialised_adapter():
         pytest.approx((1, 0), abs=1e-6)
     assert subspace_energy(adapter.down.T, directions) == \
         pytest.approx((1, 0), abs=1e-6)
-
-
-# -- checkpoints --------------------------------------------------------------
-
-
-def test_loading_counts_as_initialising():
-    source = initialised()
-    target = SiNGERAdapter(12, 4)
-    target.load_state_dict(source.state_dict())
-    assert target.initialised
-    patches = randn(1, 3, 12)
-    assert torch.equal(target(patches), source(patches))
-
-
-def test_loading_through_a_parent_counts_too():
-    def model():
-        return nn.ModuleDict(dict(adapters=nn.ModuleDict({
-            '17': SiNGERAdapter(12, 4), '23': SiNGERAdapter(12, 4)})))
-
-    source, target = model(), model()
-    target.load_state_dict(source.state_dict())
-    assert all(a.initialised for a in target['adapters'].values())
-
-    partial = {k: v for k, v in source.state_dict().items() if '17' in k}
-    target = model()
-    target.load_state_dict(partial, strict=False)
-    assert target['adapters']['17'].initialised
-    assert not target['adapters']['23'].initialised
-
-
-def test_half_a_checkpoint_does_not_count():
-    target = SiNGERAdapter(12, 4)
-    target.load_state_dict(dict(up=torch.zeros(4, 12)), strict=False)
-    assert not target.initialised
-
-
-def test_matrices_of_another_rank_do_not_count():
-    target = SiNGERAdapter(12, 4)
-    with pytest.raises(RuntimeError, match='size mismatch'):
-        target.load_state_dict(initialised(rank=5).state_dict())
-    assert not target.initialised
-
-
-def test_a_copy_stays_initialised():
-    assert copy.deepcopy(initialised()).initialised
 
 
 # -- precision ----------------------------------------------------------------
@@ -291,7 +241,6 @@ def test_bad_selection_leaves_the_adapter_untouched():
     adapter = SiNGERAdapter(12, 4)
     with pytest.raises(ConfigError, match='adapter.selection'):
         adapter.initialise(decomposition(12), selection='largest')
-    assert not adapter.initialised
     assert not adapter.up.any()
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from mmsinger.errors import ConfigError
-from mmsinger.models.features.taps import (BlockTaps, find_blocks,
-                                           fixed_input_size, in_channels,
-                                           patch_stride, resolve_layer)
+from mmsinger.models.features.anatomy import (find_blocks, fixed_input_size,
+                                              patch_stride, resolve_layer)
+from mmsinger.models.features.taps import BlockTaps
 from mmsinger.registry import MODELS
 from tiny import build, seg_vit, timm_vit, vit
 
@@ -151,7 +151,7 @@ def test_grid_and_width(family):
     assert tokens.grid == (images.shape[2] // step[0],
                            images.shape[3] // step[1])
     assert len(blocks) == DEPTH and blocks.dim == 32
-    assert in_channels(blocks.patch_embed) == 3
+    assert blocks.in_channels == 3
 
 
 def test_image_size_is_not_square_where_it_can_be():

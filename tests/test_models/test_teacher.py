@@ -8,7 +8,8 @@ from torch import nn
 from mmsinger.converters import timm_to_mmpretrain
 from mmsinger.errors import ConfigError
 from mmsinger.models import FrozenTeacher, SiNGERDistiller
-from mmsinger.models.features.taps import BlockTaps, find_blocks
+from mmsinger.models.features.anatomy import find_blocks
+from mmsinger.models.features.taps import BlockTaps
 from mmsinger.models.teachers.frozen import Normalisation, feature_settings
 from tiny import build, seg_vit, timm_vit, vit
 
@@ -34,7 +35,7 @@ def distiller():
         student=vit(), task_loss_weight=0, layers=(1, 3),
         teacher=dict(backbone=vit(drop_rate=0.5, drop_path_rate=0.5)))
     model.init_weights()
-    model.initialise_adapters()
+    model.refinement.init_weights(model.teacher)
     return model
 
 
@@ -281,10 +282,6 @@ def test_no_features_before_the_weights_are_there(saved):
         features(teacher, torch.randn(1, 3, 32, 32))
     model = SiNGERDistiller(student=vit(), task_loss_weight=0, layers=(1, 3),
                             teacher=saved(weights()))
-    with pytest.raises(RuntimeError, match='init_weights'):
-        model.initialise_adapters()
-    for adapter in model.adapters.values():
-        adapter.initialised = True
     with pytest.raises(RuntimeError, match='init_weights'):
         model.loss(torch.randn(1, 3, 32, 32), None)
     model.init_weights()

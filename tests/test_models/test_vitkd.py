@@ -13,6 +13,9 @@ from tiny import vit
 
 DEEP = vit(arch=dict(embed_dims=32, num_layers=8, num_heads=4,
                      feedforward_channels=64))
+CLIP = [dict(type='mmsinger.ClipNorms', quantile=0.9)]
+MASK = [dict(type='mmsinger.MaskTokens', mad=2.)]
+REFINE = [dict(type='mmsinger.Refine', adapter=dict(rank=4))]
 NARROW = vit(arch=dict(embed_dims=16, num_layers=4, num_heads=2,
                        feedforward_channels=32))
 
@@ -149,12 +152,14 @@ def test_visible_tokens_are_not_asked_for():
 @pytest.mark.parametrize('kwargs', [
     dict(), dict(teacher=vit(patch_size=14, img_size=56)),
     dict(teacher=vit(with_cls_token=False, out_type='avg_featmap')),
-    dict(clip=dict(quantile=0.9)), dict(mask=dict(mad=2.)),
+    dict(targets=CLIP), dict(targets=MASK), dict(targets=CLIP + REFINE),
     dict(target_norm='layernorm'), dict(target_norm='standardise')], ids=str)
 @pytest.mark.parametrize('reduction', ['sum', 'mean'])
 def test_everything_trains(kwargs, reduction):
     """Also where grids and prefixes differ, with a KD target changed."""
     model = distiller(reduction=reduction, **kwargs)
+    if model.refinement:
+        model.refinement.init_weights(model.teacher)
     if model.needs_calibration:
         model.calibrate_target_norms([images()])
     x = torch.randn(2, 3, 32, 48)
@@ -171,20 +176,24 @@ def test_everything_trains(kwargs, reduction):
 def test_masked_targets_do_not_count():
     """Of an artifact, whatever its value, nothing reaches the loss."""
     for reduction in ('sum', 'mean'):
-        model = distiller(mask=dict(mad=6.), reduction=reduction)
-        taps = model.run_teacher(images())
+        model = distiller(reduction=reduction, targets=[
+            dict(type='mmsinger.MaskTokens', mad=6.)])
+        outputs = model.run_teacher(images())
         _, students = model.run_student(images(), None)
         outcomes = []
         for size in (1e3, 1e4):
-            target = taps.tokens(1)
-            patches = target.patches.clone()
-            patches[:, 5] += size
-            target = target.with_patches(patches)
+            targets = {}
+            for layer in model.layers:
+                tokens = outputs.tokens(layer)
+                patches = tokens.patches.clone()
+                patches[:, 5] += size
+                targets[layer] = tokens.with_patches(patches)
+            targets, _ = model.steps[0](targets, outputs)
             torch.manual_seed(0)
-            outcomes.append((model._mimic(1, students[1], target),
-                             model._generate(7, students[7], target)))
-        assert torch.equal(outcomes[0][0], outcomes[1][0])
-        assert torch.equal(outcomes[0][1], outcomes[1][1])
+            outcomes.append(model.feature_losses(targets, students))
+        for name, value in outcomes[0].items():
+            assert value > 0
+            assert torch.equal(value, outcomes[1][name]), name
 
 
 def test_autocast():
@@ -200,7 +209,7 @@ def test_autocast():
 
 
 def test_nothing_depends_on_data():
-    model = distiller(mask=dict(mad=2.))
+    model = distiller(targets=MASK)
     with FakeTensorMode(allow_non_fake_inputs=True):
         student = Tokens(torch.empty(2, 17, 16), (4, 4))
         target = Tokens(torch.empty(2, 17, 32), (4, 4))

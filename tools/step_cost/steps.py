@@ -14,7 +14,7 @@ from mmsinger.engine.diagnostics import step_diagnostics
 from mmsinger.errors import ConfigError, check_choice
 from mmsinger.models import FeatureDistiller, FitNetDistiller, SiNGERDistiller
 from mmsinger.models.distillers.step_record import StepRecord
-from mmsinger.models.features.compiled_blocks import compile_blocks
+from mmsinger.models.features.compiled import compile_blocks
 from mmsinger.models.features.taps import BlockTaps
 from mmsinger.models.losses import outlier_loss
 

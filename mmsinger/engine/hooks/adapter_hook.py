@@ -1,31 +1,24 @@
 from typing import Optional
 
-from mmengine.dist import broadcast
 from mmengine.hooks import Hook
 
-from mmsinger.engine.unwrap import full_parameters, unwrap
-from mmsinger.models import SiNGERDistiller
+from mmsinger.engine.unwrap import unwrap
+from mmsinger.models import FeatureDistiller
 from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.registry import HOOKS
 
 
 @HOOKS.register_module()
 class SiNGERAdapterHook(Hook):
-    """Starts the adapters and watches that they do not collapse.
-
-    Before the first step, when the teacher is loaded, the adapters are
-    initialised on every process and made identical by a broadcast from the
-    first. Adapters that came from a checkpoint (``--resume``, ``load_from``)
-    are left as they are. For each layer it logs the singular values kept,
-    E_safe and E_prob (Table 5a).
+    """Watches that the adapters of a :class:`Refine` step do not collapse.
 
     During training it logs the variance of refined over original inlier
     tokens as ``distill.inlier_variance_L``. A ratio far below 1 means that
     the adapter shrinks legitimate features: the KD loss then falls while the
     student gets worse.
 
-    With another model than :class:`SiNGERDistiller` it does nothing, so that
-    recipes can share one list of hooks.
+    With a model that refines nothing it does nothing, so that recipes can
+    share one list of hooks.
 
     Args:
         interval (int): Iterations between two measurements. Defaults to 50.
@@ -41,32 +34,9 @@ class SiNGERAdapterHook(Hook):
         self._collapsed = set()
         self._record: Optional[StepRecord] = None
 
-    def before_train(self, runner) -> None:
-        model = unwrap(runner.model)
-        if not isinstance(model, SiNGERDistiller):
-            return
-        if not model.needs_adapters:
-            runner.logger.info('SiNGER adapters: kept as loaded from the '
-                               'checkpoint')
-            return
-        with full_parameters(runner.model):
-            infos = model.initialise_adapters()
-            for parameter in model.adapters.parameters():
-                broadcast(parameter.data)
-        for info in infos:
-            values = info['singular_values']
-            kept = f'singular values kept {min(values):.3g} to ' \
-                f'{max(values):.3g}, ' if values else ''
-            runner.logger.info(
-                f"SiNGER adapter of layer {info['layer']}: init="
-                f"{info['init']!r} on the FFN of block {info['block']}, "
-                f"rank {info['rank']}, {kept}{info['num_random']} random "
-                f"directions, E_safe {info['e_safe']:.4f}, "
-                f"E_prob {info['e_prob']:.4f}")
-
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         model = unwrap(runner.model)
-        if isinstance(model, SiNGERDistiller) and \
+        if isinstance(model, FeatureDistiller) and model.refinement and \
                 self.every_n_train_iters(runner, self.interval):
             self._record = StepRecord()
             model.records.append(self._record)
@@ -78,7 +48,8 @@ class SiNGERAdapterHook(Hook):
         model = unwrap(runner.model)
         record, self._record = self._record, None
         model.records.remove(record)
-        for layer, ratio in model.inlier_variance(record).items():
+        for layer, ratio in model.refinement.inlier_variance(
+                record.layers).items():
             value = ratio.item()
             runner.message_hub.update_scalar(
                 f'train/distill.inlier_variance_{layer}', value)

@@ -1,12 +1,10 @@
-from mmsinger.models.adapters.nullspace import (Nullspace, left_nullspace,
+from mmsinger.models.adapters.nullspace import (SELECTIONS, Nullspace,
+                                                left_nullspace,
                                                 left_singular_directions,
-                                                linearised_ffn,
-                                                subspace_energy)
-from mmsinger.models.adapters.nullspace_cache import cached_singular_directions
-from mmsinger.models.adapters.singer_adapter import SiNGERAdapter
+                                                linearised_ffn)
+from mmsinger.models.adapters.singer_adapter import INITS, SiNGERAdapter
 
 __all__ = [
-    'Nullspace', 'SiNGERAdapter', 'cached_singular_directions',
-    'left_nullspace', 'left_singular_directions', 'linearised_ffn',
-    'subspace_energy'
+    'INITS', 'Nullspace', 'SELECTIONS', 'SiNGERAdapter', 'left_nullspace',
+    'left_singular_directions', 'linearised_ffn'
 ]

@@ -6,12 +6,15 @@ where ``u^T W`` is (near) zero. W is computed and decomposed in float64: its
 small singular values are what matters here.
 """
 import warnings
-from typing import List, NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError, check_choice
+from mmsinger.metrics.subspaces import random_rows
+from mmsinger.models.features.anatomy import (ffn_weights, find_part,
+                                              layer_scale)
 
 SELECTIONS = ('smallest', 'threshold')
 
@@ -49,7 +52,7 @@ def linearised_ffn(block: nn.Module,
     Biases, and a norm inside the FFN, are left out.
 
     Args:
-        block (nn.Module): A block whose FFN is called ``ffn`` or ``mlp``.
+        block (nn.Module): A transformer block.
         fold_layer_scale (bool): Scale the output channels by the block's
             LayerScale, if it has one. Defaults to False, as in the paper.
         fold_norm (bool): Scale the input channels by the weight of the norm
@@ -62,18 +65,17 @@ def linearised_ffn(block: nn.Module,
         ConfigError: If the FFN is of an unknown kind or its weights are not
             finite.
     """
-    ffn = _find_ffn(block)
-    branches, output = _ffn_weights(ffn, block)
+    branches, output = ffn_weights(block)
     weight = torch.cat(
         [(output @ branch).T for branch in branches], dim=1)  # (D, D or 2 D)
     if fold_layer_scale:
-        gamma = _layer_scale(block, ffn)
+        gamma = layer_scale(block)
         if gamma is not None:
             # one factor a channel, or a single one
-            gamma = gamma.cpu().double().expand(output.shape[0])
+            gamma = gamma.detach().cpu().double().expand(output.shape[0])
             weight = weight * gamma.repeat(len(branches))
     if fold_norm:
-        norm = getattr(block, 'ln2', None) or getattr(block, 'norm2', None)
+        norm = find_part(block, 'ffn_norm')
         if getattr(norm, 'weight', None) is not None:
             weight = weight * norm.weight.detach().cpu().double()[:, None]
     if not torch.isfinite(weight).all():
@@ -166,13 +168,6 @@ def left_nullspace(weight: Optional[Tensor],
     return Nullspace(basis.contiguous(), values[chosen], num_random)
 
 
-def random_rows(rank: int, dim: int, seed: int) -> Tensor:
-    """Random unit rows, shape (rank, dim), float64."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(rank, dim, generator=generator, dtype=torch.float64)
-    return nn.functional.normalize(rows, dim=-1)
-
-
 def check_rank(rank: int, dim: int) -> None:
     """Raise :class:`ConfigError` unless ``rank`` is an int in [1, dim]."""
     if isinstance(rank, bool) or not isinstance(rank, int) or \
@@ -181,86 +176,3 @@ def check_rank(rank: int, dim: int) -> None:
             f'adapter.rank={rank!r} is not valid: the teacher has {dim} '
             f'channels, so rank is an integer between 1 and {dim} (the paper '
             'uses 16).')
-
-
-def subspace_energy(rows: Tensor,
-                    directions: Tensor,
-                    share: float = 0.25) -> Tuple[float, float]:
-    """E_safe and E_prob: where an adapter matrix's energy lies (Table 5a).
-
-    Args:
-        rows (Tensor): The matrix as rows in R^D, shape (r, D): the
-            up-projection, or the transposed down-projection.
-        directions (Tensor): Left singular directions of W as columns (D, D),
-            in descending order of their singular values.
-        share (float): Part of the directions that count as safe (smallest)
-            and as problematic (largest). Defaults to 0.25, with which random
-            rows score 0.25 in both.
-
-    Returns:
-        tuple[float, float]: E_safe and E_prob, each in [0, 1]; NaN for a zero
-        matrix.
-    """
-    dim = directions.shape[0]
-    count = max(1, round(share * dim))
-    energy = (rows.detach().cpu().double() @ directions).square().sum(dim=0)
-    total = energy.sum()
-    return ((energy[-count:].sum() / total).item(),
-            (energy[:count].sum() / total).item())
-
-
-def _find_ffn(block: nn.Module) -> nn.Module:
-    for name in ('ffn', 'mlp'):
-        ffn = getattr(block, name, None)
-        if isinstance(ffn, nn.Module):
-            return ffn
-    children = [name for name, _ in block.named_children()]
-    raise ConfigError(
-        f'A {type(block).__name__} has no FFN that SiNGER can linearise: '
-        f"expected a module 'ffn' or 'mlp', it has {children}. Supported are "
-        "mmpretrain's and mmseg's transformer layers and timm's blocks.")
-
-
-def _ffn_weights(ffn: nn.Module,
-                 block: nn.Module) -> Tuple[List[Tensor], Tensor]:
-    """Input branches, each (H, D), and the output matrix (D, H), float64 on
-    the CPU."""
-
-    def get(name: str) -> Tensor:
-        return getattr(ffn, name).weight.detach().cpu().double()
-
-    if hasattr(ffn, 'w12') and hasattr(ffn, 'w3'):  # mmpretrain's SwiGLUFFN
-        return list(get('w12').chunk(2)), get('w3')
-    if hasattr(ffn, 'w1') and hasattr(ffn, 'w2') and hasattr(ffn, 'w3'):
-        return [get('w1'), get('w2')], get('w3')  # DINOv2's own SwiGLU
-    if hasattr(ffn, 'fc1_g') and hasattr(ffn, 'fc1_x'):  # timm's SwiGLU
-        return [get('fc1_g'), get('fc1_x')], get('fc2')
-    linears = [m for m in ffn.modules() if isinstance(m, nn.Linear)]
-    weights = [m.weight.detach().cpu().double() for m in linears]
-    if len(weights) == 2 and \
-            weights[0].shape[0] == 2 * weights[1].shape[1]:  # timm's GluMlp
-        return list(weights[0].chunk(2)), weights[1]
-    fits = len(weights) >= 2 and all(
-        a.shape[0] == b.shape[1] for a, b in zip(weights, weights[1:]))
-    if not fits or weights[0].shape[1] != weights[-1].shape[0]:
-        shapes = [tuple(w.shape) for w in weights]
-        raise ConfigError(
-            f'The FFN {type(ffn).__name__} of a {type(block).__name__} is of '
-            f'an unknown kind: its linear layers have shapes {shapes}. '
-            'Supported are MLPs D -> H -> D and SwiGLU.')
-    hidden = weights[0]
-    for weight in weights[1:-1]:
-        hidden = weight @ hidden
-    return [hidden], weights[-1]
-
-
-def _layer_scale(block: nn.Module, ffn: nn.Module) -> Optional[Tensor]:
-    for owner, name in ((block, 'gamma_2'), (block, 'ls2'), (ffn, 'gamma2')):
-        scale = getattr(owner, name, None)
-        if isinstance(scale, Tensor):  # BEiT keeps a bare parameter
-            return scale.detach()
-        for attribute in ('gamma', 'weight', 'scale'):
-            value = getattr(scale, attribute, None)
-            if isinstance(value, Tensor):
-                return value.detach()
-    return None

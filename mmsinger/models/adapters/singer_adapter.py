@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import check_choice
-from mmsinger.models.adapters.nullspace import (check_rank, left_nullspace,
-                                                random_rows)
+from mmsinger.metrics.subspaces import random_rows
+from mmsinger.models.adapters.nullspace import check_rank, left_nullspace
 
 INITS = ('nullspace', 'random', 'zero')
 
@@ -40,8 +40,6 @@ class SiNGERAdapter(nn.Module):
         self.down = nn.Parameter(torch.empty(dim, rank))
         self.up = nn.Parameter(torch.zeros(rank, dim))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-        # Set by initialise() and by loading: a resumed run is not reset.
-        self.initialised = False
 
     @property
     def rank(self) -> int:
@@ -100,17 +98,7 @@ class SiNGERAdapter(nn.Module):
             self.up.zero_()
         else:
             self.up.copy_(rows)
-        self.initialised = True
         return info
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # Of another rank they were not loaded: mmengine only warns then.
-        loaded = [name for name, own in (('down', self.down), ('up', self.up))
-                  if prefix + name in state_dict
-                  and state_dict[prefix + name].shape == own.shape]
-        if len(loaded) == 2:
-            self.initialised = True
 
     def extra_repr(self) -> str:
         return f'dim={self.down.shape[0]}, rank={self.rank}, gain={self.gain}'

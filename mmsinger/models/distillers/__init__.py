@@ -1,13 +1,11 @@
 from mmsinger.models.distillers.base import BaseDistiller
 from mmsinger.models.distillers.feature import FeatureDistiller
 from mmsinger.models.distillers.fitnet import FitNetDistiller
-from mmsinger.models.distillers.gated_singer import GatedSiNGERDistiller
 from mmsinger.models.distillers.logit_kd import LogitKDDistiller
 from mmsinger.models.distillers.singer import SiNGERDistiller
 from mmsinger.models.distillers.vitkd import ViTKDDistiller
 
 __all__ = [
     'BaseDistiller', 'FeatureDistiller', 'FitNetDistiller',
-    'GatedSiNGERDistiller', 'LogitKDDistiller', 'SiNGERDistiller',
-    'ViTKDDistiller'
+    'LogitKDDistiller', 'SiNGERDistiller', 'ViTKDDistiller'
 ]

@@ -1,7 +1,6 @@
 """What all distillation methods share: a student and a frozen teacher."""
 import copy
-import inspect
-from typing import Any, Callable, Dict, List, Optional, Tuple, Type, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Type, Union
 
 import torch
 from mmengine.logging import print_log
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from mmsinger.errors import ConfigError, check_choice, check_keys
 from mmsinger.models.teachers.frozen import (PRECISIONS, FrozenModule,
                                              FrozenTeacher, Normalisation)
-from mmsinger.registry import MODELS
+from mmsinger.registry import MODELS, argument_names
 
 
 class BaseDistiller(BaseModel):
@@ -35,10 +34,10 @@ class BaseDistiller(BaseModel):
         task_loss_weight (float): Factor of the student's own losses. 0 trains
             on the teacher alone: labels are not used, and what its outputs do
             not reach keeps its weights. Defaults to 1.0.
-        teacher_dtype (str, optional): ``'bf16'`` or ``'fp16'``: the teacher
-            is stored and run so, whatever the student's precision; half its
-            memory. ``'fp32'``: the same in float32. Defaults to None: stored
-            in float32, run as the student (autocast).
+        teacher_dtype (str, optional): ``'bf16'``: the teacher is stored and
+            run so, whatever the student's precision; half its memory.
+            ``'fp32'``: likewise in float32. Defaults to None: stored in
+            float32, run as the student (autocast).
         data_preprocessor (dict, optional): Goes to the student if its config
             has none. Defaults to None.
 
@@ -60,7 +59,8 @@ class BaseDistiller(BaseModel):
                  teacher_dtype: Optional[str] = None,
                  data_preprocessor: Optional[dict] = None,
                  **unknown: Any) -> None:
-        reject_unknown_keys(unknown, type(self))
+        check_keys('model', unknown, argument_names(type(self)),
+                   type(self).__name__)
         check_choice('teacher_dtype', teacher_dtype, (None, *PRECISIONS))
         if task_loss_weight < 0:
             raise ConfigError('task_loss_weight must not be negative, got '
@@ -79,7 +79,7 @@ class BaseDistiller(BaseModel):
     # -- what a method implements ------------------------------------------
 
     def run_teacher(self, inputs: Tensor) -> Any:
-        """The teacher's pass.
+        """Pass images through the teacher.
 
         Args:
             inputs (Tensor): Preprocessed images, shape (B, 3, H, W).
@@ -91,7 +91,7 @@ class BaseDistiller(BaseModel):
 
     def run_student(self, inputs: Tensor, data_samples: Optional[list]
                     ) -> Tuple[Dict[str, Any], Any]:
-        """The student's pass.
+        """Pass images through the student.
 
         Args:
             inputs (Tensor): Preprocessed images, shape (B, 3, H, W).
@@ -104,12 +104,13 @@ class BaseDistiller(BaseModel):
         """
         raise NotImplementedError
 
-    def distill(self, taught: Any, learnt: Any) -> Dict[str, Tensor]:
-        """Losses between what the two passes gave.
+    def distill(self, teacher_outputs: Any, student_outputs: Any
+                ) -> Dict[str, Tensor]:
+        """Compute losses between what the two passes gave.
 
         Args:
-            taught: What :meth:`run_teacher` returned.
-            learnt: What :meth:`run_student` returned for it.
+            teacher_outputs: What :meth:`run_teacher` returned.
+            student_outputs: What :meth:`run_student` returned for it.
 
         Returns:
             dict[str, Tensor]: Scalars by name; those whose name has ``loss``
@@ -125,23 +126,22 @@ class BaseDistiller(BaseModel):
         return getattr(self.student, 'backbone', self.student)
 
     def init_weights(self) -> None:
-        """Initialise the student as its config says, then load the
-        teacher."""
-        super().init_weights()
-        self.load_teacher()
+        """Initialise the student as its config says, load the teacher, and
+        start what depends on the teacher's weights.
 
-    def load_teacher(self) -> None:
-        """Load the teacher, and cast it as ``teacher_dtype`` says."""
+        A Runner calls it before it loads a checkpoint and wraps the model,
+        and sends the result to all processes.
+        """
+        super().init_weights()
         if self.teacher.dtype is not None:  # loaded before
             self.teacher.cast(torch.float32)
         self.teacher.load_weights()
-        self._read_teacher()
+        self._init_from_teacher()
         if self.teacher_dtype is not None:
             self.teacher.cast(PRECISIONS[self.teacher_dtype])
 
-    def _read_teacher(self) -> None:
-        """What a method keeps of the teacher's weights in full precision,
-        before :attr:`teacher_dtype` applies."""
+    def _init_from_teacher(self) -> None:
+        """Start what depends on the teacher's weights, in full precision."""
 
     def _accept_plain_student(self, state_dict: Dict[str, Tensor],
                               prefix: str, *_) -> None:
@@ -166,7 +166,7 @@ class BaseDistiller(BaseModel):
                 'task loss with. Set task_loss_weight=0 (features only), or '
                 'give it a head.')
 
-    def _freeze_what_features_do_not_reach(self) -> None:
+    def _freeze_unreached(self) -> None:
         """Without a task loss, what the distilled features (or logits) do not
         depend on gets no gradient: the final norm, the heads and the blocks
         after the last distilled one. DDP refuses parameters without
@@ -215,7 +215,7 @@ class BaseDistiller(BaseModel):
 
     def loss(self, inputs: Tensor, data_samples: Optional[list]
              ) -> Dict[str, Tensor]:
-        """The student's own losses and ``distill.*``.
+        """Compute the student's own losses and ``distill.*``.
 
         Args:
             inputs (Tensor): Preprocessed images, shape (B, 3, H, W).
@@ -226,9 +226,10 @@ class BaseDistiller(BaseModel):
             dict[str, Tensor]: Losses by name.
         """
         self._check_ready()
-        taught = self.run_teacher(inputs)
-        losses, learnt = self.run_student(inputs, data_samples)
-        for name, value in self.distill(taught, learnt).items():
+        teacher_outputs = self.run_teacher(inputs)
+        losses, student_outputs = self.run_student(inputs, data_samples)
+        for name, value in self.distill(
+                teacher_outputs, student_outputs).items():
             losses[f'distill.{name}'] = value
         return losses
 
@@ -285,58 +286,6 @@ def reached_parameters(module: nn.Module,
     total.backward()  # not autograd.grad(): checkpointing refuses it
     return {id(ours) for ours, theirs in zip(
         module.parameters(), copied.parameters()) if theirs.grad is not None}
-
-
-def reject_unknown_keys(unknown: Dict[str, Any], cls: type) -> None:
-    """Raise :class:`ConfigError` for arguments that no class of ``cls``'s
-    ancestry takes, listing near matches."""
-    if not unknown:
-        return
-    known = set()
-    for ancestor in cls.__mro__:
-        if ancestor is BaseModel:
-            break
-        known.update(argument_names(ancestor))
-    check_keys('model', unknown, sorted(known), cls.__name__)
-
-
-def argument_names(cls: type) -> List[str]:
-    """What a constructor takes by name."""
-    return [name for name, p in inspect.signature(
-        cls.__init__).parameters.items()
-        if name != 'self' and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-
-
-def build_loss(key: str, cfg: Optional[dict], default: str) -> nn.Module:
-    """Build one of the distiller's losses.
-
-    Args:
-        key (str): Its config key, for error messages.
-        cfg (dict, optional): Its config; ``type`` may be left out.
-        default (str): The type then.
-
-    Returns:
-        nn.Module: The loss.
-
-    Raises:
-        ConfigError: If its class does not take one of the keys.
-    """
-    if cfg is not None and not isinstance(cfg, dict):
-        raise ConfigError(f'model.{key} must be a dict, got {cfg!r}. For '
-                          f'instance dict(type={default!r}, loss_weight=1.0).')
-    cfg = {'type': default, **(cfg or {})}
-    cls = MODELS.get(cfg['type']) if isinstance(cfg['type'], str) \
-        else cfg['type']
-    if cls is None:
-        raise ConfigError(f"model.{key}.type={cfg['type']!r}: there is no "
-                          'such loss. Write its scope too, as in '
-                          f'{default!r}.')
-    if inspect.isclass(cls) and issubclass(cls, nn.Module) and not any(
-            p.kind is p.VAR_KEYWORD for p in
-            inspect.signature(cls.__init__).parameters.values()):
-        check_keys(f'model.{key}', cfg,
-                   ['type', '_scope_', *argument_names(cls)], cls.__name__)
-    return MODELS.build(cfg)
 
 
 def build_student(cfg: dict, data_preprocessor: Optional[dict]) -> nn.Module:

@@ -5,26 +5,27 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError, check_choice
-from mmsinger.models.distillers.base import (BaseDistiller, build_loss,
-                                             reached_parameters)
+from mmsinger.models.distillers.base import BaseDistiller, reached_parameters
 from mmsinger.models.distillers.layer_map import LAYER_MAPS, map_layers
-from mmsinger.models.distillers.step_record import StepRecord, Value
-from mmsinger.models.features.compiled_blocks import compile_blocks
-from mmsinger.models.features.taps import (Blocks, BlockTaps, Layer,
-                                           find_blocks, fixed_input_size,
-                                           in_channels, patch_stride,
-                                           resolve_layer)
+from mmsinger.models.distillers.step_record import StepRecord
+from mmsinger.models.features.anatomy import (Blocks, Layer, example_images,
+                                              find_blocks, resolve_layer)
+from mmsinger.models.features.compiled import compile_blocks
+from mmsinger.models.features.taps import BlockTaps
 from mmsinger.models.features.tokens import Tokens, align_tokens
 from mmsinger.models.losses import FeatureMSELoss
-from mmsinger.models.targets.filter import TargetCure
+from mmsinger.models.targets import (ClipNorms, Refine, TargetNorm, TargetStep,
+                                     TeacherOutputs)
 from mmsinger.models.targets.normalise import MODES as TARGET_NORMS
-from mmsinger.models.targets.normalise import TargetNorm
+from mmsinger.registry import build_part
 
 
 class FeatureDistiller(BaseDistiller):
     """A student that learns from a frozen teacher's block outputs.
 
-    A method is a subclass with a :meth:`distill`.
+    The teacher's tokens are normalised (``target_norm``) and pass the steps
+    in ``targets``; a method is a subclass with :meth:`feature_losses`, which
+    compares the student's tokens with what comes out.
 
     Args:
         student (dict): See :class:`BaseDistiller`.
@@ -39,28 +40,28 @@ class FeatureDistiller(BaseDistiller):
             :func:`map_layers`. Defaults to ``'relative'``.
         target_norm (str, optional): ``'standardise'``, ``'layernorm'`` or
             None, see :class:`TargetNorm`. Defaults to None, the paper.
-        clip (dict, optional): Shorten targets of abnormal norm, see
-            :class:`TargetCure`. Defaults to None, not at all.
-        mask (dict | str, optional): Leave such targets out, see
-            :class:`TargetCure`. Defaults to None, none.
-        task_loss_weight (float): Factor of the student's own losses. 0 trains
-            on features alone: labels are not used, heads not run, and what
-            follows the last distilled block keeps its weights. Defaults
-            to 1.0.
+        targets (Sequence[dict]): Configs of the :class:`TargetStep` that
+            normalised tokens pass, first to last: :class:`ClipNorms`,
+            :class:`MaskTokens`, :class:`Refine`, or your own. Defaults to
+            none: the tokens as they are.
         compile (bool | dict): Compile the blocks of teacher and student with
             ``torch.compile``; a dict holds its options. ``tools/train.py``
             sets it where a config has mmengine's ``compile``. Defaults to
             False.
         loss_kd (dict): Config of the loss between projected student tokens
-            and targets. Defaults to ``dict(type='mmsinger.FeatureMSELoss')``.
-        data_preprocessor (dict, optional): See :class:`BaseDistiller`.
+            and targets: :class:`FeatureMSELoss`,
+            :class:`FeatureSmoothL1Loss`, :class:`FeatureCosineLoss`, or your
+            own. Defaults to ``dict(type='mmsinger.FeatureMSELoss')``.
+        **kwargs: ``task_loss_weight``, ``teacher_dtype``,
+            ``data_preprocessor``: see :class:`BaseDistiller`.
 
     Raises:
         ConfigError: If a value is not valid or the models do not fit
             together.
     """
 
-    required_hooks = ('TargetNormHook', *BaseDistiller.required_hooks)
+    required_hooks = ('TargetNormHook', *BaseDistiller.required_hooks,
+                      'SiNGERAdapterHook')
     layer_maps = LAYER_MAPS
 
     def __init__(self,
@@ -70,23 +71,16 @@ class FeatureDistiller(BaseDistiller):
                  student_layers: Optional[Sequence[Layer]] = None,
                  layer_map: str = 'relative',
                  target_norm: Optional[str] = None,
-                 clip: Optional[dict] = None,
-                 mask: Union[dict, str, None] = None,
+                 targets: Sequence[dict] = (),
                  compile: Union[bool, dict] = False,
                  loss_kd: Optional[dict] = None,
                  **kwargs: Any) -> None:
+        # Mistakes are found before the models are built, which takes long.
         check_choice('layer_map', layer_map, self.layer_maps)
         check_choice('target_norm', target_norm, TARGET_NORMS)
-        if clip is not None and target_norm == 'layernorm':
-            raise ConfigError(
-                "clip has no effect with target_norm='layernorm', which "
-                'gives all targets the same norm. Use '
-                "target_norm='standardise' or None.")
-        cure = TargetCure(clip, mask)
-        kd = build_loss('loss_kd', loss_kd, 'mmsinger.FeatureMSELoss')
+        steps = build_steps(targets, target_norm)
+        kd = build_part('model.loss_kd', loss_kd, 'mmsinger.FeatureMSELoss')
         super().__init__(student=student, teacher=teacher, **kwargs)
-        self.cure = cure
-        cure.check_teacher(self.teacher)
         self.find_student_blocks()
         self.layers = self._resolve_layers(
             self.teacher.layers if layers is None else layers)
@@ -100,26 +94,37 @@ class FeatureDistiller(BaseDistiller):
             str(layer): nn.Linear(self._student_blocks.dim, dim)
             for layer in self.layers
         })
+        self.target_norm = target_norm
+        self.steps = steps
+        for step in steps:
+            step.prepare(self.teacher, self.layers)
+        #: Teacher blocks that are read: the distilled ones and what steps
+        #: ask for
+        self.tapped_teacher_layers: List[int] = sorted({
+            *self.layers, *(layer for step in steps
+                            for layer in step.extra_layers(self.layers))})
         self.target_norms = nn.ModuleDict({
             str(layer): TargetNorm(dim, target_norm)
-            for layer in self.layers
+            for layer in self.tapped_teacher_layers
         })
         self.loss_kd = kd
+        self._hold_parts_of_steps()
         self._compile = compile
         # Put here by hooks, for the steps that they measure
         self.records: List[StepRecord] = []
         if self.task_loss_weight == 0:
-            self._freeze_what_features_do_not_reach()
+            self._freeze_unreached()
 
-    def distill(self, taps: BlockTaps, student_tokens: Dict[int, Tokens]
-                ) -> Dict[str, Tensor]:
-        """Losses between teacher and student tokens.
+    def feature_losses(self, targets: Dict[int, Tokens],
+                       student_tokens: Dict[int, Tokens]
+                       ) -> Dict[str, Tensor]:
+        """Compare student tokens with targets; what a method implements.
 
         Args:
-            taps (BlockTaps): Of the teacher's pass; holds the outputs of
-                :attr:`tapped_teacher_layers`.
+            targets (dict[int, Tokens]): By teacher layer, in ascending
+                order; values of shape (B, N, D), with weights.
             student_tokens (dict[int, Tokens]): Raw student tokens by teacher
-                layer, on the student's grid.
+                layer, on the student's grid, values of shape (B, n, C_S).
 
         Returns:
             dict[str, Tensor]: Scalars by name; those whose name has ``loss``
@@ -128,9 +133,9 @@ class FeatureDistiller(BaseDistiller):
         raise NotImplementedError
 
     @property
-    def tapped_teacher_layers(self) -> List[int]:
-        """Teacher blocks whose outputs :meth:`distill` reads."""
-        return self.layers
+    def refinement(self) -> Optional[Refine]:
+        """The step that refines targets; None if no step does."""
+        return next((s for s in self.steps if isinstance(s, Refine)), None)
 
     # -- building ----------------------------------------------------------
 
@@ -138,6 +143,21 @@ class FeatureDistiller(BaseDistiller):
         """Find the student's blocks, anew where they have been wrapped."""
         self._student_blocks = find_blocks(self.student_backbone, 'student')
         return self._student_blocks
+
+    def _hold_parts_of_steps(self) -> None:
+        # Under their own names: the order of steps is not in checkpoints
+        for step in self.steps:
+            for name, part in step.named_children():
+                if name in self._modules:
+                    raise ConfigError(
+                        f'model.targets: {type(step).__name__} cannot hold '
+                        f'its {name!r} in the distiller, which has one '
+                        'already. A step with parts can be taken once.')
+                self.add_module(name, part)
+
+    def _init_from_teacher(self) -> None:
+        for step in self.steps:
+            step.init_weights(self.teacher)
 
     def _resolve_layers(self, layers: Sequence[Layer]) -> List[int]:
         if isinstance(layers, (int, str)) or not len(layers):
@@ -166,8 +186,8 @@ class FeatureDistiller(BaseDistiller):
                 for layer in layers]
 
     def _check_same_images(self) -> None:
-        ours = in_channels(self._student_blocks.patch_embed)
-        theirs = in_channels(self.teacher.blocks.patch_embed)
+        ours = self._student_blocks.in_channels
+        theirs = self.teacher.blocks.in_channels
         if ours != theirs:
             raise ConfigError(
                 f'teacher and student have no common input: the student '
@@ -183,11 +203,8 @@ class FeatureDistiller(BaseDistiller):
 
         def run(backbone: nn.Module) -> Tensor:
             blocks = find_blocks(backbone, 'student')
-            size = fixed_input_size(backbone) or tuple(
-                2 * step for step in patch_stride(blocks.patch_embed))
             with BlockTaps(blocks, self.student_layers, stop=True) as taps:
-                taps.run(backbone, torch.randn(
-                    1, in_channels(blocks.patch_embed), *size))
+                taps.run(backbone, example_images(blocks, backbone))
             return sum(taps.tokens(layer).values.sum()
                        for layer in set(self.student_layers))
 
@@ -195,17 +212,18 @@ class FeatureDistiller(BaseDistiller):
 
     # -- running -----------------------------------------------------------
 
-    def run_teacher(self, inputs: Tensor) -> BlockTaps:
-        return self.teacher(inputs, self.tapped_teacher_layers,
+    def run_teacher(self, inputs: Tensor) -> TeacherOutputs:
+        taps = self.teacher(inputs, self.tapped_teacher_layers,
                             self.student_normalisation)
+        return TeacherOutputs(taps, self.target_norms, self.records)
 
     def run_student(self, inputs: Tensor, data_samples: Optional[list]
                     ) -> Tuple[Dict[str, Any], Dict[int, Tokens]]:
         features_only = self.task_loss_weight == 0
+        losses: Dict[str, Any] = {}
         with BlockTaps(self._student_blocks, self.student_layers,
                        stop=features_only) as taps:
             if features_only:
-                losses = {}
                 taps.run(self.student_backbone, inputs)
             else:
                 losses = self.task_losses(inputs, data_samples)
@@ -214,6 +232,51 @@ class FeatureDistiller(BaseDistiller):
             for layer, student_layer in zip(self.layers, self.student_layers)
         }
 
+    def distill(self, teacher_outputs: TeacherOutputs,
+                student_outputs: Dict[int, Tokens]) -> Dict[str, Tensor]:
+        """Losses of the method and of the target steps, see
+        :meth:`BaseDistiller.distill`."""
+        targets, losses = self.make_targets(teacher_outputs)
+        return {**self.feature_losses(targets, student_outputs), **losses}
+
+    def make_targets(self, outputs: TeacherOutputs
+                     ) -> Tuple[Dict[int, Tokens], Dict[str, Tensor]]:
+        """What the student is compared with.
+
+        Args:
+            outputs (TeacherOutputs): Of the teacher's pass.
+
+        Returns:
+            tuple[dict[int, Tokens], dict[str, Tensor]]: Targets by teacher
+            layer, values of shape (B, N, D), and the losses of the steps.
+        """
+        targets = {layer: outputs.tokens(layer) for layer in self.layers}
+        for record in self.records:
+            for layer, tokens in targets.items():
+                record.add(layer, teacher=tokens)
+        losses: Dict[str, Tensor] = {}
+        for step in self.steps:
+            targets, own = step(targets, outputs)
+            losses.update(own)
+        return targets, losses
+
+    @torch.no_grad()
+    def student_tokens(self, inputs: Tensor) -> Dict[int, Tokens]:
+        """Raw student tokens by teacher layer, without running its heads.
+
+        Args:
+            inputs (Tensor): Preprocessed images, shape (B, 3, H, W).
+
+        Returns:
+            dict[int, Tokens]: Values of shape (B, n, C_S), on the student's
+            grid.
+        """
+        with BlockTaps(self._student_blocks, self.student_layers,
+                       stop=True) as taps:
+            taps.run(self.student_backbone, inputs)
+        return {layer: taps.tokens(student_layer) for layer, student_layer
+                in zip(self.layers, self.student_layers)}
+
     def _check_ready(self) -> None:
         if self._compile is not False:
             # Not while building: a copy made until then is a plain model
@@ -221,7 +284,7 @@ class FeatureDistiller(BaseDistiller):
             for blocks in (self.teacher.blocks, self._student_blocks):
                 compile_blocks(blocks, **options)
             self._compile = False
-        if self.needs_calibration:
+        if self.target_norm == 'standardise' and self.needs_calibration:
             raise RuntimeError(
                 "target_norm='standardise' has not been calibrated. Add "
                 "dict(type='mmsinger.TargetNormHook') to custom_hooks, or "
@@ -233,61 +296,41 @@ class FeatureDistiller(BaseDistiller):
         Args:
             layer (int): The teacher layer.
             student (Tokens): Raw student tokens, (B, n, C_S), any grid.
-            target (Tokens): Normalised (and refined) teacher tokens,
-                (B, N, D).
+            target (Tokens): What the steps made of the teacher's, (B, N, D).
 
         Returns:
             Tensor: A scalar.
         """
-        projected, target, weight = self.compare(layer, student, target)
-        if isinstance(self.loss_kd, FeatureMSELoss):
-            self.record_kd_gradient(layer, projected.values, target.values,
-                                    weight)
-        weights = {} if weight is None else dict(weight=weight)
-        return self.loss_kd(projected.values, target.values, **weights)
+        student, target = self.compare(layer, student, target)
+        if self.records and isinstance(self.loss_kd, FeatureMSELoss):
+            self.record_kd_gradient(layer, student.values, target.values,
+                                    target.weight)
+        return self.loss_kd(student.values, target.values,
+                            weight=target.weight)
 
     def compare(self, layer: int, student: Tokens, target: Tokens
-                ) -> Tuple[Tokens, Tokens, Optional[Tensor]]:
+                ) -> Tuple[Tokens, Tokens]:
         """Student and target tokens of one layer that correspond, token by
         token and channel by channel.
 
         Args:
             layer (int): The teacher layer.
             student (Tokens): Raw student tokens, (B, n, C_S), any grid.
-            target (Tokens): Normalised (and refined) teacher tokens,
-                (B, N, D).
+            target (Tokens): What the steps made of the teacher's, (B, N, D).
 
         Returns:
-            tuple[Tokens, Tokens, Tensor | None]: Projected student tokens and
-            KD targets, (B, k, D); and the weight of each, 0 or 1, of shape
-            (B, k), None if all count.
+            tuple[Tokens, Tokens]: Projected student tokens and KD targets,
+            (B, k, D); the targets' weights are those of the comparison.
         """
-        self.record(layer, student=student)
-        target, weight = self.cure(target, self.teacher)
+        for record in self.records:
+            record.add(layer, student=student)
         student, target = align_tokens(student, target)
-        projected = self.projectors[str(layer)](student.values)
-        norm = self.target_norms[str(layer)]
-        if weight is not None:
-            weight = nn.functional.pad(
-                weight, (target.num_prefix, 0), value=1.)
-        return Tokens(projected, target.grid), Tokens(
-            norm.target(target.values), target.grid), weight
-
-    def teacher_tokens(self, taps: BlockTaps, layer: int) -> Tokens:
-        """Teacher tokens of one layer, normalised as ``target_norm`` says."""
-        tokens = taps.tokens(layer)
-        norm = self.target_norms[str(layer)]
-        tokens = Tokens(norm.normalise(tokens.values), tokens.grid)
-        self.record(layer, teacher=tokens)
-        return tokens
+        return (student._replace(
+                    values=self.projectors[str(layer)](student.values)),
+                target._replace(values=self.target_norms[str(layer)].target(
+                    target.values)))
 
     # -- what hooks measure ------------------------------------------------
-
-    def record(self, layer: int, **values: Value) -> None:
-        """Offer values of a step to :attr:`records`, see
-        :class:`StepRecord`."""
-        for record in self.records:
-            record.add(layer, **values)
 
     def record_kd_gradient(self, layer: int, pred: Tensor, target: Tensor,
                            weight: Optional[Tensor] = None) -> None:
@@ -305,13 +348,12 @@ class FeatureDistiller(BaseDistiller):
             weight (Tensor, optional): Of each token, (B, k). Defaults to
                 None, all the same.
         """
-        if not self.records:
-            return
         norms = torch.linalg.vector_norm(
             pred.detach().float() - target.detach().float(), dim=-1)
         if weight is not None:
             norms = weight * norms
-        self.record(layer, kd_gradient=norms)
+        for record in self.records:
+            record.add(layer, kd_gradient=norms)
 
     # -- calibration -------------------------------------------------------
 
@@ -348,3 +390,42 @@ class FeatureDistiller(BaseDistiller):
             self.target_norms[str(layer)].calibrate(tokens)
         return {layer: self.target_norms[str(layer)].scale.item()
                 for layer in layers}
+
+
+def build_steps(cfgs: Sequence[dict], target_norm: Optional[str]
+                ) -> List[TargetStep]:
+    """Build the steps of ``model.targets``.
+
+    Args:
+        cfgs (Sequence[dict]): Their configs.
+        target_norm (str, optional): The normalisation before them.
+
+    Returns:
+        list[TargetStep]: In the same order.
+
+    Raises:
+        ConfigError: If one is no step, or has no effect.
+    """
+    if not isinstance(cfgs, (list, tuple)) or \
+            not all(isinstance(cfg, dict) for cfg in cfgs):
+        raise ConfigError('model.targets must be a list of dicts, got '
+                          f"{cfgs!r}. For instance [dict(type="
+                          "'mmsinger.ClipNorms', quantile=0.95)].")
+    steps = [build_part('model.targets', cfg) for cfg in cfgs]
+    for step in steps:
+        name = type(step).__name__
+        if not isinstance(step, TargetStep):
+            raise ConfigError(
+                f'model.targets: {name} is no step for targets. Choose '
+                'ClipNorms, MaskTokens, Refine, or a subclass of TargetStep.')
+        own = [*step._parameters, *step._buffers]
+        if own:
+            raise ConfigError(
+                f'model.targets: {name} holds {own} itself, which would not '
+                'be trained, moved or saved. Put them into a submodule of it.')
+        if isinstance(step, ClipNorms) and target_norm == 'layernorm':
+            raise ConfigError(
+                'model.targets: ClipNorms has no effect with '
+                "target_norm='layernorm', which gives all targets the same "
+                "norm. Use target_norm='standardise' or None.")
+    return steps

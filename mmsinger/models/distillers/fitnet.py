@@ -1,29 +1,37 @@
-from typing import Dict
+from typing import Any, Dict
 
 from torch import Tensor
 
+from mmsinger.errors import check_choice
 from mmsinger.models.distillers.feature import FeatureDistiller
-from mmsinger.models.features.taps import BlockTaps
 from mmsinger.models.features.tokens import Tokens
 from mmsinger.registry import MODELS
 
 
 @MODELS.register_module()
 class FitNetDistiller(FeatureDistiller):
-    """Plain feature distillation: ``MSE(P_l(F_S), F_l)`` summed over layers.
+    """Plain feature distillation: ``MSE(P_l(F_S), F_l)`` over layers.
 
-    The baseline of Table 1 (the official code's "FitViT"): no adapter, so
-    that teacher artifacts enter the loss as they are.
+    The baseline of Table 1 (the official code's "FitViT"). Without steps in
+    ``targets``, teacher artifacts enter the loss as they are.
 
     Args:
+        over_layers (str): ``'sum'`` or ``'mean'`` of the layers' losses.
+            Defaults to ``'sum'``.
         **kwargs: See :class:`FeatureDistiller`.
     """
 
-    def distill(self, taps: BlockTaps, student_tokens: Dict[int, Tokens]
-                ) -> Dict[str, Tensor]:
-        losses = [
-            self.kd_loss(layer, student_tokens[layer],
-                         self.teacher_tokens(taps, layer))
-            for layer in self.layers
-        ]
-        return dict(loss_kd=sum(losses))
+    def __init__(self, over_layers: str = 'sum', **kwargs: Any) -> None:
+        check_choice('over_layers', over_layers, ('sum', 'mean'))
+        super().__init__(**kwargs)
+        self.over_layers = over_layers
+
+    def feature_losses(self, targets: Dict[int, Tokens],
+                       student_tokens: Dict[int, Tokens]
+                       ) -> Dict[str, Tensor]:
+        """L_KD, see :meth:`FeatureDistiller.feature_losses`."""
+        total = sum(self.kd_loss(layer, student_tokens[layer], target)
+                    for layer, target in targets.items())
+        if self.over_layers == 'mean':
+            total = total / len(targets)
+        return dict(loss_kd=total)

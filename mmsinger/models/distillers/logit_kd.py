@@ -5,11 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError
-from mmsinger.models.distillers.base import (BaseDistiller, build_loss,
-                                             reached_parameters)
-from mmsinger.models.features.taps import fixed_input_size
+from mmsinger.models.distillers.base import BaseDistiller, reached_parameters
+from mmsinger.models.features.anatomy import fixed_input_size
 from mmsinger.models.teachers.frozen import FrozenClassifier
-from mmsinger.registry import MODELS
+from mmsinger.registry import MODELS, build_part
 
 
 @MODELS.register_module()
@@ -39,7 +38,7 @@ class LogitKDDistiller(BaseDistiller):
     _not_reached = 'that the logits do not depend on (auxiliary heads)'
 
     def __init__(self, loss_kd: Optional[dict] = None, **kwargs: Any) -> None:
-        kd = build_loss('loss_kd', loss_kd, 'mmsinger.LogitKLLoss')
+        kd = build_part('model.loss_kd', loss_kd, 'mmsinger.LogitKLLoss')
         super().__init__(**kwargs)
         self.loss_kd = kd
         ours = find_classes(self.student, 'student')
@@ -50,7 +49,7 @@ class LogitKDDistiller(BaseDistiller):
                 f'and {theirs}. Set num_classes of the two heads to what the '
                 'data set has.')
         if self.task_loss_weight == 0:
-            self._freeze_what_features_do_not_reach()
+            self._freeze_unreached()
 
     def _parameters_reached(self) -> set:
 
@@ -73,9 +72,10 @@ class LogitKDDistiller(BaseDistiller):
             losses = self.task_losses(inputs, data_samples)
         return losses, tap.logits
 
-    def distill(self, taught: Tensor, learnt: Tensor) -> Dict[str, Tensor]:
+    def distill(self, teacher_outputs: Tensor, student_outputs: Tensor
+                ) -> Dict[str, Tensor]:
         """L_KD between logits, see :meth:`BaseDistiller.distill`."""
-        return dict(loss_kd=self.loss_kd(learnt, taught))
+        return dict(loss_kd=self.loss_kd(student_outputs, teacher_outputs))
 
 
 class LogitTap:

@@ -43,7 +43,10 @@ class StepRecord:
         """
         for name, value in values.items():
             if isinstance(value, Tokens):
-                kept = Tokens(self._copy(value.values), value.grid)
+                weight = value.weight
+                kept = Tokens(
+                    self._copy(value.values), value.grid,
+                    None if weight is None else self._copy(weight))
             else:
                 kept = self._copy(value)
             self.layers[layer][name] = kept

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from mmsinger.errors import ConfigError, check_choice
 from mmsinger.models.distillers.feature import FeatureDistiller
 from mmsinger.models.distillers.layer_map import map_layers
-from mmsinger.models.features.taps import BlockTaps, Layer
+from mmsinger.models.features.anatomy import Layer
 from mmsinger.models.features.tokens import Tokens
 from mmsinger.registry import MODELS
 
@@ -97,38 +97,39 @@ class ViTKDDistiller(FeatureDistiller):
                 len(self._student_blocks)))
         return super()._resolve_student_layers(layers, layer_map)
 
-    def distill(self, taps: BlockTaps, student_tokens: Dict[int, Tokens]
-                ) -> Dict[str, Tensor]:
+    def feature_losses(self, targets: Dict[int, Tokens],
+                       student_tokens: Dict[int, Tokens]
+                       ) -> Dict[str, Tensor]:
         """Losses of mimicking and generation, see
-        :meth:`FeatureDistiller.distill`."""
+        :meth:`FeatureDistiller.feature_losses`."""
         losses = {}
         if self.mimic_layers:
             losses['loss_mimic'] = self.mimic_weight * sum(
-                self._mimic(layer, student_tokens[layer],
-                            self.teacher_tokens(taps, layer))
+                self._mimic(layer, student_tokens[layer], targets[layer])
                 for layer in self.mimic_layers)
         layer = self.generate_layer
         losses['loss_generate'] = self.generate_weight * self._generate(
-            layer, student_tokens[layer], self.teacher_tokens(taps, layer))
+            layer, student_tokens[layer], targets[layer])
         return losses
 
     def _mimic(self, layer: int, student: Tokens, target: Tokens) -> Tensor:
-        student, target, weight = self.compare(layer, student, target)
-        if weight is not None:
-            weight = weight[:, target.num_prefix:]
-        return self._error(layer, student.patches, target.patches, weight)
+        student, target = self.compare(layer, student, target)
+        return self._error(layer, student.patches, target.patches,
+                           target.patch_weight)
 
     def _generate(self, layer: int, student: Tokens, target: Tokens
                   ) -> Tensor:
-        student, target, weight = self.compare(layer, student, target)
+        student, target = self.compare(layer, student, target)
         patches = student.patches
-        masked = random_mask(patches, self.mask_ratio)
-        patches = torch.where(masked.unsqueeze(-1), self.mask_token, patches)
+        masked = hidden = random_mask(patches, self.mask_ratio)
+        if student.weight is not None:  # padding is not to be seen either
+            hidden = masked | (student.patch_weight == 0)
+        patches = torch.where(hidden.unsqueeze(-1), self.mask_token, patches)
         image = patches.transpose(1, 2).unflatten(2, target.grid)
         generated = self.generator(image)  # (B, D, h, w)
         counts = masked.float()
-        if weight is not None:
-            counts = counts * weight[:, target.num_prefix:]
+        if target.weight is not None:
+            counts = counts * target.patch_weight
         error = self._error(layer, generated.flatten(2).transpose(1, 2),
                             target.patches, counts)
         return error / self.mask_ratio if self.reduction == 'sum' else error
@@ -136,9 +137,10 @@ class ViTKDDistiller(FeatureDistiller):
     def _error(self, layer: int, pred: Tensor, target: Tensor,
                weight: Optional[Tensor]) -> Tensor:
         """Squared error of tokens (B, P, D), weighted by (B, P)."""
-        self.record_kd_gradient(layer, pred, target, weight)
+        if self.records:
+            self.record_kd_gradient(layer, pred, target, weight)
         if self.reduction == 'mean':
-            return self.loss_kd(pred, target, weight)
+            return self.loss_kd(pred, target, weight=weight)
         squares = (pred.float() - target.float()).square().sum(dim=-1)
         if weight is not None:
             squares = weight * squares

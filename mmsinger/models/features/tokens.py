@@ -1,5 +1,5 @@
-"""Tokens of a vision transformer, with the layout that makes them an image."""
-from typing import NamedTuple, Tuple
+"""Tokens of a backbone, with the layout that makes them an image."""
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,13 @@ class Tokens(NamedTuple):
         values (Tensor): Prefix tokens (CLS, registers) followed by the patch
             tokens in row-major order, shape (B, N, C).
         grid (tuple[int, int]): Rows h and columns w of patches.
+        weight (Tensor, optional): How much each token counts in losses, means
+            and thresholds, shape (B, N), without gradient: 0 for padding and
+            for what is masked. None: all count alike.
     """
     values: Tensor
     grid: Grid
+    weight: Optional[Tensor] = None
 
     @property
     def num_prefix(self) -> int:
@@ -26,16 +30,30 @@ class Tokens(NamedTuple):
     @property
     def prefix(self) -> Tensor:
         """CLS and register tokens, shape (B, num_prefix, C)."""
-        return self.values[:, :self.num_prefix]
+        return self.values[:, :-self.grid[0] * self.grid[1]]
 
     @property
     def patches(self) -> Tensor:
         """Patch tokens, shape (B, h * w, C)."""
-        return self.values[:, self.num_prefix:]
+        return self.values[:, -self.grid[0] * self.grid[1]:]
+
+    @property
+    def patch_weight(self) -> Optional[Tensor]:
+        """Weights of the patch tokens, shape (B, h * w), or None."""
+        return None if self.weight is None else \
+            self.weight[:, -self.grid[0] * self.grid[1]:]
 
     def with_patches(self, patches: Tensor) -> 'Tokens':
-        """The same tokens with other patch tokens, shape (B, h * w, C)."""
-        return Tokens(torch.cat([self.prefix, patches], dim=1), self.grid)
+        """These tokens with other patch tokens, shape (B, h * w, C)."""
+        return self._replace(values=torch.cat([self.prefix, patches], dim=1))
+
+    def weighed(self, patch_weight: Tensor) -> 'Tokens':
+        """These tokens with their patches' weights times a factor, shape
+        (B, h * w)."""
+        weight = nn.functional.pad(
+            patch_weight.float(), (self.num_prefix, 0), value=1.)
+        return self._replace(
+            weight=weight if self.weight is None else self.weight * weight)
 
 
 def resample_patches(patches: Tensor, grid: Grid, target: Grid) -> Tensor:
@@ -76,19 +94,34 @@ def align_tokens(student: Tokens, teacher: Tokens) -> Tuple[Tokens, Tokens]:
 
     Returns:
         tuple[Tokens, Tokens]: Student and teacher tokens of shapes
-        (B, k + h' w', C_S) and (B, k + h' w', C_T) that correspond.
+        (B, k + h' w', C_S) and (B, k + h' w', C_T) that correspond. The
+        teacher's weights take in the student's.
     """
-    patches = resample_patches(student.patches, student.grid, teacher.grid)
-    if student.num_prefix == teacher.num_prefix:
-        shared = teacher.num_prefix
-    else:
-        shared = min(student.num_prefix, teacher.num_prefix, 1)
-    if shared != teacher.num_prefix:
-        teacher = Tokens(
-            torch.cat([teacher.prefix[:, :shared], teacher.patches], dim=1),
-            teacher.grid)
-    if shared == student.num_prefix and student.grid == teacher.grid:
-        return student, teacher
-    student = Tokens(
-        torch.cat([student.prefix[:, :shared], patches], dim=1), teacher.grid)
+    ours, theirs = student.num_prefix, teacher.num_prefix
+    shared = theirs if ours == theirs else min(ours, theirs, 1)
+    if shared != theirs:
+        teacher = _rearranged(teacher, shared, teacher.grid)
+    if shared != ours or student.grid != teacher.grid:
+        student = _rearranged(student, shared, teacher.grid)
+    if student.weight is not None:
+        teacher = teacher._replace(
+            weight=student.weight if teacher.weight is None
+            else student.weight * teacher.weight)
     return student, teacher
+
+
+def _rearranged(tokens: Tokens, num_prefix: int, grid: Grid) -> Tokens:
+    """Tokens with the first prefix tokens alone, on another grid."""
+    old = tokens.num_prefix
+
+    def rearrange(values: Tensor) -> Tensor:  # (B, N, C)
+        return torch.cat([values[:, :num_prefix], resample_patches(
+            values[:, old:], tokens.grid, grid)], dim=1)
+
+    if tokens.weight is None:
+        return Tokens(rearrange(tokens.values), grid)
+    # A mean by weight: what does not count must not leak into its neighbours
+    weight = tokens.weight.unsqueeze(-1)
+    total = rearrange(weight)  # (B, N', 1)
+    values = rearrange(weight * tokens.values) / total.clamp(min=1e-6)
+    return Tokens(values.to(tokens.values.dtype), grid, total.squeeze(-1))

@@ -1,28 +1,17 @@
-from typing import Any, Optional, Tuple
+from typing import Any, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mmsinger.errors import check_choice
+from mmsinger.metrics.geometry import unit_tokens
+from mmsinger.models.losses.feature_loss import weighted_mean
 from mmsinger.registry import MODELS
 
 
-def cosine_gram(tokens: Tensor) -> Tensor:
-    """The matrix of cosine similarities between tokens.
-
-    Args:
-        tokens (Tensor): Shape (B, P, D).
-
-    Returns:
-        Tensor: Shape (B, P, P), float32.
-    """
-    with torch.autocast(tokens.device.type, enabled=False):
-        unit = _unit(tokens)
-        return unit @ unit.transpose(1, 2)
-
-
-def gram_difference(pred: Tensor, target: Tensor) -> Tensor:
+def gram_difference(pred: Tensor, target: Tensor,
+                    weight: Optional[Tensor] = None) -> Tensor:
     """The mean squared difference of two cosine Gram matrices.
 
     What ``mse_loss(cosine_gram(pred), cosine_gram(target))`` is, with memory
@@ -32,35 +21,40 @@ def gram_difference(pred: Tensor, target: Tensor) -> Tensor:
     Args:
         pred (Tensor): Shape (B, P, D).
         target (Tensor): Shape (B, P, E).
+        weight (Tensor, optional): w, shape (B, P): a pair of tokens i, j
+            counts ``w_i w_j`` in the mean. Defaults to None, all alike.
 
     Returns:
-        Tensor: A scalar, float32. Its gradient has no gradient itself.
+        Tensor: A scalar, float32; 0 if no token counts. Its gradient has no
+        gradient itself.
     """
     with torch.autocast(pred.device.type, enabled=False):
-        pred, target = _unit(pred), _unit(target)
+        pred, target = unit_tokens(pred), unit_tokens(target)
+        if weight is None:
+            pairs = pred.shape[0] * pred.shape[1]**2
+        else:
+            root = weight.float().sqrt().unsqueeze(-1)
+            pred, target = root * pred, root * target
+            pairs = weight.float().sum(dim=1).square().sum().clamp(min=1e-6)
         needed = torch.is_grad_enabled()
         return _GramDifference.apply(
-            pred, target, needed and pred.requires_grad,
+            pred, target, 1 / pairs, needed and pred.requires_grad,
             needed and target.requires_grad)
 
 
-def _unit(tokens: Tensor) -> Tensor:
-    return nn.functional.normalize(tokens.float(), dim=-1)
-
-
 class _GramDifference(torch.autograd.Function):
-    """mean((X X^T - Y Y^T)^2) of X (B, P, D) and Y (B, P, E).
+    """scale * sum((X X^T - Y Y^T)^2) of X (B, P, D) and Y (B, P, E).
 
     The loss is a scalar, so that its gradient is known in the forward pass up
-    to a factor: with G = X X^T - Y Y^T, which is symmetric, 4 G X and -4 G Y
-    over the number of elements of G. Rows of G serve both and are dropped.
+    to a factor: with G = X X^T - Y Y^T, which is symmetric, 4 scale G X and
+    -4 scale G Y. Rows of G serve both and are dropped.
     """
 
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, target: Tensor, pred_needs: bool,
+    def forward(ctx: Any, pred: Tensor, target: Tensor,
+                scale: Union[float, Tensor], pred_needs: bool,
                 target_needs: bool) -> Tensor:
-        batch, count, dim = pred.shape
-        scale = 1 / (batch * count * count)
+        count, dim = pred.shape[1:]
         # Rows of G then take a quarter of what the tokens take
         rows = max(64, dim // 4)
         total = pred.new_zeros(())
@@ -86,7 +80,7 @@ class _GramDifference(torch.autograd.Function):
         pred_grad, target_grad = ctx.saved_tensors
         return (None if pred_grad is None else grad * pred_grad,
                 None if target_grad is None else grad * target_grad,
-                None, None)
+                None, None, None)
 
 
 @MODELS.register_module()
@@ -120,7 +114,8 @@ class GramInformationLoss(nn.Module):
         self.loss_weight = loss_weight
 
     def forward(self, pred: Tensor, target: Tensor, num_prefix: int = 0,
-                is_last: bool = True) -> Tensor:
+                is_last: bool = True, weight: Optional[Tensor] = None
+                ) -> Tensor:
         """
         Args:
             pred (Tensor): Tokens that depend on the refinement, (B, N, D).
@@ -129,13 +124,18 @@ class GramInformationLoss(nn.Module):
                 matrices leave out. Defaults to 0.
             is_last (bool): False for an intermediate layer, where
                 ``intermediate`` decides. Defaults to True.
+            weight (Tensor, optional): Of each token in the mean, (B, N).
+                Defaults to None, all the same.
 
         Returns:
-            Tensor: A scalar, times ``loss_weight``.
+            Tensor: A scalar, times ``loss_weight``; 0 if no token counts.
         """
         if not is_last and self.intermediate == 'mse':
-            error = nn.functional.mse_loss(pred.float(), target.float())
+            errors = nn.functional.mse_loss(
+                pred.float(), target.float(), reduction='none').mean(dim=-1)
+            error = weighted_mean(errors, weight)
         else:
             error = gram_difference(
-                pred[:, num_prefix:], target[:, num_prefix:])
+                pred[:, num_prefix:], target[:, num_prefix:],
+                None if weight is None else weight[:, num_prefix:])
         return self.loss_weight * error

@@ -1,22 +1,11 @@
-import torch
+from typing import Optional
+
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError
+from mmsinger.metrics.norms import outlier_threshold, token_norms
+from mmsinger.models.losses.feature_loss import weighted_mean
 from mmsinger.registry import MODELS
-
-
-def outlier_threshold(norms: Tensor, quantile: float) -> Tensor:
-    """The quantile of each image's patch norms, without gradient.
-
-    Args:
-        norms (Tensor): Token norms, shape (B, P).
-        quantile (float): In (0, 1).
-
-    Returns:
-        Tensor: Shape (B, 1), float32.
-    """
-    return torch.quantile(
-        norms.detach().float(), quantile, dim=1, keepdim=True)
 
 
 @MODELS.register_module()
@@ -49,11 +38,15 @@ class OutlierSuppressionLoss(nn.Module):
         self.quantile = quantile
         self.loss_weight = loss_weight
 
-    def forward(self, patches: Tensor) -> Tensor:
+    def forward(self, patches: Tensor, weight: Optional[Tensor] = None
+                ) -> Tensor:
         """
         Args:
             patches (Tensor): Refined patch tokens, shape (B, P, D), without
                 CLS or registers.
+            weight (Tensor, optional): Of each token, shape (B, P). Those of
+                weight 0 are not in the quantile either. Defaults to None,
+                all the same.
 
         Returns:
             Tensor: A scalar, times ``loss_weight``; 0 if no norm exceeds its
@@ -61,8 +54,10 @@ class OutlierSuppressionLoss(nn.Module):
         """
         if self.loss_weight == 0:
             return patches.new_zeros(())
-        norms = torch.linalg.vector_norm(patches.float(), dim=-1)  # (B, P)
-        threshold = outlier_threshold(norms, self.quantile)  # (B, 1)
-        excess = (norms - threshold).clamp(min=0)
-        count = (norms > threshold).sum().clamp(min=1)
-        return self.loss_weight * (excess.square().sum() / count)
+        norms = token_norms(patches)  # (B, P)
+        threshold = outlier_threshold(norms, self.quantile, weight)  # (B, 1)
+        above = (norms > threshold).float()
+        if weight is not None:
+            above = weight * above
+        excess = (norms - threshold).clamp(min=0).square()
+        return self.loss_weight * weighted_mean(excess, above)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmsinger.checkpoint import STUDENT, student_state_dict
 from mmsinger.errors import ConfigError, check_choice
-from mmsinger.models.features.taps import Layer, resolve_layer
+from mmsinger.models.features.anatomy import Layer, resolve_layer
 from mmsinger.models.features.tokens import Tokens
 from mmsinger.models.teachers.frozen import FrozenTeacher, Normalisation
 from mmsinger.registry import MODELS

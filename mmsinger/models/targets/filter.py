@@ -1,107 +1,123 @@
-"""Simple cures for artifacts in KD targets: clip them, or leave them out."""
-from typing import Optional, Tuple, Union
+"""Target filtering: tokens of abnormal norm are shortened or left out.
 
-import torch
+Not from the paper: baselines that any refinement has to beat.
+"""
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
 from torch import Tensor, nn
 
-from mmsinger.errors import ConfigError, check_keys
+from mmsinger.errors import ConfigError
+from mmsinger.metrics.norms import (outlier_threshold, robust_threshold,
+                                    token_norms)
 from mmsinger.models.features.tokens import Tokens
-from mmsinger.models.losses import outlier_threshold
-
-# The standard deviation of a normal distribution over its MAD
-MAD_TO_STD = 1.4826
+from mmsinger.models.targets.step import TargetStep, TeacherOutputs, Targets
+from mmsinger.registry import MODELS
 
 
-def robust_threshold(norms: Tensor, mad: float) -> Tuple[Tensor, Tensor]:
-    """A norm that no ordinary token of the batch has.
+class FilterStep(TargetStep):
+    """A step that treats each layer's patch tokens on their own."""
+
+    def filter(self, tokens: Tokens) -> Tokens:
+        """Treat the tokens of one layer.
+
+        Args:
+            tokens (Tokens): Values of shape (B, N, D).
+
+        Returns:
+            Tokens: On the same grid.
+        """
+        raise NotImplementedError
+
+    def forward(self, targets: Targets, outputs: TeacherOutputs
+                ) -> Tuple[Targets, Dict[str, Tensor]]:
+        """Filter all layers, see :class:`TargetStep`."""
+        return {layer: self.filter(tokens)
+                for layer, tokens in targets.items()}, {}
+
+
+@MODELS.register_module()
+class ClipNorms(FilterStep):
+    """Shortens patch tokens to a largest norm.
 
     Args:
-        norms (Tensor): Patch norms of a batch, shape (B, P).
-        mad (float): The distance from the median, in units of 1.4826 times
-            the median absolute deviation (a robust standard deviation).
-
-    Returns:
-        tuple[Tensor, Tensor]: The batch's median norm, and the threshold
-        median + mad * 1.4826 * MAD; scalars, float32, without gradient.
-    """
-    norms = norms.detach().float()
-    median = norms.median()
-    deviation = (norms - median).abs().median()
-    return median, median + mad * MAD_TO_STD * deviation
-
-
-class TargetCure:
-    """Treats target tokens of abnormal norm; of patch tokens alone, in the
-    space that ``target_norm`` makes.
-
-    Not from the paper: baselines that any refinement has to beat.
-
-    Args:
-        clip (dict, optional): ``dict(quantile=0.95)``: patch tokens longer
-            than this quantile of their image's norms are shortened to it.
-            ``dict(mad=6.0)``: the threshold is :func:`robust_threshold` of
-            the batch. Defaults to None, no clipping.
-        mask (dict | str, optional): ``dict(mad=6.0)``: patch tokens longer
-            than that threshold are left out of the KD loss. ``'oracle'``:
-            those that the teacher says it planted (``planted_mask`` of
-            :class:`PlantedArtifacts`). Defaults to None, no mask.
+        quantile (float, optional): That norm is this quantile of an image's
+            norms, in (0, 1). A fixed share is clipped: artifacts beyond it
+            stay, and of a clean teacher ordinary tokens are shortened.
+        mad (float, optional): That norm is ``median + mad * 1.4826 * MAD``
+            of the batch's norms; in a distributed run of each process's
+            part. Give one of the two.
 
     Raises:
         ConfigError: If a value is not valid.
     """
 
-    def __init__(self, clip: Optional[dict] = None,
-                 mask: Union[dict, str, None] = None) -> None:
-        if clip is not None:
-            check_limit('clip', clip, ('quantile', 'mad'))
-        if mask is not None and mask != 'oracle':
-            check_limit('mask', mask, ('mad', ), " or 'oracle'")
-        self.clip = clip
-        self.mask = mask
+    def __init__(self, quantile: Optional[float] = None,
+                 mad: Optional[float] = None) -> None:
+        super().__init__()
+        self.limit = norm_limit('ClipNorms', quantile=quantile, mad=mad)
 
-    def check_teacher(self, teacher: nn.Module) -> None:
+    def filter(self, tokens: Tokens) -> Tokens:
+        """See :meth:`FilterStep.filter`."""
+        norms = token_norms(tokens.patches)
+        limit = self.limit(norms, tokens.patch_weight)
+        return tokens.with_patches(clip_norms(tokens.patches, norms, limit))
+
+
+@MODELS.register_module()
+class MaskTokens(FilterStep):
+    """Leaves patch tokens of abnormal norm out of all that follows: losses,
+    means and thresholds.
+
+    Args:
+        mad (float, optional): Leave out norms above ``median + mad * 1.4826
+            * MAD`` of the batch's norms; in a distributed run of each
+            process's part.
+        oracle (bool): Leave out the tokens that a :class:`PlantedArtifacts`
+            teacher planted. Defaults to False. Give one of the two.
+
+    Raises:
+        ConfigError: If a value is not valid.
+    """
+
+    def __init__(self, mad: Optional[float] = None,
+                 oracle: bool = False) -> None:
+        super().__init__()
+        self.oracle = oracle
+        if not oracle or mad is not None:
+            self.limit = norm_limit(
+                'MaskTokens', ' or oracle=True', mad=mad)
+        if oracle and mad is not None:
+            raise ConfigError(f'MaskTokens: mad={mad!r} has no effect with '
+                              'oracle=True. Give one of the two.')
+
+    def prepare(self, teacher: nn.Module, layers: List[int]) -> None:
         """Raise :class:`ConfigError` if the teacher cannot give the mask."""
-        if self.mask == 'oracle' and _planter(teacher) is None:
+        if not self.oracle:
+            return
+        self.__dict__['_teacher'] = teacher  # no submodule
+        if _planter(teacher) is None:
             raise ConfigError(
-                "mask='oracle' needs a teacher that plants its artifacts "
-                "itself: teacher.backbone=dict(type="
+                'MaskTokens(oracle=True) needs a teacher that plants its '
+                "artifacts itself: teacher.backbone=dict(type="
                 "'mmsinger.PlantedArtifacts', backbone=…). For any other, "
-                'use mask=dict(mad=6.0).')
-        if self.mask == 'oracle' and teacher.remember:
+                'use mad=6.0.')
+        if teacher.feature_cache:
             raise ConfigError(
-                "mask='oracle' asks the teacher about its last pass, which "
-                f'teacher.remember={teacher.remember} leaves out for known '
-                'images. Set teacher.remember=0.')
+                'MaskTokens(oracle=True) asks the teacher about its last '
+                f'pass, which teacher.feature_cache={teacher.feature_cache} '
+                'leaves out for known images. Set teacher.feature_cache=0.')
 
-    def __call__(self, target: Tokens, teacher: nn.Module
-                 ) -> Tuple[Tokens, Optional[Tensor]]:
-        """Apply the cure.
+    def filter(self, tokens: Tokens) -> Tokens:
+        """See :meth:`FilterStep.filter`."""
+        if self.oracle:
+            return tokens.weighed(~_planter(self._teacher).planted_mask)
+        norms = token_norms(tokens.patches)
+        return tokens.weighed(norms <= self.limit(norms, tokens.patch_weight))
 
-        Args:
-            target (Tokens): Values of shape (B, N, D).
-            teacher (nn.Module): Which has just been run on the batch.
 
-        Returns:
-            tuple[Tokens, Tensor | None]: The tokens, clipped; and the weight
-            of each patch token, 1 or 0, of shape (B, P), None if all count.
-        """
-        if self.clip is None and self.mask is None:
-            return target, None
-        norms = torch.linalg.vector_norm(target.patches.float(), dim=-1)
-        weight = None
-        if self.mask == 'oracle':
-            weight = (~_planter(teacher).planted_mask).float()
-        elif self.mask is not None:
-            weight = (norms <= robust_threshold(norms, **self.mask)[1]).float()
-        if self.clip is not None:
-            target = target.with_patches(clip_norms(
-                target.patches, norms, self._limit(norms)))
-        return target, weight
-
-    def _limit(self, norms: Tensor) -> Tensor:
-        if 'quantile' in self.clip:
-            return outlier_threshold(norms, self.clip['quantile'])
-        return robust_threshold(norms, **self.clip)[1]
+def _planter(teacher: nn.Module) -> Optional[nn.Module]:
+    return next((module for module in teacher.modules()
+                 if hasattr(module, 'planted_mask')), None)
 
 
 def clip_norms(patches: Tensor, norms: Tensor, limit: Tensor) -> Tensor:
@@ -119,32 +135,40 @@ def clip_norms(patches: Tensor, norms: Tensor, limit: Tensor) -> Tensor:
     return patches * scale.unsqueeze(-1).to(patches.dtype)
 
 
-def _planter(teacher: nn.Module) -> Optional[nn.Module]:
-    return next((module for module in teacher.modules()
-                 if hasattr(module, 'planted_mask')), None)
+Limit = Callable[[Tensor, Optional[Tensor]], Tensor]
 
 
-def check_limit(key: str, cfg: dict, known: Tuple[str, ...], more: str = ''
-                ) -> None:
-    """Raise :class:`ConfigError` unless ``cfg`` says one limit of norms.
+def norm_limit(owner: str, more: str = '', **given: Any) -> Limit:
+    """A limit of norms from what the user wrote.
 
     Args:
-        key (str): Its key in ``model``.
-        cfg (dict): What the user wrote: ``dict(quantile=…)``,
-            ``dict(mad=…)``.
-        known (tuple[str]): The names that it may have.
-        more (str): What else would be valid, for the message. Defaults
-            to ``''``.
+        owner (str): Whose option it is, for messages.
+        more (str): What else would be valid, for messages.
+        **given (float, optional): ``quantile``, ``mad``, or both of which
+            one is None.
+
+    Returns:
+        Callable: Takes norms and their weights, both (B, P), and returns the
+        limit, (B, 1) or a scalar.
+
+    Raises:
+        ConfigError: Unless exactly one is given, and valid.
     """
-    form = ' or '.join(f'dict({name}={0.95 if name == "quantile" else 6.0})'
-                       for name in known) + more
-    if not isinstance(cfg, dict) or len(cfg) != 1:
-        raise ConfigError(f'model.{key}={cfg!r} is not valid: give {form}.')
-    check_keys(f'model.{key}', cfg, known)
-    (name, value), = cfg.items()
+    chosen = {name: value for name, value in given.items()
+              if value is not None}
+    form = ' or '.join(f'{name}={0.95 if name == "quantile" else 6.0}'
+                       for name in given) + more
+    if len(chosen) != 1:
+        raise ConfigError(f'{owner}: give {form}'
+                          f'{", not both" if chosen else ""}.')
+    (name, value), = chosen.items()
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or value <= 0 or (name == 'quantile' and value >= 1):
         raise ConfigError(
-            f'model.{key}.{name}={value!r} is not valid: give a number '
+            f'{owner}: {name}={value!r} is not valid: give a number '
             + ('between 0 and 1, both excluded.' if name == 'quantile'
                else 'above 0.'))
+    if name == 'quantile':
+        return lambda norms, weight: outlier_threshold(norms, value, weight)
+    return lambda norms, weight: robust_threshold(
+        norms, value, weight=weight)[1]

@@ -1,5 +1,4 @@
 """The frozen teacher: a backbone that is only ever read."""
-import os
 from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -7,16 +6,14 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
-from mmsinger.errors import ConfigError, check_choice
-from mmsinger.files import content_hash
-from mmsinger.models.features.taps import (Blocks, BlockTaps, Layer,
-                                           find_blocks, fixed_input_size,
-                                           own_precision, patch_stride)
-from mmsinger.models.teachers.memory import TokenFolder, TokenMemory
+from mmsinger.errors import ConfigError
+from mmsinger.models.features.anatomy import (Blocks, Layer, find_blocks,
+                                              fixed_input_size)
+from mmsinger.models.features.taps import BlockTaps, own_precision
+from mmsinger.models.teachers.feature_cache import FeatureCache
 from mmsinger.registry import MODELS
 
-PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16,
-              'fp16': torch.float16}
+PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16}
 
 
 class Normalisation(NamedTuple):
@@ -35,15 +32,32 @@ class FrozenModule(nn.Module):
     ``parameters()``. A copy of a distiller (an EMA model, say) shares it.
 
     Args:
-        module (dict): Config of the module, with its scope.
-        checkpoint (str, optional): See :class:`FrozenTeacher`, as for all
-            that follow.
-        prefix (str): Defaults to ``''``.
-        ignore_keys (Sequence[str]): Defaults to none.
-        mean (Sequence[float], optional): Defaults to None.
-        std (Sequence[float], optional): Defaults to None.
-        swap_channels (bool): Defaults to False.
-        input_size (int | tuple[int, int], optional): Defaults to None.
+        module (dict): Config of the module. Write the scope, as in
+            ``type='mmpretrain.VisionTransformer'``.
+        checkpoint (str, optional): Its weights, from any file that holds
+            them under ``prefix``. None leaves them random, with a warning:
+            for tests only. An ``init_cfg`` of type Pretrained in ``module``
+            means the same. Defaults to None.
+        prefix (str): What the module's keys begin with in the checkpoint,
+            for instance ``'backbone.'``. Defaults to ``''``.
+        ignore_keys (Sequence[str]): Prefixes of keys, after ``prefix``, that
+            the checkpoint may hold beside the module, for instance
+            ``['head.']``. Any other left-over key is an error. Defaults to
+            none.
+        mean (Sequence[float], optional): The teacher's own normalisation,
+            in RGB unless ``swap_channels``, 0 to 255. Defaults to None, the
+            student's.
+        std (Sequence[float], optional): See ``mean``.
+        swap_channels (bool): Reverse the channel order before the teacher,
+            for a student that is fed BGR. ``mean`` and ``std`` are in the
+            teacher's order. Defaults to False.
+        input_size (int | tuple[int, int], optional): Resize images to this
+            (H, W) for the teacher. Defaults to None: the student's size, or
+            the only one that the module takes; sizes that a backbone's
+            patches do not divide are rounded to the nearest that they do.
+
+    Raises:
+        ConfigError: If a value is not valid.
     """
 
     # Who it is and under which key its module is, in config and messages
@@ -53,6 +67,7 @@ class FrozenModule(nn.Module):
 
     def __init__(self,
                  module: dict,
+                 /,
                  checkpoint: Optional[str] = None,
                  prefix: str = '',
                  ignore_keys: Sequence[str] = (),
@@ -215,46 +230,21 @@ class FrozenModule(nn.Module):
 
 
 class FrozenTeacher(FrozenModule):
-    """A pretrained backbone that gives features and never changes, see
-    :class:`FrozenModule`.
+    """A pretrained backbone that gives features and never changes.
 
     Args:
         backbone (dict): Config of the backbone alone; no head is built or
-            run, no label is needed. Write the scope, as in
-            ``type='mmpretrain.VisionTransformer'``.
-        checkpoint (str, optional): Its weights, from any file that holds
-            them under ``prefix``. None leaves them random, with a warning:
-            for tests only. An ``init_cfg`` of type Pretrained in ``backbone``
-            means the same. Defaults to None.
-        prefix (str): What the backbone's keys begin with in the checkpoint,
-            for instance ``'backbone.'``. Defaults to ``''``.
-        ignore_keys (Sequence[str]): Prefixes of keys, after ``prefix``, that
-            the checkpoint may hold beside the backbone, for instance
-            ``['head.']``. Any other left-over key is an error. Defaults to
-            none.
-        mean (Sequence[float], optional): The teacher's own normalisation,
-            in RGB unless ``swap_channels``, 0 to 255. Defaults to None, the
-            student's.
-        std (Sequence[float], optional): See ``mean``.
-        swap_channels (bool): Reverse the channel order before the teacher,
-            for a student that is fed BGR. ``mean`` and ``std`` are in the
-            teacher's order. Defaults to False.
-        input_size (int | tuple[int, int], optional): Resize images to this
-            (H, W) for the teacher. Defaults to None: the student's size, or
-            the only one that the backbone takes; sizes that its patches do
-            not divide are rounded to the nearest that they do.
+            run, no label is needed.
         layers (Sequence[int | str]): The blocks that feature methods distil
             unless their own ``layers`` says otherwise. Defaults to
             ``(17, 23)``, the paper's for 24 blocks.
-        remember (int): How many images to keep the tokens of, in memory, so
-            that the teacher sees each only once. For small data sets and
-            pipelines without random augmentation. Defaults to 0, none.
-        remember_in (str, optional): A folder to keep them in instead of
-            memory, for this run and later ones, see :class:`TokenFolder`.
-            Defaults to None, in memory.
-        remember_dtype (str): Of the files there: ``'bfloat16'``, which rounds
-            tokens by up to 2^-8 of each number, or ``'float32'``. Defaults
-            to ``'bfloat16'``.
+        feature_cache (int): How many images to keep the tokens of, in
+            memory, so that the teacher sees each only once. For small data
+            sets and pipelines without random augmentation. Defaults to 0,
+            none.
+        **kwargs: ``checkpoint``, ``prefix``, ``ignore_keys``, ``mean``,
+            ``std``, ``swap_channels``, ``input_size``: see
+            :class:`FrozenModule`.
 
     Raises:
         ConfigError: If a value is not valid or the backbone is no vision
@@ -265,58 +255,24 @@ class FrozenTeacher(FrozenModule):
 
     def __init__(self,
                  backbone: dict,
-                 checkpoint: Optional[str] = None,
-                 prefix: str = '',
-                 ignore_keys: Sequence[str] = (),
-                 mean: Optional[Sequence[float]] = None,
-                 std: Optional[Sequence[float]] = None,
-                 swap_channels: bool = False,
-                 input_size: Union[int, Sequence[int], None] = None,
                  layers: Sequence[Layer] = (17, 23),
-                 remember: int = 0,
-                 remember_in: Optional[str] = None,
-                 remember_dtype: str = 'bfloat16') -> None:
-        if not isinstance(remember, int) or isinstance(remember, bool) or \
-                remember < 0:
-            raise ConfigError(f'{self.role}.remember={remember!r} must be a '
-                              'number of images, 0 for none.')
-        if remember_in is not None and (
-                not isinstance(remember_in, (str, os.PathLike))
-                or not os.fspath(remember_in)):
+                 feature_cache: int = 0,
+                 **kwargs: Any) -> None:
+        if not isinstance(feature_cache, int) or \
+                isinstance(feature_cache, bool) or feature_cache < 0:
             raise ConfigError(
-                f'{self.role}.remember_in={remember_in!r} must be a folder, '
-                "for instance 'work_dirs/teacher_tokens', or None to remember "
-                'in memory.')
-        check_choice(f'{self.role}.remember_dtype', remember_dtype,
-                     ('bfloat16', 'float32'))
-        super().__init__(backbone, checkpoint, prefix, ignore_keys, mean, std,
-                         swap_channels, input_size)
+                f'{self.role}.feature_cache={feature_cache!r} must be a '
+                'number of images, 0 for none.')
+        super().__init__(backbone, **kwargs)
         self.blocks: Blocks = find_blocks(self.backbone, self.role)
         self.layers = layers
-        self.remember = remember
-        self.remember_in = remember_in
-        self.remember_dtype = remember_dtype
-        self.memory = self._new_memory()
+        self.feature_cache = feature_cache
+        self._cached = FeatureCache(feature_cache)
 
     def load_weights(self) -> None:
-        """See :class:`FrozenModule`; tokens of other weights are forgotten."""
+        """See :class:`FrozenModule`; tokens of other weights are dropped."""
         super().load_weights()
-        self.memory = self._new_memory()
-        if self.remember:
-            self.memory.check()
-
-    def _new_memory(self) -> TokenMemory:
-        if self.remember_in is None:
-            return TokenMemory(self.remember)
-        return TokenFolder(self.remember, os.fspath(self.remember_in),
-                           getattr(torch, self.remember_dtype), self._identify)
-
-    def _identify(self) -> Any:
-        """A hash of what tokens depend on, beside the prepared images and
-        what :class:`TokenFolder` sees of a pass."""
-        return content_hash(
-            [str(type(self.backbone)), str(self.dtype), self.config],
-            self.backbone.state_dict())
+        self._cached = FeatureCache(self.feature_cache)
 
     def forward(self, images: Tensor, layers: Sequence[int],
                 normalisation: Normalisation) -> BlockTaps:
@@ -341,14 +297,13 @@ class FrozenTeacher(FrozenModule):
             return taps
 
         images = self.prepare(images, normalisation)
-        if self.remember:
-            return self.memory.recall(images, layers, run)
+        if self.feature_cache:
+            return self._cached.recall(images, layers, run)
         return run(images)
 
     def fitting_size(self, size: Tuple[int, int]) -> Tuple[int, int]:
-        stride = patch_stride(self.blocks.patch_embed)
         return tuple(max(1, round(length / step)) * step
-                     for length, step in zip(size, stride))
+                     for length, step in zip(size, self.blocks.stride))
 
 
 def feature_settings(cfg: Dict[str, Any]) -> Dict[str, Any]:
@@ -381,34 +336,22 @@ def feature_settings(cfg: Dict[str, Any]) -> Dict[str, Any]:
 
 class FrozenClassifier(FrozenModule):
     """A pretrained classifier or segmentor that gives class logits and never
-    changes, see :class:`FrozenModule`.
+    changes.
 
     Args:
-        model (dict): Config of a whole model, such as
+        model (dict): Config of a whole model of any architecture, such as
             ``type='mmpretrain.ImageClassifier'`` or
-            ``type='mmseg.EncoderDecoder'``. Any architecture.
-        checkpoint (str, optional): Its weights. None leaves them random, for
-            tests only. Defaults to None.
-        prefix (str): What the model's keys begin with in the checkpoint.
-            Defaults to ``''``.
-        ignore_keys, mean, std, swap_channels, input_size: See
-            :class:`FrozenTeacher`.
+            ``type='mmseg.EncoderDecoder'``.
+        **kwargs: ``checkpoint``, ``prefix``, ``ignore_keys``, ``mean``,
+            ``std``, ``swap_channels``, ``input_size``: see
+            :class:`FrozenModule`.
     """
 
     part = 'model'
     example = "type='mmpretrain.ImageClassifier', backbone=…, head=…"
 
-    def __init__(self,
-                 model: dict,
-                 checkpoint: Optional[str] = None,
-                 prefix: str = '',
-                 ignore_keys: Sequence[str] = (),
-                 mean: Optional[Sequence[float]] = None,
-                 std: Optional[Sequence[float]] = None,
-                 swap_channels: bool = False,
-                 input_size: Union[int, Sequence[int], None] = None) -> None:
-        super().__init__(model, checkpoint, prefix, ignore_keys, mean, std,
-                         swap_channels, input_size)
+    def __init__(self, model: dict, **kwargs: Any) -> None:
+        super().__init__(model, **kwargs)
 
     @torch.no_grad()
     def forward(self, images: Tensor, normalisation: Normalisation) -> Tensor:

@@ -9,15 +9,24 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from mmsinger.errors import ConfigError
-from mmsinger.models import FeatureMSELoss, FitNetDistiller
+from mmsinger.metrics import robust_threshold
+from mmsinger.models import (ClipNorms, FeatureMSELoss, FitNetDistiller,
+                             MaskTokens)
 from mmsinger.models.features.tokens import Tokens
-from mmsinger.models.targets.filter import (TargetCure, clip_norms,
-                                            robust_threshold)
+from mmsinger.models.targets.filter import clip_norms
 from tiny import vit
 
 seeds = st.integers(0, 2**16)
 PLANTED = dict(backbone=dict(type='mmsinger.PlantedArtifacts',
                              backbone=vit(), after=0, share=0.1))
+
+
+def clip(**kwargs):
+    return dict(type='mmsinger.ClipNorms', **kwargs)
+
+
+def mask(**kwargs):
+    return dict(type='mmsinger.MaskTokens', **kwargs)
 
 
 def random_tokens(seed=0, batch=3, grid=(4, 4), dim=8, prefix=1):
@@ -57,13 +66,13 @@ def test_robust_threshold_is_hardly_moved_by_artifacts():
 
 @settings(max_examples=30, deadline=None)
 @given(seeds, st.sampled_from([dict(quantile=0.9), dict(mad=1.5)]))
-def test_clipping(seed, clip):
+def test_clipping(seed, limit):
     tokens = random_tokens(seed)
-    clipped, weight = TargetCure(clip=clip)(tokens, None)
-    assert weight is None
+    clipped = ClipNorms(**limit).filter(tokens)
+    assert clipped.weight is None
     assert torch.equal(clipped.prefix, tokens.prefix)
     norms = norms_of(tokens)
-    if 'quantile' in clip:
+    if 'quantile' in limit:
         limit = np.quantile(norms, 0.9, axis=1, keepdims=True)
     else:
         limit = mad_threshold(norms, 1.5)[1]
@@ -85,11 +94,12 @@ def test_clipping_of_zeros_has_a_finite_gradient():
 @given(seeds)
 def test_mask(seed):
     tokens = random_tokens(seed)
-    same, weight = TargetCure(mask=dict(mad=2.))(tokens, None)
-    assert torch.equal(same.values, tokens.values)
+    masked = MaskTokens(mad=2.).filter(tokens)
+    assert torch.equal(masked.values, tokens.values)
+    assert (masked.weight[:, 0] == 1).all()  # CLS counts
     norms = norms_of(tokens)
     expected = norms <= mad_threshold(norms, 2.)[1]
-    assert (weight.numpy() == expected).mean() > 0.99  # rounding at the limit
+    assert (masked.patch_weight.numpy() == expected).mean() > 0.99  # rounding at the limit
     assert 0 < expected.sum() < expected.size
 
 
@@ -129,11 +139,13 @@ def images():
 
 def test_masked_loss_leaves_the_planted_tokens_out():
     """Whatever stands there in the target, the loss is the same."""
-    model = distiller(PLANTED, mask='oracle')
-    taps = model.teacher(images(), [1, 3], model.student_normalisation)
+    model = distiller(PLANTED, targets=[mask(oracle=True)])
+    targets, losses = model.make_targets(model.run_teacher(images()))
+    assert losses == {}
     planted = model.teacher.backbone.planted_mask
     assert 0 < planted.sum() < planted.numel() / 2
-    target = model.teacher_tokens(taps, 3)
+    target = targets[3]
+    assert torch.equal(target.patch_weight, (~planted).float())
     student = random_tokens(batch=2, dim=32)
     loss = model.kd_loss(3, student, target)
     assert torch.isfinite(loss)
@@ -145,20 +157,23 @@ def test_masked_loss_leaves_the_planted_tokens_out():
     assert torch.equal(changed(planted), loss)
     assert changed(~planted) > 10 * loss
     # CLS counts
-    cls = Tokens(target.values.clone(), target.grid)
+    cls = target._replace(values=target.values.clone())
     cls.values[:, 0] += 100
     assert model.kd_loss(3, student, cls) > 10 * loss
 
 
-@pytest.mark.parametrize('cure', [
-    dict(clip=dict(quantile=0.9)), dict(clip=dict(mad=2.)),
-    dict(mask=dict(mad=2.)), dict(mask='oracle'),
-    dict(clip=dict(mad=2.), mask=dict(mad=4.))], ids=str)
+FILTERS = dict(
+    clip_quantile=[clip(quantile=0.9)], clip_mad=[clip(mad=2.)],
+    mask_mad=[mask(mad=2.)], mask_oracle=[mask(oracle=True)],
+    both=[mask(mad=4.), clip(mad=2.)])
+
+
+@pytest.mark.parametrize('name', FILTERS)
 @pytest.mark.parametrize('norm', [None, 'standardise'])
-def test_cures_lower_the_loss_of_planted_targets(cure, norm):
+def test_filters_lower_the_loss_of_planted_targets(name, norm):
     losses = []
-    for kwargs in (dict(), cure):
-        model = distiller(PLANTED, target_norm=norm, **kwargs)
+    for targets in ([], FILTERS[name]):
+        model = distiller(PLANTED, target_norm=norm, targets=targets)
         if norm:
             model.calibrate_target_norms([images()])
         loss = model.loss(images(), None)['distill.loss_kd']
@@ -171,42 +186,82 @@ def test_cures_lower_the_loss_of_planted_targets(cure, norm):
 
 def test_limits_that_nothing_exceeds_change_nothing():
     plain = distiller().loss(images(), None)['distill.loss_kd']
-    for cure in (dict(clip=dict(mad=1e6)), dict(mask=dict(mad=1e6))):
-        cured = distiller(**cure).loss(images(), None)['distill.loss_kd']
-        assert torch.allclose(cured, plain, rtol=1e-5)
+    for step in (clip(mad=1e6), mask(mad=1e6)):
+        loss = distiller(targets=[step]).loss(images(), None)
+        assert torch.allclose(loss['distill.loss_kd'], plain, rtol=1e-5)
 
 
-def test_a_copy_is_cured_too():
-    model = copy.deepcopy(distiller(PLANTED, mask='oracle'))
-    assert torch.isfinite(model.loss(images(), None)['distill.loss_kd'])
+def test_steps_are_taken_in_the_order_of_the_list():
+    """Clipped tokens are nowhere above the limit that masks."""
+    limits = clip(mad=2.), mask(mad=2.5)
+    left_out = []
+    for targets in (limits, limits[::-1]):
+        model = distiller(PLANTED, targets=list(targets))
+        found, _ = model.make_targets(model.run_teacher(images()))
+        left_out.append((found[3].weight == 0).sum().item())
+    assert left_out[0] == 0 < left_out[1]
 
 
-@pytest.mark.parametrize('cure', [
-    dict(clip=dict(quantile=0.9)), dict(clip=dict(mad=2.)),
-    dict(mask=dict(mad=2.))], ids=str)
-def test_nothing_depends_on_data(cure):
+@pytest.mark.parametrize('name', FILTERS)
+def test_a_copy_filters_too(name):
+    model = distiller(PLANTED, targets=FILTERS[name])
+    twin = copy.deepcopy(model)
+    model.eval(), twin.eval()
+    assert torch.equal(*(m.loss(images(), None)['distill.loss_kd']
+                         for m in (model, twin)))
+    assert model.state_dict().keys() == twin.state_dict().keys()
+    assert not any('steps' in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize('step', [
+    ClipNorms(quantile=0.9), ClipNorms(mad=2.), MaskTokens(mad=2.)], ids=str)
+@pytest.mark.parametrize('weighted', [False, True])
+def test_nothing_depends_on_data(step, weighted):
     """FakeTensors have no values to look at."""
     with FakeTensorMode():
-        tokens = Tokens(torch.empty(2, 17, 8), (4, 4))
-        cured, weight = TargetCure(**cure)(tokens, None)
-        assert cured.values.shape == (2, 17, 8)
-        assert weight is None or weight.shape == (2, 16)
+        weight = torch.empty(2, 17) if weighted else None
+        tokens = step.filter(Tokens(torch.empty(2, 17, 8), (4, 4), weight))
+        assert tokens.values.shape == (2, 17, 8)
+        assert tokens.weight is None or tokens.weight.shape == (2, 17)
 
 
-@pytest.mark.parametrize('kwargs, words', [
-    (dict(clip=0.95), ['model.clip=0.95', 'dict(quantile=0.95)']),
-    (dict(clip=dict(quantil=0.9)), ['model.clip.quantil', "'quantile'"]),
-    (dict(clip=dict(quantile=1.0)), ['model.clip.quantile=1.0', 'between']),
-    (dict(clip=dict(mad=0)), ['model.clip.mad=0', 'above 0']),
-    (dict(clip=dict(mad=2., quantile=0.9)), ['model.clip=']),
-    (dict(mask=dict(quantile=0.9)), ['model.mask.quantile']),
-    (dict(mask='orcale'), ["model.mask='orcale'", "'oracle'"]),
-    (dict(mask='oracle'), ["mask='oracle'", 'PlantedArtifacts']),
-    (dict(clip=dict(mad=6.), target_norm='layernorm'),
-     ['clip has no effect', 'layernorm']),
-])
-def test_bad_input(kwargs, words):
+@pytest.mark.parametrize('targets, words', [
+    ([clip()], ['ClipNorms: give quantile=0.95 or mad=6.0']),
+    ([clip(mad=2., quantile=0.9)], ['ClipNorms', 'not both']),
+    ([clip(quantil=0.9)], ['model.targets.quantil', "'quantile'"]),
+    ([clip(quantile=1.0)], ['ClipNorms: quantile=1.0', 'between 0 and 1']),
+    ([clip(mad=0)], ['ClipNorms: mad=0', 'above 0']),
+    ([clip(mad='6')], ["ClipNorms: mad='6'", 'above 0']),
+    ([mask()], ['MaskTokens: give mad=6.0 or oracle=True']),
+    ([mask(quantile=0.9)], ['model.targets.quantile', 'MaskTokens']),
+    ([mask(mad=6., oracle=True)], ['MaskTokens: mad=6.0', 'one of the two']),
+    ([mask(oracle=True)], ['MaskTokens(oracle=True)', 'PlantedArtifacts']),
+    ([dict(type='mmsinger.ClipNrms', mad=6.)], [
+        "model.targets.type='mmsinger.ClipNrms'", "'ClipNorms'"]),
+    ([dict(type='mmsinger.FeatureMSELoss')], [
+        'FeatureMSELoss is no step', 'MaskTokens']),
+    ([dict(mad=6.)], ["model.targets.type=''"]),
+    ([dict(type=None, mad=6.)], ['model.targets.type=None']),
+    ([dict(type=7)], ['model.targets.type=7']),
+    (clip(mad=6.), ['model.targets must be a list of dicts']),
+    ([clip(mad=6.), 'mmsinger.MaskTokens'], ['must be a list of dicts']),
+    (None, ['model.targets must be a list of dicts, got None']),
+], ids=str)
+def test_bad_input(targets, words):
     with pytest.raises(ConfigError) as error:
-        distiller(**kwargs)
+        distiller(targets=targets)
     for word in words:
         assert word in str(error.value), str(error.value)
+
+
+def test_clipping_has_no_effect_on_targets_of_one_norm():
+    with pytest.raises(ConfigError, match='ClipNorms has no effect.*'
+                       "target_norm='layernorm'"):
+        distiller(targets=[clip(mad=6.)], target_norm='layernorm')
+
+
+@pytest.mark.parametrize('old', [
+    dict(clip=dict(mad=6.)), dict(mask='oracle')], ids=str)
+def test_keys_of_old(old):
+    with pytest.raises(ConfigError, match='no such key.*targets'):
+        distiller(**old)

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmsinger.models.features.taps import Blocks
+from mmsinger.models.features.anatomy import Blocks
 
 
 def compile_blocks(blocks: Blocks, **options: Any) -> None:

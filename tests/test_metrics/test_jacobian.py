@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from mmsinger.metrics import (differentiable, gramian_product, random_signs,
                               smallest_directions)
-from mmsinger.models.features.taps import (BlockTaps, find_blocks,
-                                           fixed_input_size)
+from mmsinger.models.features.anatomy import find_blocks, fixed_input_size
+from mmsinger.models.features.taps import BlockTaps
 from tiny import build, seg_vit, timm_vit, vit
 
 F64 = torch.float64

@@ -4,7 +4,7 @@ from typing import Any, Dict, List, NamedTuple, Sequence
 from torch import Tensor, nn
 
 from mmsinger.metrics.norms import norm_gain, norm_growth, token_norms
-from mmsinger.models.features.taps import Blocks
+from mmsinger.models.features.anatomy import Blocks
 
 
 class Inflation(NamedTuple):

@@ -1,4 +1,4 @@
-"""Remembered teacher tokens: the same training, fewer passes."""
+"""Cached teacher tokens: the same training, fewer passes."""
 import copy
 
 import pytest
@@ -29,9 +29,9 @@ ONE_SIZE = ('beit_shared', 'timm_beit_shared')
 class Counted:
     """A teacher, and how many images its backbone was run on."""
 
-    def __init__(self, remember=100, backbone=None):
+    def __init__(self, feature_cache=100, backbone=None):
         self.teacher = FrozenTeacher(backbone=backbone or vit(),
-                                     remember=remember)
+                                     feature_cache=feature_cache)
         self.seen = 0
         self.teacher.backbone.register_forward_pre_hook(self._count)
 
@@ -44,13 +44,12 @@ class Counted:
 
 
 def distiller(name, method=SiNGERDistiller, **kwargs):
-    """With and without memory, alike otherwise."""
+    """Like its twin of another call, before a cache is set."""
     model = method(student=vit(), task_loss_weight=0,
                    teacher=dict(backbone=FAMILIES[name], layers=(1, 3)),
                    **kwargs)
     model.init_weights()
     if method is SiNGERDistiller:
-        model.initialise_adapters()
         for adapter in model.adapters.values():
             torch.nn.init.normal_(adapter.down, std=0.1)
     model.eval()  # a student without dropout
@@ -73,7 +72,7 @@ def test_losses_and_gradients_are_the_same(name):
     data = torch.randn(6, 3, 32, 32)
     batches = [data[[0, 1]], data[[1, 2]], data[[3, 0, 4, 2]], data[[2]]]
     expected = [step(model, images) for images in batches]
-    model.teacher.remember = model.teacher.memory.capacity = 4
+    model.teacher.feature_cache = model.teacher._cached.capacity = 4
     for images, (losses, gradients) in zip(batches, expected):
         found, ours = step(model, images)
         assert set(found) == set(losses) and set(ours) == set(gradients)
@@ -91,7 +90,7 @@ def test_other_methods(method):
     images = torch.randn(3, 3, 32, 32)
     torch.manual_seed(1)
     losses, _ = step(model, images)
-    model.teacher.remember = model.teacher.memory.capacity = 4
+    model.teacher.feature_cache = model.teacher._cached.capacity = 4
     for _ in range(2):
         torch.manual_seed(1)
         found, _ = step(model, images)
@@ -126,7 +125,7 @@ def test_duplicates_in_a_batch_are_computed_once():
 
 
 def test_capacity():
-    teacher = Counted(remember=3)
+    teacher = Counted(feature_cache=3)
     images = torch.randn(5, 3, 32, 32)
     expected = teacher(images)
     for _ in range(2):
@@ -135,15 +134,15 @@ def test_capacity():
         assert teacher.seen == 2
         for layer, values in found.items():
             assert torch.allclose(values, expected[layer], atol=1e-5)
-    assert len(teacher.teacher.memory._tokens) == 3
+    assert len(teacher.teacher._cached._tokens) == 3
 
 
 def test_none_are_kept_without():
-    teacher = Counted(remember=0)
+    teacher = Counted(feature_cache=0)
     for _ in range(2):
         teacher(torch.ones(1, 3, 32, 32))
     assert teacher.seen == 2
-    assert not teacher.teacher.memory._tokens
+    assert not teacher.teacher._cached._tokens
 
 
 @pytest.mark.parametrize('name', [n for n in FAMILIES if n not in ONE_SIZE])
@@ -153,7 +152,7 @@ def test_other_sizes(name):
     sizes = [torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 48),
              torch.randn(2, 3, 48, 32)]
     expected = [step(model, images) for images in sizes]
-    model.teacher.remember = model.teacher.memory.capacity = 10
+    model.teacher.feature_cache = model.teacher._cached.capacity = 10
     for _ in range(2):
         for images, (losses, _) in zip(sizes, expected):
             found, _ = step(model, images)
@@ -200,7 +199,7 @@ def test_precision_may_change_on_the_way():
     assert teacher.seen == 4
 
 
-def test_what_is_remembered_cannot_be_changed_from_outside():
+def test_what_is_cached_cannot_be_changed_from_outside():
     teacher = Counted()
     images = torch.randn(2, 3, 32, 32)
     first = teacher(images)
@@ -214,22 +213,22 @@ def test_what_is_remembered_cannot_be_changed_from_outside():
 
 def test_no_graph_is_kept():
     model = distiller('plain')
-    model.teacher.remember = model.teacher.memory.capacity = 10
+    model.teacher.feature_cache = model.teacher._cached.capacity = 10
     images = torch.randn(2, 3, 32, 32, requires_grad=True)
     for _ in range(2):  # a second backward pass meets no freed graph
         step(model, images)
     assert images.grad.any()  # through the student alone
-    memory = model.teacher.memory
-    kept = [t for tokens in memory._tokens.values() for t in tokens]
+    cache = model.teacher._cached
+    kept = [t for tokens in cache._tokens.values() for t in tokens]
     assert len(kept) == 6
     assert not any(t.requires_grad for t in kept)
-    # of a batch, nothing but what is remembered
-    assert not any(example._outputs for example in memory._examples.values())
+    # of a batch, nothing but what is cached
+    assert not any(example._outputs for example in cache._examples.values())
     assert all(t.untyped_storage().nbytes() == t.numel() * 4 for t in kept)
 
 
 def warnings_of(caplog, teacher, batches):
-    logger = MMLogger.get_instance('memory')
+    logger = MMLogger.get_instance('cache')
     logger.addHandler(caplog.handler)
     try:
         for images in batches:
@@ -237,19 +236,19 @@ def warnings_of(caplog, teacher, batches):
     finally:
         logger.removeHandler(caplog.handler)
     return [r.getMessage() for r in caplog.records
-            if 'teacher.remember' in r.getMessage()]
+            if 'teacher.feature_cache' in r.getMessage()]
 
 
 def test_warning_when_nothing_comes_again(caplog):
-    teacher = Counted(remember=2)
+    teacher = Counted(feature_cache=2)
     said = warnings_of(caplog, teacher, torch.randn(9, 1, 3, 32, 32))
     assert len(said) == 1
-    assert 'teacher.remember=2: none of 8 images' in said[0]
-    assert 'teacher.remember=0' in said[0]
+    assert 'teacher.feature_cache=2: none of 8 images' in said[0]
+    assert 'teacher.feature_cache=0' in said[0]
 
 
 def test_no_warning_when_images_come_again(caplog):
-    teacher = Counted(remember=2)
+    teacher = Counted(feature_cache=2)
     data = torch.randn(3, 1, 3, 32, 32)
     assert not warnings_of(caplog, teacher, [*data] * 8)
 
@@ -271,39 +270,41 @@ def test_other_weights_are_other_tokens(tmp_path):
 
 def test_a_copied_distiller_shares_it():
     model = distiller('plain')
-    model.teacher.remember = model.teacher.memory.capacity = 10
-    assert copy.deepcopy(model).teacher.memory is model.teacher.memory
+    model.teacher.feature_cache = model.teacher._cached.capacity = 10
+    assert copy.deepcopy(model).teacher._cached is model.teacher._cached
 
 
 def test_calibration_fills_it():
     model = distiller('plain', target_norm='standardise')
-    model.teacher.remember = model.teacher.memory.capacity = 10
+    model.teacher.feature_cache = model.teacher._cached.capacity = 10
     images = torch.randn(4, 3, 32, 32)
     model.calibrate_target_norms([images[:2], images[2:]])
     step(model, images)
-    assert model.teacher.memory.recalled == 4
+    assert model.teacher._cached.recalled == 4
 
 
 def test_measures_see_each_pass():
     """Some watch the teacher's blocks while they run."""
     cfg = Config(dict(model=dict(
         type='mmsinger.FitNetDistiller', student=vit(), layers=(1, 3),
-        task_loss_weight=0, teacher=dict(backbone=vit(), remember=10))))
+        task_loss_weight=0, teacher=dict(backbone=vit(), feature_cache=10))))
     model = load_distiller(cfg)
-    assert not model.teacher.remember
+    assert not model.teacher.feature_cache
 
 
 def test_the_planted_mask_is_of_the_last_pass():
-    teacher = dict(backbone=FAMILIES['planted'], remember=10)
+    teacher = dict(backbone=FAMILIES['planted'], feature_cache=10)
     with pytest.raises(ConfigError) as error:
-        FitNetDistiller(student=vit(), layers=(1, 3), mask='oracle',
-                        teacher=teacher)
-    for word in ("mask='oracle'", 'teacher.remember=10',
-                 'teacher.remember=0'):
+        FitNetDistiller(
+            student=vit(), layers=(1, 3), teacher=teacher,
+            task_loss_weight=0,
+            targets=[dict(type='mmsinger.MaskTokens', oracle=True)])
+    for word in ('MaskTokens(oracle=True)', 'teacher.feature_cache=10',
+                 'teacher.feature_cache=0'):
         assert word in str(error.value)
 
 
 @pytest.mark.parametrize('value', [-1, 1.5, '100', None, True])
 def test_errors(value):
-    with pytest.raises(ConfigError, match=r'teacher\.remember='):
-        FrozenTeacher(backbone=vit(), remember=value)
+    with pytest.raises(ConfigError, match=r'teacher\.feature_cache='):
+        FrozenTeacher(backbone=vit(), feature_cache=value)

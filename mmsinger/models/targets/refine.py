@@ -1,0 +1,354 @@
+"""SiNGER's refinement of teacher tokens (arXiv 2509.20986)."""
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from mmsinger.errors import ConfigError, check_choice, check_keys
+from mmsinger.metrics.norms import (outlier_threshold, robust_threshold,
+                                    token_norms)
+from mmsinger.metrics.subspaces import subspace_energy
+from mmsinger.models.adapters import (INITS, SELECTIONS, SiNGERAdapter,
+                                      left_singular_directions,
+                                      linearised_ffn)
+from mmsinger.models.features.tokens import Tokens
+from mmsinger.models.losses import weighted_mean
+from mmsinger.models.targets.filter import clip_norms, norm_limit
+from mmsinger.models.targets.step import TargetStep, TeacherOutputs, Targets
+from mmsinger.registry import MODELS, build_part
+
+# The keys of ``adapter``, by who reads them.
+_BUILD_KEYS = ('rank', 'gain')
+_FFN_KEYS = ('fold_layer_scale', 'fold_norm')
+_INIT_KEYS = ('init', 'selection', 'threshold', 'seed')
+
+
+class NullDirections(NamedTuple):
+    """The linearised FFN that a layer's adapter starts from, decomposed.
+
+    Attributes:
+        block (int): The teacher block that the FFN belongs to.
+        directions (Tensor): Its left singular directions as columns, (D, D).
+        values (Tensor): Its singular values in descending order, (D, ).
+    """
+    block: int
+    directions: Tensor
+    values: Tensor
+
+
+class Refinement(NamedTuple):
+    """One layer's tokens, refined.
+
+    Attributes:
+        tokens (Tokens): F_hat, values of shape (B, N, D).
+        target (Tokens): What the student learns: F_hat, or capped.
+        excess (Tensor): L_outlier, a scalar.
+    """
+    tokens: Tokens
+    target: Tokens
+    excess: Tensor
+
+
+@MODELS.register_module()
+class Refine(TargetStep):
+    """Refines patch tokens by an adapter a layer (sections 3.1 to 3.3).
+
+    The largest norms are pulled down (L_outlier) while the next teacher block
+    must hardly notice (L_info). Its losses are means over the distilled
+    layers, ``distill.loss_outlier`` and ``distill.loss_info``. The adapters
+    start when the teacher's weights are loaded.
+
+    With ``gate``, which is **not in the paper**, tokens of abnormal norm are
+    refined and no others. For the patch norms n of a batch with median
+    ``med`` and ``tau = med + k * 1.4826 * MAD``: ``F_hat = F + g delta(F)``
+    with ``g = 1[n > tau]``, and L_outlier is half the mean of ``(||F_hat|| -
+    med)^2`` over the gated tokens with ``||F_hat|| > med``.
+
+    Args:
+        adapter (dict, optional): ``rank`` (16), ``gain`` (1.0), ``init``
+            (``'nullspace'``), ``selection`` (``'smallest'``), ``threshold``
+            (0.05), ``seed`` (0), ``fold_layer_scale`` (False), ``fold_norm``
+            (False); see :class:`SiNGERAdapter`, :func:`left_nullspace` and
+            :func:`linearised_ffn`. Defaults to the values in parentheses.
+        loss_outlier (dict, optional): Defaults to ``dict(
+            type='mmsinger.OutlierSuppressionLoss', quantile=0.95,
+            loss_weight=0.01)``.
+        loss_info (dict, optional): Defaults to ``dict(
+            type='mmsinger.GramInformationLoss', loss_weight=1.0)``.
+        last_layer (str): Which distilled layer has no next block, so that its
+            own FFN and its own tokens take that place. ``'final'``: the
+            teacher's final block alone. ``'listed'``: the last of ``layers``
+            whatever follows it (the official code). Defaults to ``'final'``.
+        info_fraction (float): L_info is computed on this share of each
+            batch's images, drawn anew in every step, at least one. Its mean
+            is an unbiased estimate, with the teacher's block run again for
+            these images alone. Defaults to 1.0, all.
+        gate (dict, optional): ``dict(mad=k)``: refine tokens above tau alone;
+            8.0 gates hardly any token of a clean teacher. Defaults to None,
+            all patch tokens, the paper.
+        cap (bool): The student learns gated tokens shortened to ``med``,
+            whatever refinement has left of them. Needs ``gate``. Defaults to
+            False.
+
+    Raises:
+        ConfigError: If a value is not valid.
+    """
+
+    def __init__(self,
+                 adapter: Optional[dict] = None,
+                 loss_outlier: Optional[dict] = None,
+                 loss_info: Optional[dict] = None,
+                 last_layer: str = 'final',
+                 info_fraction: float = 1.0,
+                 gate: Optional[dict] = None,
+                 cap: bool = False) -> None:
+        super().__init__()
+        check_choice('last_layer', last_layer, ('final', 'listed'))
+        if isinstance(info_fraction, bool) or \
+                not isinstance(info_fraction, (int, float)) or \
+                not 0 < info_fraction <= 1:
+            raise ConfigError(
+                f'info_fraction={info_fraction!r} must be above 0 and at most '
+                '1, the share of images to compute L_info on. To leave L_info '
+                'out, set loss_info.loss_weight=0.')
+        if gate is not None:
+            _check_dict('model.gate', gate, 'mad=8.0', ('mad', ))
+            norm_limit('model.gate', mad=gate.get('mad'))
+        elif cap:
+            raise ConfigError('cap=True shortens gated tokens, but there is '
+                              'no gate. Add gate=dict(mad=8.0).')
+        self.adapter_cfg = _check_adapter_keys(adapter or {})
+        self.info_fraction = info_fraction
+        self.gate = gate
+        self.cap = cap
+        self.loss_outlier = build_part(
+            'model.loss_outlier', loss_outlier,
+            'mmsinger.OutlierSuppressionLoss')
+        self.loss_info = build_part(
+            'model.loss_info', loss_info, 'mmsinger.GramInformationLoss')
+        self._last_layer = last_layer
+        self.null_directions: Dict[int, NullDirections] = {}
+
+    # -- building ----------------------------------------------------------
+
+    def prepare(self, teacher: nn.Module, layers: List[int]) -> None:
+        """Make the adapters, see :meth:`TargetStep.prepare`."""
+        #: The distilled layer without a next block
+        self.last_layer = layers[-1] if self._last_layer == 'listed' \
+            else len(teacher.blocks) - 1
+        self.adapters = nn.ModuleDict({
+            str(layer): SiNGERAdapter(
+                teacher.blocks.dim, **_pick(self.adapter_cfg, _BUILD_KEYS))
+            for layer in layers
+        })
+
+    def extra_layers(self, layers: Sequence[int]) -> List[int]:
+        """Of intermediate layers, the next block."""
+        return [layer + 1 for layer in layers if layer != self.last_layer]
+
+    def init_weights(self, teacher: nn.Module) -> None:
+        """Start the adapters from the teacher's weights (section 3.2).
+
+        Raises:
+            ConfigError: If the teacher's FFN cannot be linearised.
+        """
+        for name, adapter in self.adapters.items():
+            layer = int(name)
+            block = layer if layer == self.last_layer else layer + 1
+            null = NullDirections(block, *left_singular_directions(
+                linearised_ffn(teacher.blocks.modules[block],
+                               **_pick(self.adapter_cfg, _FFN_KEYS))))
+            # Kept: what a teacher cast to bfloat16 has lost
+            self.null_directions[layer] = null
+            start = adapter.initialise(
+                null[1:], **_pick(self.adapter_cfg, _INIT_KEYS))
+            e_safe, e_prob = subspace_energy(adapter.up, null.directions)
+            values = start['singular_values']
+            kept = f'singular values kept {min(values):.3g} to ' \
+                f'{max(values):.3g}, ' if values else ''
+            print_log(
+                f"SiNGER adapter of layer {layer}: init={start['init']!r} on "
+                f'the FFN of block {block}, rank {adapter.rank}, {kept}'
+                f"{start['num_random']} random directions, E_safe "
+                f'{e_safe:.4f}, E_prob {e_prob:.4f}', logger='current')
+
+    # -- running -----------------------------------------------------------
+
+    def forward(self, targets: Targets, outputs: TeacherOutputs
+                ) -> Tuple[Targets, Dict[str, Tensor]]:
+        """Refine all layers; L_outlier and L_info, see
+        :meth:`TargetStep.forward`."""
+        refined, outlier, info = {}, [], []
+        previous = None
+        images = None
+        if self.info_fraction < 1:
+            images = choose_images(
+                len(next(iter(targets.values())).values), self.info_fraction)
+        for layer, tokens in targets.items():
+            result = self.refine(layer, tokens)
+            for record in outputs.records:
+                record.add(layer, refined=result.tokens)
+            refined[layer] = result.target
+            outlier.append(result.excess)
+            info.append(self._info_loss(
+                outputs, layer, tokens, result.tokens, previous, images))
+            previous = result.tokens
+        return refined, dict(loss_outlier=sum(outlier) / len(outlier),
+                             loss_info=sum(info) / len(info))
+
+    def refine(self, layer: int, tokens: Tokens) -> Refinement:
+        """Refine the tokens of one layer.
+
+        Args:
+            layer (int): The teacher layer.
+            tokens (Tokens): Its normalised output F, (B, N, D).
+
+        Returns:
+            Refinement: F_hat, the target and L_outlier.
+        """
+        patches, weight = tokens.patches, tokens.patch_weight
+        refined = self.adapters[str(layer)](patches)
+        if self.gate is None:
+            tokens = tokens.with_patches(refined)
+            return Refinement(tokens, tokens,
+                              self.loss_outlier(refined, weight))
+        norms = token_norms(patches)
+        median, threshold = robust_threshold(
+            norms, self.gate['mad'], weight=weight)
+        gate = norms > threshold  # (B, P)
+        refined = torch.where(gate.unsqueeze(-1), refined, patches)
+        norms = token_norms(refined)
+        above = (gate & (norms > median)).float()
+        if weight is not None:
+            above = weight * above
+        excess = weighted_mean((norms - median).square() / 2, above)
+        target = refined
+        if self.cap:
+            target = clip_norms(refined, norms, torch.where(
+                gate, median, float('inf')))
+        return Refinement(
+            tokens.with_patches(refined), tokens.with_patches(target),
+            self.loss_outlier.loss_weight * excess)
+
+    def _info_loss(self, outputs: TeacherOutputs, layer: int, tokens: Tokens,
+                   refined: Tokens, previous: Optional[Tokens],
+                   images: Optional[List[slice]]) -> Tensor:
+        if self.loss_info.loss_weight == 0:
+            return refined.values.new_zeros(())
+        is_last = layer == self.last_layer
+        if not is_last:
+            reference = outputs.tokens(layer + 1)
+        elif self.loss_info.last == 'previous' and previous is not None:
+            reference = previous
+        else:
+            reference = tokens
+        ours, theirs, weight = refined.values, reference.values, tokens.weight
+        if images is not None:
+            ours, theirs, weight = (
+                value if value is None else take(value, images)
+                for value in (ours, theirs, weight))
+        if not is_last:
+            ours = outputs.rerun(layer + 1, ours)
+        return self.loss_info(ours, theirs, num_prefix=tokens.num_prefix,
+                              is_last=is_last, weight=weight)
+
+    def inlier_variance(self, layers: Dict[int, Dict[str, Any]]
+                        ) -> Dict[int, Tensor]:
+        """How much ordinary tokens shrink, see
+        :func:`inlier_variance_ratio`.
+
+        Args:
+            layers (dict): ``StepRecord.layers`` of a step.
+
+        Returns:
+            dict[int, Tensor]: A scalar for each layer, on its device.
+        """
+        return {
+            layer: inlier_variance_ratio(
+                values['teacher'].patches, values['refined'].patches,
+                self.loss_outlier.quantile, values['refined'].patch_weight)
+            for layer, values in layers.items()
+        }
+
+
+def choose_images(batch: int, fraction: float) -> List[slice]:
+    """Draw a share of a batch: neighbours from a random image on, beyond the
+    last one from the first on. Every image is as likely as any other, and
+    slices, unlike indices, need nothing from the device.
+
+    Args:
+        batch (int): Images in the batch.
+        fraction (float): In (0, 1].
+
+    Returns:
+        list[slice]: One or two parts of the batch, at least one image.
+    """
+    count = max(1, round(batch * fraction))
+    if count == batch:
+        return [slice(None)]
+    start = int(torch.randint(batch, ()))
+    if start + count <= batch:
+        return [slice(start, start + count)]
+    return [slice(start, batch), slice(0, start + count - batch)]
+
+
+def take(values: Tensor, images: List[slice]) -> Tensor:
+    """The chosen images of a batch (B, …)."""
+    parts = [values[part] for part in images]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@torch.no_grad()
+def inlier_variance_ratio(original: Tensor, refined: Tensor, quantile: float,
+                          weight: Optional[Tensor] = None) -> Tensor:
+    """Variance of refined over original tokens that are no outliers.
+
+    About 1 while refinement leaves them alone; an adapter that collapses
+    shrinks them, and the KD loss then looks best when it is worst.
+
+    Args:
+        original (Tensor): Patch tokens F, shape (B, P, D).
+        refined (Tensor): F_hat, shape (B, P, D).
+        quantile (float): Tokens whose original norm is above their image's
+            quantile are left out.
+        weight (Tensor, optional): Shape (B, P); tokens of weight 0 are left
+            out too. Defaults to None, all count.
+
+    Returns:
+        Tensor: A scalar, on the tokens' device.
+    """
+    norms = token_norms(original)
+    inliers = norms <= outlier_threshold(norms, quantile, weight)
+    if weight is not None:
+        inliers = inliers & (weight > 0)
+    inliers = inliers.unsqueeze(-1)
+    count = inliers.sum()
+
+    def variance(tokens: Tensor) -> Tensor:
+        tokens = tokens.float() * inliers
+        mean = tokens.sum(dim=(0, 1)) / count
+        return ((tokens - mean) * inliers).square().sum() / count
+
+    return variance(refined) / variance(original).clamp(min=1e-12)
+
+
+def _check_dict(key: str, value: Any, example: str, keys: Sequence[str]
+                ) -> None:
+    if not isinstance(value, dict):
+        raise ConfigError(f'{key}={value!r} must be a dict, for instance '
+                          f'dict({example}).')
+    check_keys(key, value, keys)
+
+
+def _check_adapter_keys(cfg: Dict[str, Any]) -> Dict[str, Any]:
+    _check_dict('model.adapter', cfg, 'rank=16',
+                _BUILD_KEYS + _FFN_KEYS + _INIT_KEYS)
+    for key, choices in (('init', INITS), ('selection', SELECTIONS)):
+        if key in cfg:
+            check_choice(f'model.adapter.{key}', cfg[key], choices)
+    return cfg
+
+
+def _pick(cfg: Dict[str, Any], keys: Sequence[str]) -> Dict[str, Any]:
+    return {key: cfg[key] for key in keys if key in cfg}

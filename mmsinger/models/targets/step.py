@@ -1,0 +1,95 @@
+"""A step on the way from a teacher's tokens to a student's targets."""
+from typing import Any, Dict, List, Sequence, Tuple
+
+from torch import Tensor, nn
+
+from mmsinger.models.features.taps import BlockTaps
+from mmsinger.models.features.tokens import Tokens
+
+Targets = Dict[int, Tokens]
+
+
+class TeacherOutputs:
+    """One pass of a teacher, in the space that ``target_norm`` makes.
+
+    Args:
+        taps (BlockTaps): Of the pass.
+        norms (nn.ModuleDict): A :class:`TargetNorm` for each tapped layer.
+        records (Sequence[StepRecord]): Of hooks that measure this step, to
+            be given what a step makes of the tokens.
+    """
+
+    def __init__(self, taps: BlockTaps, norms: nn.ModuleDict,
+                 records: Sequence[Any] = ()) -> None:
+        self.taps = taps
+        self.norms = norms
+        self.records = records
+
+    def tokens(self, layer: int) -> Tokens:
+        """F, a block's output, normalised; values of shape (B, N, D)."""
+        tokens = self.taps.tokens(layer)
+        return tokens._replace(
+            values=self.norms[str(layer)].normalise(tokens.values))
+
+    def rerun(self, layer: int, values: Tensor) -> Tensor:
+        """A block's normalised output for other tokens of the block before
+        it.
+
+        Args:
+            layer (int): Index of the block, 1 or more.
+            values (Tensor): Normalised outputs of block ``layer - 1``, of
+                the whole batch or of some of its images, (B', N, D).
+
+        Returns:
+            Tensor: Shape (B', N, D).
+        """
+        restored = self.norms[str(layer - 1)].restore(values)
+        return self.norms[str(layer)].normalise(
+            self.taps.rerun(layer, restored))
+
+
+class TargetStep(nn.Module):
+    """Changes targets, weighs their tokens, or adds losses of its own.
+
+    Steps stand in ``model.targets``, a list like a data pipeline, and are
+    taken in its order. The distiller holds what trains in a step under the
+    step's own name for it (``adapters``), so that its place in the list does
+    not show in checkpoints.
+    """
+
+    def prepare(self, teacher: nn.Module, layers: List[int]) -> None:
+        """Called once, when the teacher is built.
+
+        Args:
+            teacher (FrozenTeacher): Its weights are not loaded yet.
+            layers (list[int]): The distilled layers.
+
+        Raises:
+            ConfigError: If the step cannot work on this teacher.
+        """
+
+    def extra_layers(self, layers: Sequence[int]) -> List[int]:
+        """Teacher blocks to be tapped beside the distilled ones."""
+        return []
+
+    def init_weights(self, teacher: nn.Module) -> None:
+        """Called when the teacher's weights are loaded, in full precision.
+
+        Args:
+            teacher (FrozenTeacher): The teacher.
+        """
+
+    def forward(self, targets: Targets, outputs: TeacherOutputs
+                ) -> Tuple[Targets, Dict[str, Tensor]]:
+        """Take the step.
+
+        Args:
+            targets (dict[int, Tokens]): By teacher layer, as the step before
+                left them; values of shape (B, N, D).
+            outputs (TeacherOutputs): Of the teacher's pass.
+
+        Returns:
+            tuple[dict[int, Tokens], dict[str, Tensor]]: The new targets, and
+            losses (scalars) by name.
+        """
+        raise NotImplementedError

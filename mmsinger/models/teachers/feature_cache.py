@@ -1,0 +1,84 @@
+"""Teacher tokens kept from one epoch to the next."""
+import hashlib
+from typing import Callable, Dict, List, Sequence
+
+import numpy as np
+import torch
+from mmengine.logging import print_log
+from torch import Tensor
+
+from mmsinger.models.features.taps import BlockTaps
+
+
+class FeatureCache:
+    """Teacher tokens by image, for training without random augmentation.
+
+    An image is known by its pixels, so nothing has to be told when data or
+    order change. One that was augmented at random is never seen again: the
+    log warns if that is so.
+
+    Args:
+        capacity (int): Images to keep; others are computed every time.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.seen = self.recalled = 0
+        self._tokens: Dict[bytes, List[Tensor]] = {}
+        # Grid and extra arguments of the blocks do not depend on the image
+        self._examples: Dict[tuple, BlockTaps] = {}
+
+    def recall(self, images: Tensor, layers: Sequence[int],
+               run: Callable[[Tensor], BlockTaps]) -> BlockTaps:
+        """Tokens of a batch, computed only for images that are new.
+
+        Args:
+            images (Tensor): As the teacher takes them, (B, 3, H, W).
+            layers (Sequence[int]): Indices of the blocks to record.
+            run (Callable): The teacher's pass over such images.
+
+        Returns:
+            BlockTaps: As of a pass over the whole batch.
+        """
+        layers = sorted(set(layers))
+        # What tokens depend on, beside pixels and weights
+        kind = (tuple(layers), tuple(images.shape[1:]), images.dtype,
+                images.device)
+        keys = [_key(kind, image) for image in _as_arrays(images)]
+        tokens = {key: self._tokens[key] for key in keys
+                  if key in self._tokens}
+        self._count(len(keys), sum(key in tokens for key in keys))
+        new = {key: i for i, key in enumerate(keys) if key not in tokens}
+        if new:
+            taps = run(images[list(new.values())])
+            self._examples[kind] = taps.with_outputs({})
+            batches = [taps.tokens(layer).values for layer in layers]
+            for row, key in enumerate(new):
+                tokens[key] = [batch[row].clone() for batch in batches]
+                if len(self._tokens) < self.capacity:
+                    self._tokens[key] = tokens[key]
+        return self._examples[kind].with_outputs({
+            layer: torch.stack([tokens[key][n] for key in keys])
+            for n, layer in enumerate(layers)})
+
+    def _count(self, seen: int, recalled: int) -> None:
+        self.seen += seen
+        self.recalled += recalled
+        if self.seen >= 4 * self.capacity and not self.recalled:
+            print_log(
+                f'teacher.feature_cache={self.capacity}: none of {self.seen} '
+                'images came a second time, so the cache only costs so '
+                'far. Take random augmentation out of the train pipeline, or '
+                'set teacher.feature_cache=0.', logger='current', level=30)
+            self.seen = 0
+
+
+def _key(kind: tuple, image: np.ndarray) -> bytes:
+    return hashlib.blake2b(
+        repr(kind).encode() + image.tobytes(), digest_size=16).digest()
+
+
+def _as_arrays(images: Tensor) -> np.ndarray:
+    if images.dtype == torch.bfloat16:  # which numpy lacks
+        images = images.float()
+    return images.detach().cpu().contiguous().numpy()
