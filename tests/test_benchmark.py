@@ -6,6 +6,7 @@ import sys
 import benchmark_growth  # noqa: E402
 import benchmark_step  # noqa: E402
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,10 +16,9 @@ from step_cost import (AllocatedMemory, ImageLoading, Step, Steps, count_flops,
                        vision_transformer)
 from step_cost.steps import selected_quantile
 
-import tiny
 from mmsinger.engine.config import load_config
 from mmsinger.errors import ConfigError
-from mmsinger.models.losses import outlier_threshold
+from mmsinger.metrics.norms import outlier_threshold
 
 MIB = 2**18  # float32 numbers in a MiB
 

@@ -4,11 +4,11 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple
 from torch import Tensor
 
 from mmsinger.errors import ConfigError
-from mmsinger.metrics.deviation import orthonormal_rows
 from mmsinger.metrics.jacobian import (differentiable, gramian_product,
                                        random_signs, smallest_directions)
-from mmsinger.models.adapters.nullspace import (left_nullspace, random_rows,
-                                                subspace_energy)
+from mmsinger.metrics.subspaces import (orthonormal_rows, random_rows,
+                                        subspace_energy)
+from mmsinger.models.adapters.nullspace import left_nullspace
 from mmsinger.models.distillers import SiNGERDistiller
 
 

@@ -6,14 +6,15 @@ from torch import Tensor
 
 from mmsinger.analysis.separation import subspace_overlap
 from mmsinger.errors import ConfigError
-from mmsinger.metrics.deviation import (Deviation, orthonormal_rows,
-                                        output_deviation, perturb_along)
+from mmsinger.metrics.deviation import (Deviation, output_deviation,
+                                        perturb_along)
 from mmsinger.metrics.jacobian import (differentiable, gramian_product,
                                        random_signs, smallest_directions)
+from mmsinger.metrics.subspaces import (orthonormal_rows, random_rows,
+                                        subspace_energy)
 from mmsinger.models.adapters.nullspace import (left_nullspace,
                                                 left_singular_directions,
-                                                linearised_ffn, random_rows,
-                                                subspace_energy)
+                                                linearised_ffn)
 from mmsinger.models.features.taps import BlockTaps
 from mmsinger.models.teachers.frozen import FrozenTeacher, Normalisation
 

@@ -11,10 +11,9 @@ from scipy.ndimage import gaussian_filter1d
 from scipy.stats import rankdata
 from torch import Tensor
 
-from mmsinger.metrics.norms import robust_outliers
+from mmsinger.metrics.norms import (MAD_TO_STD, outlier_threshold,
+                                    robust_outliers)
 from mmsinger.models.features.tokens import Grid
-from mmsinger.models.losses import outlier_threshold
-from mmsinger.models.targets.filter import MAD_TO_STD
 
 # The histogram of log2(norm / median): bins of 1/16 octave from 1/16 to 256
 BINS_PER_OCTAVE = 16

@@ -5,8 +5,8 @@ from typing import Any, Dict, List, Tuple
 import torch
 from torch import Tensor
 
+from mmsinger.analysis.block_norms import BlockNorms, Inflation
 from mmsinger.metrics.accumulators import Moments, Sample
-from mmsinger.metrics.block_norms import BlockNorms, Inflation
 from mmsinger.metrics.deviation import (Deviation, output_deviation,
                                         perturb_along)
 from mmsinger.metrics.geometry import gram_distance, token_cosine

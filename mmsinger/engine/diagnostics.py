@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mmsinger.metrics.geometry import gram_distance, token_cosine
 from mmsinger.metrics.norms import robust_outliers, token_norms
-from mmsinger.models.adapters import SiNGERAdapter, subspace_energy
+from mmsinger.metrics.subspaces import subspace_energy
+from mmsinger.models.adapters import SiNGERAdapter
 from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.models.features.tokens import Tokens, align_tokens
 

@@ -4,8 +4,8 @@ from typing import Tuple
 from torch import Tensor
 
 from mmsinger.errors import ConfigError
+from mmsinger.metrics.geometry import cosine_gram
 from mmsinger.models.features.tokens import Grid, Tokens
-from mmsinger.models.losses import cosine_gram
 
 
 def similarity_map(tokens: Tokens, patch: Tuple[int, int]) -> Tensor:

@@ -58,8 +58,3 @@ def perturb_along(patches: Tensor, directions: Tensor, coefficients: Tensor,
     size = torch.linalg.vector_norm(patches, dim=-1, keepdim=True)
     return patches + strength * size * (coefficients
                                         @ directions.to(patches))
-
-
-def orthonormal_rows(rows: Tensor) -> Tensor:
-    """An orthonormal basis of what linearly independent rows (r, D) span."""
-    return torch.linalg.qr(rows.T)[0].T

@@ -1,4 +1,4 @@
-"""How alike two sets of tokens are, one number an image.
+"""How tokens lie to each other, and how alike two sets of them are.
 
 Pure functions, in float32 or better whatever goes in, without a wait for the
 device.
@@ -6,7 +6,24 @@ device.
 import torch
 from torch import Tensor
 
-from mmsinger.models.losses import cosine_gram
+
+def unit_tokens(tokens: Tensor) -> Tensor:
+    """Tokens (B, P, C) at unit length, zero ones left zero; float32."""
+    return torch.nn.functional.normalize(tokens.float(), dim=-1)
+
+
+def cosine_gram(tokens: Tensor) -> Tensor:
+    """The matrix of cosine similarities between an image's tokens.
+
+    Args:
+        tokens (Tensor): Shape (B, P, C).
+
+    Returns:
+        Tensor: Shape (B, P, P), float32, also under autocast.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        unit = unit_tokens(tokens)
+        return unit @ unit.transpose(1, 2)
 
 
 def gram_distance(a: Tensor, b: Tensor) -> Tensor:

@@ -1,16 +1,15 @@
 """Token norms: how far they spread, which are outliers, how they grow.
 
-Pure functions on the norms of patch tokens, one result an image, without a
-wait for the device unless it is said.
+Pure functions on the norms of patch tokens, without a wait for the device
+unless it is said.
 """
-from typing import NamedTuple
+from typing import NamedTuple, Tuple
 
 import torch
 from torch import Tensor
 
-from mmsinger.models.features.tokens import Grid
-from mmsinger.models.losses import outlier_threshold
-from mmsinger.models.targets.filter import MAD_TO_STD
+# The standard deviation of a normal distribution over its MAD
+MAD_TO_STD = 1.4826
 
 
 class NormStatistics(NamedTuple):
@@ -55,6 +54,65 @@ def norm_statistics(norms: Tensor) -> NormStatistics:
         centred.pow(4).mean(dim=1) / variance.square())
 
 
+def lower_median(values: Tensor, dim: int) -> Tensor:
+    """``values.median(dim).values``, which has no deterministic version on
+    GPUs.
+
+    Args:
+        values (Tensor): Any shape.
+        dim (int): The dimension to reduce.
+
+    Returns:
+        Tensor: The shape of ``values`` with ``dim`` of length 1.
+    """
+    middle = (values.shape[dim] - 1) // 2
+    return values.sort(dim=dim).values.narrow(dim, middle, 1)
+
+
+def outlier_threshold(norms: Tensor, quantile: float) -> Tensor:
+    """The quantile of each image's patch norms, without gradient.
+
+    Args:
+        norms (Tensor): Token norms, shape (B, P).
+        quantile (float): In (0, 1).
+
+    Returns:
+        Tensor: Shape (B, 1), float32.
+    """
+    return torch.quantile(
+        norms.detach().float(), quantile, dim=1, keepdim=True)
+
+
+def robust_threshold(norms: Tensor, mad: float, per_image: bool = False
+                     ) -> Tuple[Tensor, Tensor]:
+    """A norm that no ordinary token has: ``median + mad * 1.4826 * MAD``.
+
+    MAD is the median absolute deviation from the median, so that up to half
+    of the tokens may be artifacts.
+
+    Args:
+        norms (Tensor): Patch norms, shape (B, P).
+        mad (float): Distance from the median in robust standard deviations,
+            1.4826 MAD each.
+        per_image (bool): One threshold for each image, by medians between
+            the two middle values of an even number; or one for the batch, by
+            the lower of the two. Defaults to False, the batch.
+
+    Returns:
+        tuple[Tensor, Tensor]: The median norm and the threshold, without
+        gradient, float32; scalars of a batch, each (B, 1) of images.
+    """
+    norms = norms.detach().float()
+
+    def median_of(values: Tensor) -> Tensor:
+        return outlier_threshold(values, 0.5) if per_image \
+            else values.median()
+
+    median = median_of(norms)
+    deviation = median_of((norms - median).abs())
+    return median, median + mad * MAD_TO_STD * deviation
+
+
 def quantile_outliers(norms: Tensor, quantile: float = 0.95) -> Tensor:
     """Which norms exceed a quantile of their image, as in L_outlier.
 
@@ -71,13 +129,8 @@ def quantile_outliers(norms: Tensor, quantile: float = 0.95) -> Tensor:
 
 
 def robust_outliers(norms: Tensor, k: float = 5.) -> Tensor:
-    """Which norms exceed ``median + k * 1.4826 * MAD`` of their image.
-
-    MAD is the median absolute deviation from the median, so that up to half
-    of the tokens may be artifacts; an image without artifacts has hardly any.
-    One threshold an image, unlike
-    :func:`mmsinger.models.targets.filter.robust_threshold`, which takes a batch
-    together.
+    """Which norms exceed ``median + k * 1.4826 * MAD`` of their image, see
+    :func:`robust_threshold`. An image without artifacts has hardly any.
 
     Args:
         norms (Tensor): Shape (B, P).
@@ -87,13 +140,10 @@ def robust_outliers(norms: Tensor, k: float = 5.) -> Tensor:
     Returns:
         Tensor: Shape (B, P), bool. Its mean over P is the share.
     """
-    norms = norms.float()
-    median = outlier_threshold(norms, 0.5)  # (B, 1)
-    deviation = outlier_threshold((norms - median).abs(), 0.5)
-    return norms > median + k * MAD_TO_STD * deviation
+    return norms.float() > robust_threshold(norms, k, per_image=True)[1]
 
 
-def outlier_positions(outliers: Tensor, grid: Grid) -> Tensor:
+def outlier_positions(outliers: Tensor, grid: Tuple[int, int]) -> Tensor:
     """Where outliers lie. Waits for the device: their number is data.
 
     Args:

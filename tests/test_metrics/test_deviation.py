@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mmsinger.metrics import (linear_cka, output_deviation, perturb_along,
                               relative_l2, token_cosine)
-from mmsinger.metrics.deviation import orthonormal_rows
+from mmsinger.metrics.subspaces import orthonormal_rows
 
 
 def test_perturbation_by_hand():

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmsinger.errors import ConfigError
+from mmsinger.metrics import subspace_energy
 from mmsinger.models.adapters import (left_nullspace, left_singular_directions,
-                                      linearised_ffn, subspace_energy)
+                                      linearised_ffn)
 
 D, H, HEADS = 12, 24, 2
 F64 = torch.float64

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mmsinger.errors import ConfigError
+from mmsinger.metrics import subspace_energy
 from mmsinger.models.adapters import (SiNGERAdapter, left_nullspace,
-                                      left_singular_directions,
-                                      subspace_energy)
+                                      left_singular_directions)
 from mmsinger.models.distillers.singer import inlier_variance_ratio
 
 seeds = st.integers(0, 2**31 - 1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError, check_choice
+from mmsinger.metrics.subspaces import random_rows
 
 SELECTIONS = ('smallest', 'threshold')
 
@@ -166,13 +167,6 @@ def left_nullspace(weight: Optional[Tensor],
     return Nullspace(basis.contiguous(), values[chosen], num_random)
 
 
-def random_rows(rank: int, dim: int, seed: int) -> Tensor:
-    """Random unit rows, shape (rank, dim), float64."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(rank, dim, generator=generator, dtype=torch.float64)
-    return nn.functional.normalize(rows, dim=-1)
-
-
 def check_rank(rank: int, dim: int) -> None:
     """Raise :class:`ConfigError` unless ``rank`` is an int in [1, dim]."""
     if isinstance(rank, bool) or not isinstance(rank, int) or \
@@ -181,32 +175,6 @@ def check_rank(rank: int, dim: int) -> None:
             f'adapter.rank={rank!r} is not valid: the teacher has {dim} '
             f'channels, so rank is an integer between 1 and {dim} (the paper '
             'uses 16).')
-
-
-def subspace_energy(rows: Tensor,
-                    directions: Tensor,
-                    share: float = 0.25) -> Tuple[float, float]:
-    """E_safe and E_prob: where an adapter matrix's energy lies (Table 5a).
-
-    Args:
-        rows (Tensor): The matrix as rows in R^D, shape (r, D): the
-            up-projection, or the transposed down-projection.
-        directions (Tensor): Left singular directions of W as columns (D, D),
-            in descending order of their singular values.
-        share (float): Part of the directions that count as safe (smallest)
-            and as problematic (largest). Defaults to 0.25, with which random
-            rows score 0.25 in both.
-
-    Returns:
-        tuple[float, float]: E_safe and E_prob, each in [0, 1]; NaN for a zero
-        matrix.
-    """
-    dim = directions.shape[0]
-    count = max(1, round(share * dim))
-    energy = (rows.detach().cpu().double() @ directions).square().sum(dim=0)
-    total = energy.sum()
-    return ((energy[-count:].sum() / total).item(),
-            (energy[:count].sum() / total).item())
 
 
 def _find_ffn(block: nn.Module) -> nn.Module:

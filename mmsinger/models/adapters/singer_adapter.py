@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import check_choice
-from mmsinger.models.adapters.nullspace import (check_rank, left_nullspace,
-                                                random_rows)
+from mmsinger.metrics.subspaces import random_rows
+from mmsinger.models.adapters.nullspace import check_rank, left_nullspace
 
 INITS = ('nullspace', 'random', 'zero')
 

@@ -4,10 +4,10 @@ from typing import Any, Tuple
 import torch
 from torch import Tensor
 
+from mmsinger.metrics.norms import robust_threshold
 from mmsinger.models.distillers.singer import SiNGERDistiller
 from mmsinger.models.features.tokens import Tokens
-from mmsinger.models.targets.filter import (check_limit, clip_norms,
-                                            robust_threshold)
+from mmsinger.models.targets.filter import check_limit, clip_norms
 from mmsinger.registry import MODELS
 
 

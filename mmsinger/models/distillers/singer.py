@@ -5,9 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError, check_choice, check_keys
+from mmsinger.metrics.norms import outlier_threshold
+from mmsinger.metrics.subspaces import subspace_energy
 from mmsinger.models.adapters import (SiNGERAdapter,
                                       cached_singular_directions,
-                                      linearised_ffn, subspace_energy)
+                                      linearised_ffn)
 from mmsinger.models.adapters.nullspace import SELECTIONS
 from mmsinger.models.adapters.singer_adapter import INITS
 from mmsinger.models.distillers.base import build_loss
@@ -15,7 +17,6 @@ from mmsinger.models.distillers.feature import FeatureDistiller
 from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.models.features.taps import BlockTaps
 from mmsinger.models.features.tokens import Tokens
-from mmsinger.models.losses import outlier_threshold
 from mmsinger.models.targets.normalise import TargetNorm
 from mmsinger.registry import MODELS
 

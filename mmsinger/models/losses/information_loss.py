@@ -5,21 +5,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mmsinger.errors import check_choice
+from mmsinger.metrics.geometry import unit_tokens
 from mmsinger.registry import MODELS
-
-
-def cosine_gram(tokens: Tensor) -> Tensor:
-    """The matrix of cosine similarities between tokens.
-
-    Args:
-        tokens (Tensor): Shape (B, P, D).
-
-    Returns:
-        Tensor: Shape (B, P, P), float32.
-    """
-    with torch.autocast(tokens.device.type, enabled=False):
-        unit = _unit(tokens)
-        return unit @ unit.transpose(1, 2)
 
 
 def gram_difference(pred: Tensor, target: Tensor) -> Tensor:
@@ -37,15 +24,11 @@ def gram_difference(pred: Tensor, target: Tensor) -> Tensor:
         Tensor: A scalar, float32. Its gradient has no gradient itself.
     """
     with torch.autocast(pred.device.type, enabled=False):
-        pred, target = _unit(pred), _unit(target)
+        pred, target = unit_tokens(pred), unit_tokens(target)
         needed = torch.is_grad_enabled()
         return _GramDifference.apply(
             pred, target, needed and pred.requires_grad,
             needed and target.requires_grad)
-
-
-def _unit(tokens: Tensor) -> Tensor:
-    return nn.functional.normalize(tokens.float(), dim=-1)
 
 
 class _GramDifference(torch.autograd.Function):

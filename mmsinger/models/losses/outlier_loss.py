@@ -2,21 +2,8 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError
+from mmsinger.metrics.norms import outlier_threshold
 from mmsinger.registry import MODELS
-
-
-def outlier_threshold(norms: Tensor, quantile: float) -> Tensor:
-    """The quantile of each image's patch norms, without gradient.
-
-    Args:
-        norms (Tensor): Token norms, shape (B, P).
-        quantile (float): In (0, 1).
-
-    Returns:
-        Tensor: Shape (B, 1), float32.
-    """
-    return torch.quantile(
-        norms.detach().float(), quantile, dim=1, keepdim=True)
 
 
 @MODELS.register_module()

@@ -5,29 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError, check_keys
+from mmsinger.metrics.norms import outlier_threshold, robust_threshold
 from mmsinger.models.features.tokens import Tokens
-from mmsinger.models.losses import outlier_threshold
-
-# The standard deviation of a normal distribution over its MAD
-MAD_TO_STD = 1.4826
-
-
-def robust_threshold(norms: Tensor, mad: float) -> Tuple[Tensor, Tensor]:
-    """A norm that no ordinary token of the batch has.
-
-    Args:
-        norms (Tensor): Patch norms of a batch, shape (B, P).
-        mad (float): The distance from the median, in units of 1.4826 times
-            the median absolute deviation (a robust standard deviation).
-
-    Returns:
-        tuple[Tensor, Tensor]: The batch's median norm, and the threshold
-        median + mad * 1.4826 * MAD; scalars, float32, without gradient.
-    """
-    norms = norms.detach().float()
-    median = norms.median()
-    deviation = (norms - median).abs().median()
-    return median, median + mad * MAD_TO_STD * deviation
 
 
 class TargetCure:

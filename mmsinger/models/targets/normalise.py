@@ -5,15 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import check_choice
+from mmsinger.metrics.norms import lower_median
 
 MODES = (None, 'standardise', 'layernorm')
-
-
-def lower_median(values: Tensor, dim: int) -> Tensor:
-    """``values.median(dim).values``, which has no deterministic version on
-    GPUs; the dimension is kept, with length 1."""
-    middle = (values.shape[dim] - 1) // 2
-    return values.sort(dim=dim).values.narrow(dim, middle, 1)
 
 
 class TargetNorm(nn.Module):
