@@ -6,7 +6,6 @@ import sys
 import benchmark_growth  # noqa: E402
 import benchmark_step  # noqa: E402
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +15,7 @@ from step_cost import (AllocatedMemory, ImageLoading, Step, Steps, count_flops,
                        vision_transformer)
 from step_cost.steps import selected_quantile
 
+import tiny
 from mmsinger.engine.config import load_config
 from mmsinger.errors import ConfigError
 from mmsinger.metrics.norms import outlier_threshold

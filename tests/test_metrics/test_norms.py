@@ -8,7 +8,6 @@ import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import build, seg_vit, timm_vit, vit
 
 from mmsinger.analysis.block_norms import BlockNorms
 from mmsinger.metrics import (norm_gain, norm_growth, norm_statistics,
@@ -16,6 +15,7 @@ from mmsinger.metrics import (norm_gain, norm_growth, norm_statistics,
                               robust_outliers, token_norms)
 from mmsinger.models.features.taps import (BlockTaps, find_blocks,
                                            fixed_input_size)
+from tiny import build, seg_vit, timm_vit, vit
 
 
 def some_norms(seed=0, images=3, patches=40):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import vit
 from torch._subclasses import FakeTensorMode
 
 from mmsinger.errors import ConfigError
@@ -14,6 +13,7 @@ from mmsinger.metrics import robust_threshold
 from mmsinger.models import FeatureMSELoss, FitNetDistiller
 from mmsinger.models.features.tokens import Tokens
 from mmsinger.models.targets.filter import TargetCure, clip_norms
+from tiny import vit
 
 seeds = st.integers(0, 2**16)
 PLANTED = dict(backbone=dict(type='mmsinger.PlantedArtifacts',
