@@ -1,5 +1,5 @@
 from mmsinger.analysis.analyse import Analysis, analyse
-from mmsinger.analysis.images import ImageFolder
+from mmsinger.images import ImageFolder
 from mmsinger.analysis.report import render
 from mmsinger.analysis.subject import (Subject, check_size, load_subject,
                                        natural_size)

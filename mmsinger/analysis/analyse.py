@@ -7,7 +7,7 @@ import torch
 from mmengine.utils import ProgressBar, track_iter_progress
 
 from mmsinger.analysis.collect import Collection, collect
-from mmsinger.analysis.images import ImageFolder
+from mmsinger.images import ImageFolder
 from mmsinger.analysis.nullspace import compare_with_jacobian, ffn_spectra
 from mmsinger.analysis.subject import Subject
 from mmsinger.analysis.verdict import (Evidence, Suggestion, Verdict, judge,
