@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 import forked
 import tiny
+from mmsinger.engine.images import read_images
 from mmsinger.errors import ConfigError
 from mmsinger.figures import (draw_norm_maps, draw_pca_maps,
                               draw_similarity_maps, extract_features, norm_map,
-                              patch_at, pca_map, principal_components,
-                              read_curves, read_table, refined_norm_maps,
+                              patch_at, pca_map, pictures_of,
+                              principal_components, read_curves, read_table,
                               similarity_map, to_array)
 from mmsinger.figures.curves import choose_keys, draw_curves, run_names
-from mmsinger.figures.images import pictures_of, read_images
 from mmsinger.figures.style import COLOURS, line_style, save_figure
 from mmsinger.figures.tables import draw_radar, draw_sweep
 from mmsinger.models import (FitNetDistiller, GatedSiNGERDistiller,
@@ -150,22 +150,19 @@ def test_features_are_those_of_the_methods():
     assert model.training and model.student.training
     assert not any(tokens.values.requires_grad
                    for views in features.values() for tokens in views)
-    maps = refined_norm_maps(model, images)
     for layer in (1, 3):
         teacher, refined, student = features[layer]
         assert torch.allclose(
             refined.patches, model.adapters[str(layer)](teacher.patches))
         assert torch.equal(refined.prefix, teacher.prefix)
         assert student.grid == (4, 4)
-        assert torch.equal(maps[layer][0], norm_map(teacher))
-        assert torch.equal(maps[layer][1], norm_map(refined))
 
 
 def test_gated_maps_show_the_gate():
     model = distiller(GatedSiNGERDistiller, gate=dict(mad=1e6))
-    for before, after in refined_norm_maps(
+    for views in extract_features(
             model, torch.randn(2, 3, 32, 32)).values():
-        assert torch.equal(before, after)
+        assert torch.equal(norm_map(views.teacher), norm_map(views.refined))
 
 
 def test_methods_without_adapters_have_no_refined_tokens():

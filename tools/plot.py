@@ -20,16 +20,15 @@ from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
 from mmsinger.engine.config import load_config
-from mmsinger.errors import readable_errors
+from mmsinger.engine.images import read_images
 from mmsinger.engine.loading import load_distiller
-from mmsinger.figures.curves import (choose_keys, draw_curves,
-                                           read_curves, run_names)
-from mmsinger.figures.features import extract_features
-from mmsinger.figures.images import pictures_of, read_images
-from mmsinger.figures.maps import (draw_norm_maps, draw_pca_maps,
-                                         draw_similarity_maps)
-from mmsinger.figures.style import check_output, save_figure
-from mmsinger.figures.tables import draw_radar, draw_sweep, read_table
+from mmsinger.errors import readable_errors
+from mmsinger.figures import (draw_curves, draw_norm_maps, draw_pca_maps,
+                              draw_radar, draw_similarity_maps, draw_sweep,
+                              extract_features, pictures_of, read_curves,
+                              read_table, save_figure)
+from mmsinger.figures.curves import choose_keys, run_names
+from mmsinger.figures.style import check_output
 
 
 def parse_args():

@@ -8,18 +8,18 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 import torch
 from torch import Tensor
 
-from mmsinger.analysis.null_directions import (intermediate_layers,
-                                               null_directions,
-                                               nullspace_energies)
-from mmsinger.errors import ConfigError, check_choice
+from mmsinger.analysis.nullspace import (STRENGTH, distilled_null_directions,
+                                         intermediate_layers,
+                                         nullspace_energies)
 from mmsinger.analysis.streams import (CosineStream, DeviationStream,
-                                      GramStream, InflationStream, Stream)
+                                       GramStream, InflationStream, Stream)
+from mmsinger.errors import ConfigError, check_choice
 from mmsinger.models.distillers import FeatureDistiller, SiNGERDistiller
-from mmsinger.models.features.taps import BlockTaps, find_blocks
-from mmsinger.models.features.tokens import Tokens
 
 SINGER_METRICS = ('nullspace', 'cosine', 'deviation')
 METRICS = ('nullspace', 'cosine', 'gram', 'inflation', 'deviation')
+STREAMS = dict(cosine=CosineStream, gram=GramStream,
+               inflation=InflationStream)
 
 Batches = Callable[[], Iterable[Tensor]]
 Results = Dict[str, Dict[str, Any]]
@@ -59,14 +59,14 @@ def measure(distiller: FeatureDistiller,
             batches: Batches,
             metrics: Sequence[str],
             seed: int = 0,
-            strength: float = 0.3,
+            strength: float = STRENGTH,
             jacobian_images: int = 8,
             jacobian_products: Optional[int] = None) -> Results:
     """Measure a distiller on images, in constant memory.
 
     Args:
-        distiller (FeatureDistiller): Ready to train: teacher and student loaded,
-            adapters and target norms set.
+        distiller (FeatureDistiller): Ready to train: teacher and student
+            loaded, adapters and target norms set.
         batches (Callable): Returns an iterable of preprocessed images
             (B, 3, H, W), the same each time; called once more for
             ``'deviation'``.
@@ -91,14 +91,12 @@ def measure(distiller: FeatureDistiller,
     distiller.eval()
     if 'nullspace' in metrics:
         results['nullspace'] = nullspace_energies(distiller, seed)
-    streams: Dict[str, Stream] = {}
-    for name, stream in (('cosine', CosineStream), ('gram', GramStream),
-                         ('inflation', InflationStream)):
-        if name in metrics:
-            streams[name] = stream(distiller, seed)
+    streams: Dict[str, Stream] = {
+        name: stream(distiller, seed) for name, stream in STREAMS.items()
+        if name in metrics}
     if 'deviation' in metrics:
         streams['deviation'] = DeviationStream(
-            distiller, seed, strength, null_directions(
+            distiller, seed, strength, distilled_null_directions(
                 distiller, batches(), jacobian_images, jacobian_products,
                 seed))
     if streams:
@@ -123,26 +121,8 @@ def _run(distiller: FeatureDistiller, batches: Iterable[Tensor],
                                      distiller.student_normalisation)
         student = {}
         if any(s.needs_student for s in streams):
-            student = student_tokens(distiller, images)
+            student = distiller.student_tokens(images)
         for stream in streams:
             stream.update(taps, student)
     if not seen:
         raise ConfigError('There are no images to measure on.')
-
-
-def student_tokens(distiller: FeatureDistiller, images: Tensor
-                   ) -> Dict[int, Tokens]:
-    """Raw student tokens by teacher layer, without running its heads.
-
-    Args:
-        distiller (FeatureDistiller): In evaluation mode.
-        images (Tensor): Preprocessed, shape (B, 3, H, W).
-
-    Returns:
-        dict[int, Tokens]: Values of shape (B, n, C_S), on the student's grid.
-    """
-    blocks = find_blocks(distiller.student_backbone, 'student')
-    with BlockTaps(blocks, distiller.student_layers, stop=True) as taps:
-        taps.run(distiller.student_backbone, images)
-    return {layer: taps.tokens(student_layer) for layer, student_layer
-            in zip(distiller.layers, distiller.student_layers)}

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from mmsinger.analysis.block_norms import BlockNorms, Inflation
-from mmsinger.metrics.accumulators import Moments, Sample
-from mmsinger.metrics.deviation import (Deviation, output_deviation,
-                                        perturb_along)
-from mmsinger.metrics.geometry import gram_distance, token_cosine
+from mmsinger.analysis.nullspace import NullDirections, deviation_along
+from mmsinger.metrics import (Deviation, Moments, Sample, gram_distance,
+                              token_cosine)
 from mmsinger.models.distillers import FeatureDistiller, SiNGERDistiller
 from mmsinger.models.features.taps import BlockTaps
 from mmsinger.models.features.tokens import Tokens, align_tokens
@@ -45,7 +44,8 @@ class Stream:
 
     def result(self) -> Dict[str, Any]:
         """Numbers by layer."""
-        raise NotImplementedError
+        return {str(layer): self.summaries(layer)
+                for layer in self.distiller.layers}
 
     def add(self, layer: int, name: str, values: Tensor) -> None:
         """Take in one value an image, (B, )."""
@@ -58,17 +58,25 @@ class Stream:
 
     def next_block(self, taps: BlockTaps, layer: int, tokens: Tokens
                    ) -> Tensor:
-        """Normalised patch tokens (B, P, D) that the next block makes of
-        normalised tokens."""
+        """What the next block makes of a layer's tokens.
+
+        Args:
+            taps (BlockTaps): Of the teacher's pass.
+            layer (int): The layer.
+            tokens (Tokens): In the space that ``target_norm`` makes.
+
+        Returns:
+            Tensor: Patch tokens (B, P, D) in that space.
+        """
         norms = self.distiller.target_norms
         values = taps.rerun(
             layer + 1, norms[str(layer)].restore(tokens.values))
-        return Tokens(norms[str(layer + 1)].normalise(values),
-                      tokens.grid).patches
+        return tokens._replace(
+            values=norms[str(layer + 1)].normalise(values)).patches
 
 
 class CosineStream(Stream):
-    """Table 3."""
+    """Cosines before and after refinement (Table 3)."""
 
     def update(self, taps, student):
         for layer in self.distiller.layers:
@@ -81,13 +89,9 @@ class CosineStream(Stream):
                 self.add(layer, 'next_block', token_cosine(
                     following.patches, self.next_block(taps, layer, refined)))
 
-    def result(self):
-        return {str(layer): self.summaries(layer)
-                for layer in self.distiller.layers}
-
 
 class GramStream(Stream):
-    """Table 5b."""
+    """How patches lie to each other (Table 5b)."""
 
     needs_student = True
 
@@ -105,13 +109,9 @@ class GramStream(Stream):
             self.add(layer, 'teacher_projected', gram_distance(
                 tokens.patches, projected))
 
-    def result(self):
-        return {str(layer): self.summaries(layer)
-                for layer in self.distiller.layers}
-
 
 class InflationStream(Stream):
-    """Table 7, of every block of the teacher."""
+    """Growth of norms in every block of the teacher (Table 7)."""
 
     def __init__(self, distiller, seed):
         super().__init__(distiller, seed)
@@ -145,25 +145,36 @@ class InflationStream(Stream):
 
 
 class DeviationStream(Stream):
-    """Table 8."""
+    """What the next block sees of steps along null directions (Table 8).
 
-    def __init__(self, distiller, seed, strength, directions):
+    Args:
+        distiller (FeatureDistiller): What is measured.
+        seed (int): Of the steps.
+        strength (float): Their length over the tokens' norms.
+        directions (dict[int, NullDirections]): By layer.
+    """
+
+    def __init__(self, distiller: FeatureDistiller, seed: int,
+                 strength: float, directions: Dict[int, NullDirections]
+                 ) -> None:
         super().__init__(distiller, seed)
         self.strength = strength
-        self.directions = directions
+        self.directions = {
+            layer: dict(zip(('ours', 'jacobian', 'random'), rows))
+            for layer, rows in directions.items()}
         self.generator = torch.Generator().manual_seed(seed)
 
     def update(self, taps, student):
         for layer, estimates in self.directions.items():
             tokens = self.distiller.teacher_tokens(taps, layer)
-            original = self.distiller.teacher_tokens(taps, layer + 1).patches
+            following = self.distiller.teacher_tokens(taps, layer + 1)
             shape = (*tokens.patches.shape[:2], len(estimates['ours']))
             coefficients = torch.randn(shape, generator=self.generator)
-            for name, directions in estimates.items():
-                moved = tokens.with_patches(perturb_along(
-                    tokens.patches, directions, coefficients, self.strength))
-                deviation = output_deviation(
-                    original, self.next_block(taps, layer, moved))
+            for name, rows in estimates.items():
+                deviation = deviation_along(
+                    tokens, following.patches, rows, coefficients,
+                    self.strength,
+                    lambda moved: self.next_block(taps, layer, moved))
                 for field, values in deviation._asdict().items():
                     self.add(layer, f'{name}.{field}', values)
 

@@ -5,10 +5,9 @@ import numpy as np
 from torch import Tensor
 
 from mmsinger.figures.features import Features
-from mmsinger.figures.norm_maps import norm_map
-from mmsinger.figures.pca import pca_map, principal_components
-from mmsinger.figures.similarity import patch_at, similarity_map
 from mmsinger.figures.style import add_caption, new_figure
+from mmsinger.figures.token_maps import (norm_map, patch_at, pca_map,
+                                         principal_components, similarity_map)
 from mmsinger.models.features.tokens import Grid, Tokens
 
 NAMES = dict(teacher='teacher', refined='refined', student='student')

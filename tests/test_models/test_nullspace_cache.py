@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import mmsinger.models.adapters.nullspace_cache as nullspace_cache
-from mmsinger.analysis.null_directions import nullspace_energies
+from mmsinger.analysis.nullspace import nullspace_energies
 from mmsinger.errors import ConfigError
 from mmsinger.files import cache_folder
 from mmsinger.models import SiNGERDistiller

@@ -11,15 +11,11 @@ from mmsinger.engine.hooks.target_norm_hook import (preserved_random_states,
                                                     training_images)
 from mmsinger.engine.unwrap import full_parameters, is_sharded, unwrap
 from mmsinger.errors import ConfigError
-from mmsinger.figures.features import extract_features
-from mmsinger.figures.images import pictures_of
-from mmsinger.figures.maps import (draw_norm_maps, draw_pca_maps,
-                                   draw_similarity_maps)
-from mmsinger.figures.similarity import patch_at
-from mmsinger.figures.style import to_array
 from mmsinger.models import FeatureDistiller, SiNGERDistiller
 from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.registry import HOOKS
+
+MIDDLE = (0.5, 0.5)
 
 
 @HOOKS.register_module()
@@ -71,7 +67,7 @@ class DiagnosticsHook(Hook):
                  draw: bool = False,
                  draw_interval: int = 0,
                  draw_images: int = 4,
-                 patch: Tuple[float, float] = (0.5, 0.5)) -> None:
+                 patch: Tuple[float, float] = MIDDLE) -> None:
         for name, value, least in (
                 ('interval', interval, 0), ('num_images', num_images, 1),
                 ('draw_interval', draw_interval, 0),
@@ -79,7 +75,9 @@ class DiagnosticsHook(Hook):
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f'DiagnosticsHook.{name}={value!r} must be '
                                   f'a whole number, {least} or more.')
-        patch_at((1, 1), patch)
+        if draw or patch != MIDDLE:
+            from mmsinger.figures import patch_at
+            patch_at((1, 1), patch)
         self.interval = interval
         self.num_images = num_images
         self.draw = draw
@@ -163,6 +161,10 @@ class DiagnosticsHook(Hook):
         # None in another process, with another model, and without training
         if not self.draw or model is None:
             return
+        # Not before: training needs no matplotlib
+        from mmsinger.figures import (draw_norm_maps, draw_pca_maps,
+                                      draw_similarity_maps, extract_features,
+                                      pictures_of, to_array)
         if self._images is None:
             with preserved_random_states(seed=0):
                 self._images = torch.cat(list(training_images(

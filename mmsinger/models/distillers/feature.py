@@ -209,7 +209,31 @@ class FeatureDistiller(BaseDistiller):
                 taps.run(self.student_backbone, inputs)
             else:
                 losses = self.task_losses(inputs, data_samples)
-        return losses, {
+        return losses, self._by_teacher_layer(taps)
+
+    @torch.no_grad()
+    def student_tokens(self, inputs: Tensor) -> Dict[int, Tokens]:
+        """The student's tokens in evaluation mode, without its heads.
+
+        Args:
+            inputs (Tensor): Preprocessed images, shape (B, 3, H, W).
+
+        Returns:
+            dict[int, Tokens]: Raw tokens (B, n, C_S) by teacher layer, on the
+            student's grid.
+        """
+        training = self.training
+        self.eval()
+        try:
+            with BlockTaps(self._student_blocks, self.student_layers,
+                           stop=True) as taps:
+                taps.run(self.student_backbone, inputs)
+        finally:
+            self.train(training)
+        return self._by_teacher_layer(taps)
+
+    def _by_teacher_layer(self, taps: BlockTaps) -> Dict[int, Tokens]:
+        return {
             layer: taps.tokens(student_layer)
             for layer, student_layer in zip(self.layers, self.student_layers)
         }
