@@ -17,14 +17,14 @@ from mmsinger.errors import ConfigError
 from mmsinger.figures import (draw_norm_maps, draw_pca_maps,
                               draw_similarity_maps, extract_features, norm_map,
                               patch_at, pca_map, pictures_of,
-                              principal_components, read_curves, read_table,
+                              principal_components, read_curves,
                               similarity_map, to_array)
 from mmsinger.figures.curves import choose_keys, draw_curves, run_names
 from mmsinger.figures.style import COLOURS, line_style, save_figure
-from mmsinger.figures.tables import draw_radar, draw_sweep
 from mmsinger.models import (FitNetDistiller, GatedSiNGERDistiller,
                              SiNGERDistiller)
 from mmsinger.models.features.tokens import Tokens
+from reproduction.figures import draw_radar, draw_sweep, read_table
 
 PLAIN = dict(type='mmpretrain.ImageClassifier', backbone=tiny.vit(),
              data_preprocessor=dict(

@@ -24,11 +24,11 @@ from mmsinger.engine.images import read_images
 from mmsinger.engine.loading import load_distiller
 from mmsinger.errors import readable_errors
 from mmsinger.figures import (draw_curves, draw_norm_maps, draw_pca_maps,
-                              draw_radar, draw_similarity_maps, draw_sweep,
-                              extract_features, pictures_of, read_curves,
-                              read_table, save_figure)
+                              draw_similarity_maps, extract_features,
+                              pictures_of, read_curves, save_figure)
 from mmsinger.figures.curves import choose_keys, run_names
 from mmsinger.figures.style import check_output
+from reproduction.figures import draw_radar, draw_sweep, read_table
 
 
 def parse_args():

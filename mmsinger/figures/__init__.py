@@ -1,18 +1,16 @@
-"""The paper's figures, and training curves. matplotlib is imported when one
-is drawn."""
+"""Maps of tokens and training curves; matplotlib is imported when one is
+drawn."""
 from mmsinger.figures.curves import draw_curves, read_curves
-from mmsinger.figures.features import (Features, extract_features,
-                                       pictures_of)
+from mmsinger.figures.features import Features, extract_features, pictures_of
 from mmsinger.figures.maps import (draw_norm_maps, draw_pca_maps,
                                    draw_similarity_maps)
 from mmsinger.figures.style import save_figure, to_array
-from mmsinger.figures.tables import draw_radar, draw_sweep, read_table
 from mmsinger.figures.token_maps import (norm_map, patch_at, pca_map,
                                          principal_components, similarity_map)
 
 __all__ = [
     'Features', 'draw_curves', 'draw_norm_maps', 'draw_pca_maps',
-    'draw_radar', 'draw_similarity_maps', 'draw_sweep', 'extract_features',
-    'norm_map', 'patch_at', 'pca_map', 'pictures_of', 'principal_components',
-    'read_curves', 'read_table', 'save_figure', 'similarity_map', 'to_array'
+    'draw_similarity_maps', 'extract_features', 'norm_map', 'patch_at',
+    'pca_map', 'pictures_of', 'principal_components', 'read_curves',
+    'save_figure', 'similarity_map', 'to_array'
 ]

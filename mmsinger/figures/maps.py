@@ -1,5 +1,5 @@
 """Norm, similarity and PCA maps of several images side by side."""
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 from torch import Tensor
