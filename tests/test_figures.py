@@ -14,11 +14,9 @@ import forked
 import tiny
 from mmsinger.engine.images import read_images
 from mmsinger.errors import ConfigError
-from mmsinger.figures import (draw_norm_maps, draw_pca_maps,
-                              draw_similarity_maps, extract_features, norm_map,
-                              patch_at, pca_map, pictures_of,
-                              principal_components, read_curves,
-                              similarity_map, to_array)
+from mmsinger.figures import (draw_maps, extract_features, norm_map, patch_at,
+                              pca_map, pictures_of, principal_components,
+                              read_curves, similarity_map, to_array)
 from mmsinger.figures.curves import choose_keys, draw_curves, run_names
 from mmsinger.figures.style import COLOURS, line_style, save_figure
 from mmsinger.models import (FitNetDistiller, GatedSiNGERDistiller,
@@ -170,7 +168,7 @@ def test_methods_without_adapters_have_no_refined_tokens():
                                 torch.randn(2, 3, 32, 32))
     assert all(views.refined is None for views in features.values())
     picture = np.zeros((2, 32, 32, 3), np.uint8)
-    titles = texts(draw_norm_maps(picture, features))
+    titles = texts(draw_maps('norm', picture, features))
     assert 'teacher\nblock 1' in titles and 'refined\nblock 1' not in titles
 
 
@@ -192,7 +190,7 @@ def test_figures_show_the_maps():
     inputs = torch.randn(2, 3, 32, 32)
     features = extract_features(model, inputs)
     pictures = pictures_of(model, inputs)
-    figure = draw_norm_maps(pictures, features, 'Two images.')
+    figure = draw_maps('norm', pictures, features, 'Two images.')
     drawn = panels(figure)
     assert np.array_equal(drawn[0], pictures[0])
     assert np.allclose(drawn[1], norm_map(features[1].teacher)[0])
@@ -211,14 +209,14 @@ def test_figures_show_the_maps():
     rows = [axis.get_position().y0 for axis in figure.axes[:7]]
     assert max(rows) - min(rows) < 0.01  # maps stand beside their image
 
-    figure = draw_similarity_maps(pictures, features, (0.9, 0.1))
+    figure = draw_maps('similarity', pictures, features, point=(0.9, 0.1))
     drawn = panels(figure)
     assert np.allclose(drawn[1],
                        similarity_map(features[1].teacher, (3, 0))[0])
     frames = figure.axes[1].patches
     assert [frame.get_xy() for frame in frames] == [(-0.5, 2.5)] * 2
 
-    drawn = panels(draw_pca_maps(pictures, features))
+    drawn = panels(draw_maps('pca', pictures, features))
     basis = principal_components(features[1].teacher)
     assert np.allclose(drawn[2], pca_map(features[1].refined, basis)[0])
     pixels = to_array(figure)

@@ -162,8 +162,7 @@ class DiagnosticsHook(Hook):
         if not self.draw or model is None:
             return
         # Not before: training needs no matplotlib
-        from mmsinger.figures import (draw_norm_maps, draw_pca_maps,
-                                      draw_similarity_maps, extract_features,
+        from mmsinger.figures import (draw_maps, extract_features,
                                       pictures_of, to_array)
         if self._images is None:
             with preserved_random_states(seed=0):
@@ -173,13 +172,12 @@ class DiagnosticsHook(Hook):
             features = extract_features(
                 model, self._images.to(next(model.parameters()).device))
         images = pictures_of(model, self._images)
-        note = f'Training images, iteration {step}.'
-        for name, figure in (
-                ('norm_maps', draw_norm_maps(images, features, note)),
-                ('similarity_maps', draw_similarity_maps(
-                    images, features, self.patch, note)),
-                ('pca_maps', draw_pca_maps(images, features, note))):
-            add_image(runner.visualizer, name, to_array(figure), step)
+        for kind in ('norm', 'similarity', 'pca'):
+            figure = draw_maps(kind, images, features,
+                               f'Training images, iteration {step}.',
+                               self.patch)
+            add_image(runner.visualizer, f'{kind}_maps', to_array(figure),
+                      step)
 
 
 def add_image(visualizer, name: str, image, step: int) -> None:
