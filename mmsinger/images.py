@@ -31,7 +31,7 @@ class ImageFolder:
         size (tuple[int, int]): H and W wanted.
         patch (tuple[int, int]): Images smaller than this are skipped.
         count (int): The most images to yield.
-        seed (int): Of the choice. Defaults to 0.
+        seed (int): Seeds the choice. Defaults to 0.
 
     Raises:
         ConfigError: If there is no such folder, or no image in it.

@@ -39,7 +39,7 @@ class BlockNorms:
         norms.inflation(18).delta_ffn  # (B, N)
 
     Args:
-        blocks (Blocks): Of the backbone.
+        blocks (Blocks): The backbone's blocks.
         layers (Sequence[int]): Indices of the blocks to watch.
     """
 

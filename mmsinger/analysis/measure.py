@@ -71,7 +71,7 @@ def measure(distiller: FeatureDistiller,
             (B, 3, H, W), the same each time; called once more for
             ``'deviation'``.
         metrics (Sequence[str]): From :func:`applicable_metrics`.
-        seed (int): Of whatever is random. Defaults to 0.
+        seed (int): Seeds all that is random. Defaults to 0.
         strength (float): ``'deviation'``: length of the steps over the
             tokens' norms. Defaults to 0.3, about what refinement does in the
             paper (a cosine of 0.9566, Table 3).

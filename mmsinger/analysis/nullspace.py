@@ -29,7 +29,7 @@ class NullDirections(NamedTuple):
 
     Attributes:
         ffn (Tensor): From its linearised FFN, as adapters start.
-        jacobian (Tensor): Of the whole block, see
+        jacobian (Tensor): From the whole block, see
             :mod:`mmsinger.metrics.jacobian`; float64.
         random (Tensor): For comparison; float64.
     """
@@ -44,12 +44,12 @@ def null_directions(passes: Sequence[BlockTaps], layer: int, ffn: Tensor,
     """Directions that the block after a layer hardly sees.
 
     Args:
-        passes (Sequence[BlockTaps]): Of the teacher, one for each image at
-            which to linearise the block; hold the layer's output.
+        passes (Sequence[BlockTaps]): The teacher's, one for each image at
+            which to linearise the block; they hold the layer's output.
         layer (int): The layer, not the last one.
         ffn (Tensor): The FFN's null directions, orthonormal rows (r, D).
         products (int, optional): See :func:`smallest_directions`.
-        seed (int): Of signs, starts and the random directions. Defaults to 0.
+        seed (int): Seeds signs, starts and random directions. Defaults to 0.
 
     Returns:
         NullDirections: Each of shape (r, D).
@@ -81,7 +81,7 @@ def deviation_along(tokens: Tokens, following: Tensor, directions: Tensor,
         tokens (Tokens): Its input, values of shape (B, N, D).
         following (Tensor): Patch tokens of its output, (B, P, D).
         directions (Tensor): Orthonormal rows (r, D).
-        coefficients (Tensor): Of each patch's step, shape (B, P, r).
+        coefficients (Tensor): Each patch's direction, shape (B, P, r).
         strength (float): Length of the steps over the tokens' norms.
         next_block (Callable): Runs it: tokens to patch tokens (B, P, D).
 
@@ -109,7 +109,7 @@ def nullspace_energies(distiller: SiNGERDistiller, seed: int = 0
 
     Args:
         distiller (SiNGERDistiller): With its teacher and adapters loaded.
-        seed (int): Of the random ones. Defaults to 0.
+        seed (int): Seeds the random ones. Defaults to 0.
 
     Returns:
         dict[str, dict]: By layer: ``block``, ``rank``, and ``up``, ``down``,
@@ -139,7 +139,7 @@ def distilled_null_directions(
         batches (Iterable[Tensor]): Preprocessed images (B, 3, H, W).
         num_images (int): How many of them to linearise the blocks at.
         products (int, optional): See :func:`smallest_directions`.
-        seed (int): Of all that is random. Defaults to 0.
+        seed (int): Seeds all that is random. Defaults to 0.
 
     Returns:
         dict[int, NullDirections]: For each layer but the last; the FFN's by
@@ -194,8 +194,8 @@ def ffn_spectra(teacher: FrozenTeacher, excess: List[Optional[Tensor]]
 
     Args:
         teacher (FrozenTeacher): With its weights.
-        excess (list[Tensor | None]): Of each block's output the artifacts'
-            excess as rows (n, D), None if it has none.
+        excess (list[Tensor | None]): The artifacts' excess in each block's
+            output, rows (n, D); None if it has none.
 
     Returns:
         list[dict]: For each block: ``singular_values`` (descending),
@@ -234,7 +234,7 @@ def compare_with_jacobian(teacher: FrozenTeacher, inputs: List[Tensor],
         rank (int): Directions to compare. Defaults to 16.
         products (int): Jacobian products for each block and image, see
             :func:`smallest_directions`. Defaults to 64.
-        seed (int): Of signs, starts and steps. Defaults to 0.
+        seed (int): Seeds signs, starts and steps. Defaults to 0.
         progress (Callable): Called with 1 after each block.
 
     Returns:

@@ -19,7 +19,7 @@ class Stream:
 
     Args:
         distiller (FeatureDistiller): What is measured.
-        seed (int): Of whatever is random.
+        seed (int): Seeds all that is random.
     """
 
     needs_student = False
@@ -61,7 +61,7 @@ class Stream:
         """What the next block makes of a layer's tokens.
 
         Args:
-            taps (BlockTaps): Of the teacher's pass.
+            taps (BlockTaps): The teacher's pass.
             layer (int): The layer.
             tokens (Tokens): In the space that ``target_norm`` makes.
 
@@ -149,7 +149,7 @@ class DeviationStream(Stream):
 
     Args:
         distiller (FeatureDistiller): What is measured.
-        seed (int): Of the steps.
+        seed (int): Seeds the steps.
         strength (float): Their length over the tokens' norms.
         directions (dict[int, NullDirections]): By layer.
     """

@@ -33,12 +33,12 @@ def format_results(results: Dict[str, Dict[str, Any]]) -> str:
     with console.capture() as capture:
         for metric, layers in results.items():
             table = Table(*COLUMNS[metric], title=TITLES[metric],
-                          title_justify='left', box=box.SIMPLE_HEAD)
+                          title_justify='left', box=box.MARKDOWN)
             for layer, values in layers.items():
                 for row in _rows(metric, layer, values):
                     table.add_row(*map(str, row))
             console.print(table)
-    return capture.get()
+    return '\n'.join(map(str.rstrip, capture.get().splitlines()))
 
 
 def _rows(metric: str, layer: str, values: Dict[str, Any]) -> Iterator[Tuple]:

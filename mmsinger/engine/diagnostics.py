@@ -20,7 +20,7 @@ def step_diagnostics(record: StepRecord) -> Dict[int, Dict[str, Tensor]]:
     """Describe a step by teacher layer, without a wait for the device.
 
     Args:
-        record (StepRecord): Of a step; what it does not hold is left out.
+        record (StepRecord): The step; what it does not hold is left out.
 
     Returns:
         dict[int, dict[str, Tensor]]: Scalars, means over images:

@@ -27,7 +27,7 @@ class ImageBatches:
         cfg (Config): The recipe.
         distiller (FeatureDistiller): Its data preprocessor is used.
         count (int): How many images; all if there are fewer.
-        seed (int): Of choice and transforms. Defaults to 0.
+        seed (int): Seeds choice and transforms. Defaults to 0.
 
     Raises:
         ConfigError: If there are no images.

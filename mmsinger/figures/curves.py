@@ -33,8 +33,8 @@ def read_curves(work_dir: str) -> Dict[str, Curve]:
     Of runs that were resumed the later one counts where both have a value.
 
     Args:
-        work_dir (str): As given to ``tools/train.py``; or one of the folders
-            in it that are named by a time.
+        work_dir (str): What ``tools/train.py`` was given; or one of the
+            folders in it that are named by a time.
 
     Returns:
         dict[str, Curve]: By the name in the log.

@@ -19,9 +19,9 @@ class Column(NamedTuple):
     Attributes:
         title (str): Above it.
         maps (np.ndarray): (B, h, w), or (B, h, w, 3) in [0, 1].
-        limits (tuple[float, float], optional): Of the colour scale; columns
-            next to each other with equal limits share a colour bar. None for
-            colours.
+        limits (tuple[float, float], optional): Ends of the colour scale;
+            columns next to each other with equal limits share a colour bar.
+            None for colours.
     """
     title: str
     maps: np.ndarray
@@ -38,7 +38,7 @@ def draw_maps(kind: str, images: np.ndarray, features: Dict[int, Features],
             patches to a marked one (Figure 4). ``'pca'``: the three main
             directions of patch tokens as colours.
         images (np.ndarray): RGB, (B, H, W, 3), uint8.
-        features (dict[int, Features]): Of these images, see
+        features (dict[int, Features]): Their tokens, see
             :func:`extract_features`.
         note (str): What the data are, for the caption. Defaults to ``''``.
         point (tuple[float, float]): Where the marked patch is, as shares of

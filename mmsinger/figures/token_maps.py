@@ -108,8 +108,8 @@ def pca_map(tokens: Tokens, components: Components) -> Tensor:
 
     Args:
         tokens (Tokens): Values of shape (B, N, C).
-        components (Components): Of these tokens, see
-            :func:`principal_components`; or of others in the same space, so
+        components (Components): From these tokens, see
+            :func:`principal_components`; or from others in the same space, so
             that equal colours mean equal tokens.
 
     Returns:

@@ -13,7 +13,7 @@ MAD_TO_STD = 1.4826
 
 
 class NormStatistics(NamedTuple):
-    """Of the patch norms of each image; every field has shape (B, ).
+    """What each image's patch norms are like; every field has shape (B, ).
 
     Attributes:
         median (Tensor): Median.
