@@ -27,6 +27,7 @@ from typing import Callable, Iterator, Optional, Tuple
 import torch
 from torch import Tensor, nn
 from torch.func import jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BlockFunction = Callable[[Tensor], Tensor]
 
@@ -92,21 +93,12 @@ def differentiable(module: nn.Module) -> Iterator[None]:
         part.with_cp = False
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with _plain_attention():
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for part in checkpointed:
             part.with_cp = True
-
-
-def _plain_attention():
-    try:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-    except ImportError:  # torch < 2.3
-        return torch.backends.cuda.sdp_kernel(
-            enable_flash=False, enable_mem_efficient=False)
-    return sdpa_kernel(SDPBackend.MATH)
 
 
 def smallest_directions(product: Callable[[Tensor], Tensor],

@@ -99,15 +99,13 @@ class DiagnosticsHook(Hook):
                 'whole model to draw with. Set draw=False, and draw from a '
                 'checkpoint with tools/plot.py.')
         with full_parameters(runner.model):
-            if is_main_process():
-                self._start(model)
-
-    def _start(self, model: FeatureDistiller) -> None:
-        self._model = model
-        if self.interval and isinstance(model, SiNGERDistiller):
-            self._directions = {
-                layer: model.decompose_ffn(layer)[1][0]
-                for layer in model.layers}
+            if not is_main_process():
+                return
+            self._model = model
+            if self.interval and isinstance(model, SiNGERDistiller):
+                self._directions = {
+                    layer: model.decompose_ffn(layer)[1][0]
+                    for layer in model.layers}
 
     # -- numbers -----------------------------------------------------------
 
@@ -130,11 +128,10 @@ class DiagnosticsHook(Hook):
             return
         record, self._record = self._record, None
         self._model.records.remove(record)
-        names, values = [], []
-        for layer, numbers in step_diagnostics(record).items():
-            names += [f'{name}_{layer}' for name in numbers]
-            values += numbers.values()
-        numbers = dict(zip(names, torch.stack(values).tolist()))
+        found = {f'{name}_{layer}': value
+                 for layer, numbers in step_diagnostics(record).items()
+                 for name, value in numbers.items()}
+        numbers = dict(zip(found, torch.stack([*found.values()]).tolist()))
         for layer, directions in self._directions.items():
             numbers.update({
                 f'{name}_{layer}': value for name, value in adapter_energies(
