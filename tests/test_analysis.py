@@ -24,18 +24,18 @@ from mmsinger.analysis import (Evidence, ImageFolder, analyse, check_size,
                                load_subject, natural_size, render)
 from mmsinger.analysis.charts import block_chart, ridge_chart, spectrum_chart
 from mmsinger.analysis.collect import LayerRecord, collect
-from mmsinger.analysis.null_directions import null_directions
-from mmsinger.analysis.nullspace import (compare_with_jacobian, ffn_spectra,
-                                         nullspace_dimensions)
+from mmsinger.analysis.nullspace import (compare_with_jacobian,
+                                         distilled_null_directions,
+                                         ffn_spectra, nullspace_dimensions)
 from mmsinger.analysis.report import shown_blocks
 from mmsinger.analysis.separation import (excess, far_outliers, patch_contrast,
                                           ratio_histogram, ratio_spread,
                                           spanned_dimensions, subspace_overlap,
                                           tail_group, within_image_rank)
-from mmsinger.analysis.subject import distilled_layers
 from mmsinger.analysis.verdict import judge, percent, snippet, suggest
 from mmsinger.datasets import make_digit_scenes
 from mmsinger.engine.config import load_config
+from mmsinger.engine.loading import distilled_layers
 from mmsinger.errors import ConfigError
 from mmsinger.models import SiNGERDistiller
 from mmsinger.models.adapters import left_singular_directions, linearised_ffn
@@ -409,12 +409,12 @@ def test_the_comparison_finds_what_measure_finds():
         for parameter in model.teacher.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     images = torch.randn(2, 3, 32, 32, generator=generator())
-    expected = null_directions(model, [images], 2)[1]
+    expected = distilled_null_directions(model, [images], 2)[1]
     result = compare_with_jacobian(
         model.teacher, list(images.split(1)), Normalisation(None, None),
         rank=4, products=16)[1]
     assert result['overlap'] == pytest.approx(subspace_overlap(
-        expected['ours'], expected['jacobian']), rel=1e-3)
+        expected.ffn, expected.jacobian), rel=1e-3)
     assert result['jacobian']['relative_l2'] < result['random']['relative_l2']
 
 

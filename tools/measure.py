@@ -18,13 +18,14 @@ from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
 
+from mmsinger.analysis.measure import (METRICS, applicable_metrics,
+                                       check_metrics, measure)
+from mmsinger.analysis.table import format_results
 from mmsinger.engine.config import load_config
+from mmsinger.engine.images import ImageBatches
+from mmsinger.engine.loading import load_distiller, prepare
 from mmsinger.errors import (ConfigError, check_output_file,
                              readable_errors)
-from mmsinger.engine.loading import ImageBatches, load_distiller, prepare
-from mmsinger.analysis.measure import (METRICS, applicable_metrics,
-                                         check_metrics, measure)
-from mmsinger.analysis.table import format_results
 
 
 def parse_args():

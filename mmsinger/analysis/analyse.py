@@ -7,12 +7,12 @@ import torch
 from mmengine.utils import ProgressBar, track_iter_progress
 
 from mmsinger.analysis.collect import Collection, collect
-from mmsinger.analysis.images import ImageFolder
 from mmsinger.analysis.nullspace import compare_with_jacobian, ffn_spectra
-from mmsinger.analysis.subject import Subject
 from mmsinger.analysis.verdict import (Evidence, Suggestion, Verdict, judge,
                                        snippet, suggest)
+from mmsinger.engine.loading import Subject
 from mmsinger.errors import ConfigError
+from mmsinger.images import ImageFolder
 from mmsinger.version import __version__
 
 

@@ -9,8 +9,8 @@ from mmsinger.analysis.separation import (NUM_BINS, excess, far_outliers,
                                           patch_contrast, ratio_histogram,
                                           ratio_spread, spanned_dimensions,
                                           tail_group, within_image_rank)
-from mmsinger.analysis.subject import Subject
 from mmsinger.analysis.verdict import Evidence
+from mmsinger.engine.loading import Subject
 from mmsinger.errors import ConfigError
 from mmsinger.metrics.accumulators import Moments, Sample
 from mmsinger.metrics.norms import (norm_statistics, quantile_outliers,

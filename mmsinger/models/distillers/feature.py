@@ -227,7 +227,31 @@ class FeatureDistiller(BaseDistiller):
                 taps.run(self.student_backbone, inputs)
             else:
                 losses = self.task_losses(inputs, data_samples)
-        return losses, {
+        return losses, self._by_teacher_layer(taps)
+
+    @torch.no_grad()
+    def student_tokens(self, inputs: Tensor) -> Dict[int, Tokens]:
+        """The student's tokens in evaluation mode, without its heads.
+
+        Args:
+            inputs (Tensor): Preprocessed images, shape (B, 3, H, W).
+
+        Returns:
+            dict[int, Tokens]: Raw tokens (B, n, C_S) by teacher layer, on the
+            student's grid.
+        """
+        training = self.training
+        self.eval()
+        try:
+            with BlockTaps(self._student_blocks, self.student_layers,
+                           stop=True) as taps:
+                taps.run(self.student_backbone, inputs)
+        finally:
+            self.train(training)
+        return self._by_teacher_layer(taps)
+
+    def _by_teacher_layer(self, taps: BlockTaps) -> Dict[int, Tokens]:
+        return {
             layer: taps.tokens(student_layer)
             for layer, student_layer in zip(self.layers, self.student_layers)
         }
@@ -259,23 +283,6 @@ class FeatureDistiller(BaseDistiller):
             targets, own = step(targets, outputs)
             losses.update(own)
         return targets, losses
-
-    @torch.no_grad()
-    def student_tokens(self, inputs: Tensor) -> Dict[int, Tokens]:
-        """Raw student tokens by teacher layer, without running its heads.
-
-        Args:
-            inputs (Tensor): Preprocessed images, shape (B, 3, H, W).
-
-        Returns:
-            dict[int, Tokens]: Values of shape (B, n, C_S), on the student's
-            grid.
-        """
-        with BlockTaps(self._student_blocks, self.student_layers,
-                       stop=True) as taps:
-            taps.run(self.student_backbone, inputs)
-        return {layer: taps.tokens(student_layer) for layer, student_layer
-                in zip(self.layers, self.student_layers)}
 
     def _check_ready(self) -> None:
         if self._compile is not False:
