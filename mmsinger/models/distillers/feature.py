@@ -19,6 +19,8 @@ from mmsinger.models.targets import (ClipNorms, Refine, TargetNorm, TargetStep,
 from mmsinger.models.targets.normalise import MODES as TARGET_NORMS
 from mmsinger.registry import build_part
 
+StepConfigs = Union[Sequence[dict], Dict[str, dict]]
+
 
 class FeatureDistiller(BaseDistiller):
     """A student that learns from a frozen teacher's block outputs.
@@ -40,10 +42,12 @@ class FeatureDistiller(BaseDistiller):
             :func:`map_layers`. Defaults to ``'relative'``.
         target_norm (str, optional): ``'standardise'``, ``'layernorm'`` or
             None, see :class:`TargetNorm`. Defaults to None, the paper.
-        targets (Sequence[dict]): Configs of the :class:`TargetStep` that
-            normalised tokens pass, first to last: :class:`ClipNorms`,
-            :class:`MaskTokens`, :class:`Refine`, or your own. Defaults to
-            none: the tokens as they are.
+        targets (Sequence[dict] | dict[str, dict]): Configs of the
+            :class:`TargetStep` that normalised tokens pass, first to last:
+            :class:`ClipNorms`, :class:`MaskTokens`, :class:`Refine`, or your
+            own. As a dict, each has a name by which other configs and
+            ``--cfg-options`` can change it. Defaults to none: the tokens as
+            they are.
         compile (bool | dict): Compile the blocks of teacher and student with
             ``torch.compile``; a dict holds its options. ``tools/train.py``
             sets it where a config has mmengine's ``compile``. Defaults to
@@ -71,7 +75,7 @@ class FeatureDistiller(BaseDistiller):
                  student_layers: Optional[Sequence[Layer]] = None,
                  layer_map: str = 'relative',
                  target_norm: Optional[str] = None,
-                 targets: Sequence[dict] = (),
+                 targets: StepConfigs = (),
                  compile: Union[bool, dict] = False,
                  loss_kd: Optional[dict] = None,
                  **kwargs: Any) -> None:
@@ -399,12 +403,12 @@ class FeatureDistiller(BaseDistiller):
                 for layer in layers}
 
 
-def build_steps(cfgs: Sequence[dict], target_norm: Optional[str]
+def build_steps(cfgs: StepConfigs, target_norm: Optional[str]
                 ) -> List[TargetStep]:
     """Build the steps of ``model.targets``.
 
     Args:
-        cfgs (Sequence[dict]): Their configs.
+        cfgs (Sequence[dict] | dict[str, dict]): Their configs.
         target_norm (str, optional): The normalisation before them.
 
     Returns:
@@ -413,12 +417,14 @@ def build_steps(cfgs: Sequence[dict], target_norm: Optional[str]
     Raises:
         ConfigError: If one is no step, or has no effect.
     """
-    if not isinstance(cfgs, (list, tuple)) or \
-            not all(isinstance(cfg, dict) for cfg in cfgs):
-        raise ConfigError('model.targets must be a list of dicts, got '
-                          f"{cfgs!r}. For instance [dict(type="
+    named = dict(cfgs) if isinstance(cfgs, dict) else dict(enumerate(cfgs)) \
+        if isinstance(cfgs, (list, tuple)) else {'': cfgs}
+    if not all(isinstance(cfg, dict) for cfg in named.values()):
+        raise ConfigError('model.targets must be a list of dicts, or a dict '
+                          f"of them, got {cfgs!r}. For instance [dict(type="
                           "'mmsinger.ClipNorms', quantile=0.95)].")
-    steps = [build_part('model.targets', cfg) for cfg in cfgs]
+    steps = [build_part(f'model.targets.{name}', cfg)
+             for name, cfg in named.items()]
     for step in steps:
         name = type(step).__name__
         if not isinstance(step, TargetStep):

@@ -1,5 +1,5 @@
 """SiNGER: distil refined teacher features (arXiv 2509.20986)."""
-from typing import Any, Optional, Sequence
+from typing import Any, Optional
 
 from mmsinger.models.distillers.fitnet import FitNetDistiller
 from mmsinger.registry import MODELS
@@ -31,8 +31,8 @@ class SiNGERDistiller(FitNetDistiller):
         info_fraction (float): Defaults to 1.0.
         gate (dict, optional): ``dict(mad=k)``. Defaults to None.
         cap (bool): Defaults to False.
-        targets (Sequence[dict]): Steps after the refinement. Defaults to
-            none.
+        targets (Sequence[dict] | dict[str, dict]): Steps after the
+            refinement, see :class:`FeatureDistiller`. Defaults to none.
         **kwargs: See :class:`FeatureDistiller`.
 
     Raises:
@@ -48,7 +48,7 @@ class SiNGERDistiller(FitNetDistiller):
                  info_fraction: float = 1.0,
                  gate: Optional[dict] = None,
                  cap: bool = False,
-                 targets: Sequence[dict] = (),
+                 targets: StepConfigs = (),
                  over_layers: str = 'mean',
                  **kwargs: Any) -> None:
         refine = dict(
