@@ -12,7 +12,7 @@ from mmsinger.engine.hooks.target_norm_hook import preserved_random_states
 from mmsinger.errors import ConfigError
 from mmsinger.images import Size, dataset_images, read_files
 from mmsinger.models.distillers import FeatureDistiller
-from mmsinger.models.features.taps import find_blocks, patch_stride
+from mmsinger.models.features.anatomy import find_blocks, patch_stride
 from mmsinger.models.teachers.frozen import FrozenTeacher
 
 

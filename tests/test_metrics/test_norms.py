@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from mmsinger.analysis.block_norms import BlockNorms
 from mmsinger.metrics import (norm_statistics, quantile_outliers,
                               robust_outliers, token_norms)
-from mmsinger.models.features.taps import (BlockTaps, find_blocks,
-                                           fixed_input_size)
+from mmsinger.models.features.anatomy import find_blocks, fixed_input_size
+from mmsinger.models.features.taps import BlockTaps
 from tiny import build, seg_vit, timm_vit, vit
 
 
