@@ -1,6 +1,7 @@
 """SiNGER: distil refined teacher features (arXiv 2509.20986)."""
 from typing import Any, Optional
 
+from mmsinger.models.distillers.feature import StepConfigs
 from mmsinger.models.distillers.fitnet import FitNetDistiller
 from mmsinger.registry import MODELS
 
