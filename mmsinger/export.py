@@ -7,7 +7,7 @@ key layout of the plain mmpretrain or mmseg model and loads with
 """
 import copy
 import os
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Union
 
 import torch
 from mmengine.config import Config
@@ -49,7 +49,7 @@ def student_config(cfg: Config) -> Config:
         plain.model.setdefault('data_preprocessor', preprocessor)
     plain.custom_hooks = [
         hook for hook in plain.get('custom_hooks') or []
-        if not str(hook.get('type')).startswith('mmsinger.')
+        if not _is_ours(hook.get('type'))
     ]
     wrapper = plain.get('optim_wrapper') or {}
     if wrapper.get('type') == 'mmsinger.CPUAmpOptimWrapper':
@@ -57,6 +57,11 @@ def student_config(cfg: Config) -> Config:
     for key in ('teacher', 'student', 'distiller'):
         plain.pop(key, None)
     return plain
+
+
+def _is_ours(kind: Union[str, type]) -> bool:
+    name = kind if isinstance(kind, str) else f'{kind.__module__}.'
+    return name.startswith('mmsinger.')
 
 
 def save_student(weights: Dict[str, torch.Tensor], meta: Dict[str, Any],

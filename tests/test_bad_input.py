@@ -15,8 +15,8 @@ from mmengine.registry import init_default_scope
 
 import forked
 import tiny
-from mmsinger.engine.config import (load_config, prepare_training,
-                                    resume_from_intact_checkpoint)
+from mmsinger.engine.prepare import load_config, prepare_training
+from mmsinger.engine.resume import resume_from_intact_checkpoint
 from mmsinger.errors import ConfigError, near_matches
 from mmsinger.registry import MODELS
 

@@ -16,7 +16,7 @@ from mmengine.registry import init_default_scope
 from reproduction import warm
 
 import forked
-from mmsinger.engine.config import load_config, prepare_training
+from mmsinger.engine.prepare import load_config, prepare_training
 from mmsinger.engine.hooks import diagnostics_hook
 from mmsinger.errors import ConfigError
 from mmsinger.registry import MODELS

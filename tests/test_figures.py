@@ -524,7 +524,7 @@ def place(tmp_path_factory):
     tiny.workplace(folder)
     from mmengine.registry import init_default_scope
 
-    from mmsinger.engine.config import load_config
+    from mmsinger.engine.prepare import load_config
     from mmsinger.registry import MODELS
     cfg = load_config(tiny.SEG_CONFIG)
     init_default_scope('mmseg')

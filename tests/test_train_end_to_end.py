@@ -18,7 +18,7 @@ import torch
 
 import forked
 import tiny
-from mmsinger.engine.config import load_config
+from mmsinger.engine.prepare import load_config
 from mmsinger.engine.optim import CPUAmpOptimWrapper
 from mmsinger.errors import ConfigError
 

@@ -12,7 +12,7 @@ from mmengine.registry import init_default_scope
 
 from mmsinger.converters import LAYOUTS, convert_checkpoint
 from mmsinger.converters.describe import ACTIVATIONS
-from mmsinger.engine.config import load_config
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, readable_errors
 
 # Where a config may have its backbone, first come first served

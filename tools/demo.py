@@ -26,7 +26,7 @@ from mmengine.runner import find_latest_checkpoint
 from mmsinger import paths
 from mmsinger.checkpoint import load_checkpoint, weights_of
 from mmsinger.datasets import make_digit_scenes
-from mmsinger.engine.config import load_config
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, TrainingError, readable_errors
 from mmsinger.registry import MODELS
 from mmsinger.figures import extract_features, norm_map

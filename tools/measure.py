@@ -13,7 +13,6 @@ import math
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 import mmengine
 import torch
-from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
@@ -54,7 +53,7 @@ def parse_args():
                         help='deviation: Jacobian products for each layer '
                         'and image; fewer than the teacher has channels are '
                         'quicker and not exact (default: as many)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction,
+    parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions,
                         metavar='KEY=VALUE',
                         help='override settings of the config')
     return parser.parse_args()

@@ -15,7 +15,6 @@ import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 import torch
-from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
@@ -64,7 +63,7 @@ def parse_args():
         maps.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'),
                           help="pixels to bring them to (default: the "
                           "student's own size)")
-        maps.add_argument('--cfg-options', nargs='+', action=DictAction,
+        maps.add_argument('--cfg-options', nargs='+', action=ConfigOptions,
                           metavar='KEY=VALUE',
                           help='override settings of the config')
         if name == 'similarity':

@@ -18,7 +18,7 @@ from PIL import Image
 
 from mmsinger import paths
 from mmsinger.datasets.known import KNOWN, TEST, TRAIN, VAL, Known
-from mmsinger.engine.config import load_config
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, check_choice
 
 SHOWN = 5  # files or values that a message lists

@@ -14,7 +14,7 @@ from mmengine.visualization import BaseVisBackend
 from yapf.yapflib import yapf_api
 
 import tiny
-from mmsinger.engine.config import load_config, prepare_training
+from mmsinger.engine.prepare import load_config, prepare_training
 from mmsinger.engine.diagnostics import (adapter_energies, gradient_share,
                                          step_diagnostics)
 from mmsinger.engine.hooks import DiagnosticsHook

@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 from yapf.yapflib import yapf_api
 
 from mmsinger.checkpoint import load_checkpoint
-from mmsinger.engine.config import load_config, prepare_training
+from mmsinger.engine.prepare import load_config, prepare_training
 from mmsinger.engine.hooks import (RandomStateHook, RunGuardHook,
                                    SiNGERAdapterHook, StudentCheckpointHook,
                                    TargetNormHook, target_norm_hook)

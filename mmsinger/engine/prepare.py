@@ -5,28 +5,33 @@ of your own may too::
 
     cfg = load_config('configs/singer_vitl_to_vits_ade20k.py')
     prepare_training(cfg)
-    Runner.from_cfg(cfg).train()
+    build_runner(cfg).train()
 """
-import difflib
-import inspect
 import os
-import tempfile
-from typing import Iterator, Optional, Tuple
+from typing import Optional, Union
 
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.config.utils import ConfigParsingError
 from mmengine.device import get_device
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.registry import init_default_scope
+from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
 from mmsinger.compat import onedl_config_packages
+from mmsinger.engine.checks import check_data_folders, check_work_dir
+from mmsinger.engine.logs import (ParameterGroupsHook, demote_details,
+                                  import_datasets)
+from mmsinger.engine.options import apply_options
 from mmsinger.engine.resume import (check_checkpoint_files,
                                     resume_from_intact_checkpoint)
 from mmsinger.errors import ConfigError, near_paths
 from mmsinger.models import FeatureDistiller
 from mmsinger.registry import MODELS
+
+# Of a model that is no distiller of ours
+PLAIN_HOOKS = ('RunGuardHook', 'RandomStateHook')
 
 
 def load_config(path: str, options: Optional[dict] = None) -> Config:
@@ -34,7 +39,8 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
 
     Args:
         path (str): The config file.
-        options (dict, optional): Overrides, as from ``--cfg-options``.
+        options (dict, optional): Overrides, as from ``--cfg-options``; see
+            :func:`~mmsinger.engine.options.apply_options`.
 
     Returns:
         Config: The merged config, with a ``work_dir``.
@@ -53,13 +59,7 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
         raise ConfigError(f'config {path!r} cannot be read: '
                           f'{_said(error)}') from error
     if options:
-        check_options(cfg, options)
-        try:
-            cfg.merge_from_dict(options)
-        except (KeyError, IndexError, TypeError) as error:
-            raise ConfigError(
-                f'--cfg-options {" ".join(options)}: cannot be set in '
-                f'{path!r}: {_said(error)}') from error
+        apply_options(cfg, options)
     if cfg.get('work_dir') is None:
         stem = os.path.splitext(os.path.basename(path))[0]
         cfg.work_dir = os.path.join('work_dirs', stem)
@@ -71,54 +71,27 @@ def _said(error: Exception) -> str:
     return str(error.args[0] if isinstance(error, KeyError) else error)
 
 
-def check_options(cfg: Config, options: dict) -> None:
-    """Raise :class:`ConfigError` for overrides whose path is misspelt.
-
-    Merging makes whatever is not there, so that ``train_dataloadr.batch_size``
-    would be set and never read. A part of the path that is not in the config
-    is taken for a mistake where another key is nearly the same.
-
-    Args:
-        cfg (Config): The config before the merge.
-        options (dict): Overrides by dotted path.
-    """
-    settings = set(inspect.signature(Runner.__init__).parameters)
-    for option in options:
-        *parents, _ = option.split('.')
-        node, known = cfg, settings
-        for i, name in enumerate(parents or [option]):
-            if not isinstance(node, dict) and not isinstance(node, Config):
-                break
-            if name in node:
-                node, known = node[name], ()
-                continue
-            if name not in known:
-                near = difflib.get_close_matches(
-                    name, {*node.keys(), *known}, 1, 0.85)
-                if near:
-                    right = '.'.join([*parents[:i], near[0]])
-                    raise ConfigError(
-                        f'--cfg-options {option}: the config has no '
-                        f'{".".join([*parents[:i], name])!r}. Did you mean '
-                        f'{right!r}?')
-            break
-
-
 def prepare_training(cfg: Config) -> None:
     """Complete and check a config before a runner is built from it.
 
-    Adds the hooks that the distiller needs, if the config does not list them
-    (a stock config that was wrapped by one line has none of ours), and ends
-    in a :class:`ConfigError` where training could not start: a work dir that
-    is not writable, a data folder that is missing or empty, a teacher
-    checkpoint that is not there.
+    Adds the hooks that the model needs (recipes and stock configs list none
+    of ours), fits the config to the machine, and ends in a
+    :class:`ConfigError` where training could not start: a work dir that is
+    not writable, a data folder that is missing or empty, a teacher checkpoint
+    that is not there.
 
     Args:
         cfg (Config): The config; changed in place.
     """
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    if not isinstance(cfg.get('model'), dict):
+        raise ConfigError(
+            f'config {cfg.filename!r} has no model to train. Give a recipe, '
+            'not one of the bases that it is made of.')
+    scope = cfg.get('default_scope') or 'mmengine'
+    init_default_scope(scope)
+    import_datasets(scope)
     add_required_hooks(cfg)
-    keep_workers(cfg)
+    fit_workers(cfg)
     compile_blocks_alone(cfg)
     use_cpu_amp(cfg)
     use_cpu_processes(cfg)
@@ -130,18 +103,53 @@ def prepare_training(cfg: Config) -> None:
     check_checkpoint_files(cfg)
 
 
+def build_runner(cfg: Config) -> Runner:
+    """Build the runner of a prepared config, whose log begins with what
+    matters: a summary of the parameter groups instead of a line a parameter.
+
+    Args:
+        cfg (Config): See :func:`prepare_training`.
+
+    Returns:
+        Runner: mmengine's, of the config's ``runner_type`` if it has one.
+    """
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg \
+        else Runner.from_cfg(cfg)
+    runner.logger.addFilter(demote_details)
+    runner.register_hook(ParameterGroupsHook())
+    return runner
+
+
 def add_required_hooks(cfg: Config) -> None:
-    """Append the hooks that ``cfg.model`` asks for and the config lacks."""
-    model_type = cfg.model.get('type')
-    required = getattr(_model_class(cfg), 'required_hooks', ())
-    hooks = list(cfg.get('custom_hooks') or [])
-    present = {str(hook.get('type')).split('.')[-1] for hook in hooks}
-    for name in required:
-        if name not in present:
-            print_log(f'{name} is added to custom_hooks: {model_type} '
-                      'needs it', logger='current')
-            hooks.append(ConfigDict(type=f'mmsinger.{name}'))
-    cfg.custom_hooks = hooks
+    """Append the hooks that the model needs and ``custom_hooks`` lacks: its
+    class's ``required_hooks``, or of a plain model :data:`PLAIN_HOOKS`.
+
+    One that the config lists keeps its arguments.
+
+    Raises:
+        ConfigError: If ``custom_hooks`` is no list of hooks.
+    """
+    hooks = cfg.get('custom_hooks') or []
+    if not isinstance(hooks, (list, tuple)) or not all(
+            isinstance(hook, Hook) or isinstance(hook, dict)
+            and 'type' in hook for hook in hooks):
+        raise ConfigError(
+            f'custom_hooks={hooks!r} must be a list of dict(type=…), on the '
+            "command line custom_hooks=\"[dict(type='EMAHook')]\".")
+    present = {_class_name(hook) for hook in hooks}
+    added = [name for name in getattr(
+        _model_class(cfg), 'required_hooks', PLAIN_HOOKS)
+        if name not in present]
+    if added:
+        print_log(f'Added to custom_hooks: {", ".join(added)}',
+                  logger='current')
+    cfg.custom_hooks = [*hooks, *(
+        ConfigDict(type=f'mmsinger.{name}') for name in added)]
+
+
+def _class_name(hook: Union[Hook, dict]) -> str:
+    kind = type(hook) if isinstance(hook, Hook) else hook['type']
+    return getattr(kind, '__name__', str(kind)).split('.')[-1]
 
 
 def compile_blocks_alone(cfg: Config) -> None:
@@ -253,90 +261,16 @@ def use_strategy(cfg: Config) -> None:
         cfg.runner_type = 'FlexibleRunner'
 
 
-def keep_workers(cfg: Config) -> None:
+def fit_workers(cfg: Config) -> None:
     """Keep data workers alive between epochs unless the config says
-    otherwise, as mmpretrain's own ``tools/train.py`` does."""
+    otherwise, as mmpretrain's own ``tools/train.py`` does; without workers,
+    drop what torch takes for a mistake then."""
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         loader = cfg.get(name)
-        if isinstance(loader, dict) and loader.get('num_workers', 0) > 0:
-            loader.setdefault('persistent_workers', True)
-
-
-def check_work_dir(work_dir: str) -> None:
-    """Raise :class:`ConfigError` unless files can be written there."""
-    try:
-        os.makedirs(work_dir, exist_ok=True)
-        with tempfile.TemporaryFile(dir=work_dir):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f'work_dir={work_dir!r} is not writable: {error.strerror}. '
-            'Choose another one with --work-dir, or mend its permissions.'
-        ) from error
-
-
-def check_data_folders(cfg: Config, loaders: Tuple[str, ...]) -> None:
-    """Raise :class:`ConfigError` for a data folder that is missing or empty.
-
-    Only local folders that the config names are looked at; what a dataset
-    makes of them is the dataset's business.
-    """
-    for name in loaders:
-        loader = cfg.get(name)
-        if not isinstance(loader, dict) or 'dataset' not in loader:
+        if not isinstance(loader, dict):
             continue
-        for key, dataset in _datasets(loader['dataset'], f'{name}.dataset'):
-            for path_key, path in _folders(dataset):
-                _check_folder(f'{key}.{path_key}', path)
-                if path_key == 'data_prefix.img_path':
-                    _check_suffix(key, path, dataset)
-
-
-def _datasets(dataset: dict, key: str) -> Iterator[Tuple[str, dict]]:
-    """The innermost dataset configs (inside Repeat-, ConcatDataset, …)."""
-    inner = dataset.get('dataset')
-    if isinstance(inner, dict):
-        yield from _datasets(inner, f'{key}.dataset')
-    elif isinstance(dataset.get('datasets'), (list, tuple)):
-        for i, one in enumerate(dataset['datasets']):
-            yield from _datasets(one, f'{key}.datasets[{i}]')
-    else:
-        yield key, dataset
-
-
-def _folders(dataset: dict) -> Iterator[Tuple[str, str]]:
-    root = dataset.get('data_root') or ''
-    if root:
-        yield 'data_root', root
-    prefix = dataset.get('data_prefix') or {}
-    prefixes = prefix.items() if isinstance(prefix, dict) else [('', prefix)]
-    for name, folder in prefixes:
-        if isinstance(folder, str) and folder:
-            key = f'data_prefix.{name}' if name else 'data_prefix'
-            yield key, os.path.join(root, folder)
-
-
-def _check_suffix(key: str, path: str, dataset: dict) -> None:
-    """mmengine ends in "need at least one array to concatenate" where no
-    image has the suffix that a dataset lists."""
-    suffix = dataset.get('img_suffix')
-    if not suffix or '://' in path or dataset.get('ann_file'):
-        return
-    if not any(name.endswith(suffix) for _, _, names
-               in os.walk(path, followlinks=True) for name in names):
-        raise ConfigError(
-            f'{key}: no file in {path!r} ends with img_suffix={suffix!r}. '
-            f'Set {key}.img_suffix to what the images end with, or point '
-            'data_root to your data set.')
-
-
-def _check_folder(key: str, path: str) -> None:
-    if '://' in path:
-        return
-    if not os.path.isdir(path):
-        raise ConfigError(
-            f'{key}: no folder {path!r} (working directory {os.getcwd()}). '
-            'Point data_root to your data set.')
-    if not any(files for _, _, files in os.walk(path, followlinks=True)):
-        raise ConfigError(f'{key}: the folder {path!r} holds no files. '
-                          'Point data_root to your data set.')
+        if loader.get('num_workers', 0) > 0:
+            loader.setdefault('persistent_workers', True)
+        else:
+            for key in ('persistent_workers', 'prefetch_factor'):
+                loader.pop(key, None)
