@@ -150,19 +150,37 @@ def _as_config_error(error: Exception) -> Optional[ConfigError]:
         kind, _, name = match.groups()
         return ConfigError(f'type={kind!r}: there is no such {name}.'
                            f'{near_matches(kind, _registered(name))}')
-    match = re.search(r"unexpected keyword argument '(\w+)'", text)
+    match = re.search(r"(\w+)\S* got an unexpected keyword argument '(\w+)'",
+                      text)
     if match and isinstance(error, TypeError):
-        frames = [frame.f_locals for frame, _ in
-                  traceback.walk_tb(error.__traceback__)]
-        for variables in reversed(frames):  # of build_from_cfg
-            kind = variables.get('obj_cls')
-            if kind is not None and match[1] in variables.get('args', ()):
-                known = {name for base in getattr(kind, '__mro__', (kind, ))
-                         for name in _arguments(base)}
-                return ConfigError(
-                    f'{kind.__name__} has no argument {match[1]!r}, which '
-                    f'the config gives it.{near_matches(match[1], known)}')
+        kinds = _given_by_mmengine(error, *match.groups())
+        known = {word for kind in kinds or ()
+                 for base in getattr(kind, '__mro__', ())
+                 for word in _arguments(base)}
+        if kinds is not None:
+            return ConfigError(
+                f'{match[1]} has no argument {match[2]!r}, which the config '
+                f'gives it.{near_matches(match[2], known)}')
     return None
+
+
+def _given_by_mmengine(error: BaseException, owner: str, argument: str
+                       ) -> Optional[List[type]]:
+    """The classes that an argument may have been meant for; None if it does
+    not come from a config that mmengine held."""
+    while error.__context__ is not None:
+        error = error.__context__
+    kinds = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        local, names = frame.f_locals, frame.f_globals
+        holder = local.get('self')
+        held = (*local.values(), *getattr(holder, '__dict__', {}).values())
+        if names['__name__'].startswith('mmengine.') and any(
+                isinstance(value, dict) and argument in value
+                for value in held):
+            kinds = (kinds or []) + [local.get('obj_cls'), names.get(owner),
+                                     type(holder)]
+    return kinds
 
 
 def _registered(name: str) -> List[str]:
@@ -170,8 +188,9 @@ def _registered(name: str) -> List[str]:
     from mmengine import registry
     roots = [value for value in vars(registry).values()
              if isinstance(value, registry.Registry) and value.name == name]
-    return [kind for root in roots for part in (root, *root.children.values())
-            for kind in part.module_dict]
+    return sorted({
+        kind for root in roots for part in (root, *root.children.values())
+        for kind in part.module_dict})
 
 
 def _arguments(kind: Callable) -> Iterable[str]:

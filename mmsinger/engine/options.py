@@ -190,7 +190,8 @@ def _alike(words: List[str], value: Any, parts: List[Tuple[str, Any]]
     *owner, leaf = words
     if not owner:
         return [path for path, node in parts
-                if type(node) is type(value) and node == value]
+                if type(node) is type(value) and node == value] or \
+            [path for path, _ in parts if path.endswith(f'.{leaf}')]
     suffix = '.' + '.'.join(owner)
     return [f'{path}.{leaf}' for path, node in parts
             if f'.{path}'.endswith(suffix) and isinstance(node, dict)] or \
