@@ -53,6 +53,9 @@ def _evaluate(node: ast.expr) -> Any:
     if isinstance(node, (ast.List, ast.Tuple)):
         items = map(_evaluate, node.elts)
         return list(items) if isinstance(node, ast.List) else tuple(items)
+    if isinstance(node, ast.Dict):
+        return {_evaluate(key): _evaluate(value)
+                for key, value in zip(node.keys, node.values)}
     if isinstance(node, (ast.Name, ast.Attribute)):
         return ast.unparse(node)
     return ast.literal_eval(node)
