@@ -46,8 +46,8 @@ class BaseDistiller(BaseModel):
             together.
     """
 
-    # Hooks that a run needs; ``tools/train.py`` adds the ones that a config
-    # does not list.
+    # The one list of hooks that a run gets; ``prepare_training`` adds those
+    # that a config does not list with arguments of its own.
     required_hooks: Tuple[str, ...] = (
         'StudentCheckpointHook', 'RunGuardHook', 'RandomStateHook')
     teacher_class = FrozenTeacher
