@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Dict, List, Optional
 
-from reproduction.execute import Record
 from reproduction.plan import Cell, Column, Table
+from reproduction.workspace import Record
 
 PUBLISHED, MEASURED = '#0072B2', '#D55E00'  # told apart by the colour-blind
 
@@ -118,7 +118,7 @@ def markdown(table: Table, records: Dict[str, Record]) -> str:
               '|---|---|---|---|---|---|---|']
     for label, cells in table.rows:
         for cell, column in zip(cells, table.columns):
-            for source in _sources(cell):
+            for source in cell.all_sources:
                 record = records.get(source.job)
                 if record is None:
                     continue
@@ -150,7 +150,7 @@ def write_csv(table: Table, records: Dict[str, Record], path: str) -> None:
                         result.mean, result.std,
                         sum(v is not None for v in result.values),
                         _difference(cell, result), result.missing)
-                for source in _sources(cell):
+                for source in cell.all_sources:
                     record = records.get(source.job)
                     tail = ('', 'not run', '', '', '', '') \
                         if record is None else (
