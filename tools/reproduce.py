@@ -21,8 +21,7 @@ from mmsinger.datasets import make_digit_scenes
 from mmsinger.datasets.digit_scenes import MARKER
 from mmsinger.errors import (ConfigError, check_choice, near_paths,
                              readable_errors)
-from reproduction.flow import (Resources, check_installed, run_jobs,
-                               states)
+from reproduction.flow import Resources, run_jobs
 from reproduction.plan import all_jobs, wanted_metrics
 from reproduction.planted import planted_all, planted_core
 from reproduction.profiles import PROFILES
@@ -153,7 +152,7 @@ def make_data(quick):
 
 
 def show_plan(workspace):
-    found = states(workspace)
+    found = workspace.states()
     for name, job in workspace.jobs.items():
         command = shlex.join([job.tool, *workspace.arguments(name)])
         print(f'{found[name]:<12}{name}\n{"":<12}{command}')
@@ -169,11 +168,17 @@ def found_records(workspace):
                           'Run the table first, or name another --root.')
     records = {name: record for name in workspace.jobs
                if (record := workspace.record(name)) is not None}
-    outdated = list(states(workspace).values()).count('outdated')
+    outdated = list(workspace.states().values()).count('outdated')
     if outdated:
         print(f'{outdated} of {len(records)} runs are of another command or '
               "config than today's; --dry-run says which.")
     return records
+
+
+def end_in_order():
+    """Let signals end what is running too."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 def main():
@@ -183,16 +188,13 @@ def main():
     workspace = Workspace(args.root or os.path.join(
         'work_dirs', 'reproduce', args.profile + '_quick' * args.quick),
         all_jobs(tables), wanted_metrics(tables))
-    check_installed(resources)
     if args.dry_run:
         show_plan(workspace)
         return
     if args.report_only:
         records = found_records(workspace)
     else:
-        # So that what is running is ended in an orderly way
-        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler)
+        end_in_order()
         if args.profile == 'digits':
             make_data(args.quick)
         records = run_jobs(workspace, resources)

@@ -8,9 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from reproduction.job import TOOLS, locked
 from reproduction.workspace import Record, Workspace, fingerprint
@@ -63,42 +62,6 @@ class Resources:
         return dict(OMP_NUM_THREADS=str(max(1, threads)))
 
 
-def states(workspace: Workspace) -> Dict[str, str]:
-    """State of each job, by name.
-
-    Args:
-        workspace (Workspace): The jobs, and where they run.
-
-    Returns:
-        dict[str, str]: ``'finished'``, ``'failed'``, ``'interrupted'``,
-        ``'outdated'`` (its command, its config or what it took from other
-        jobs changed since) or ``'new'``.
-    """
-    if not os.path.isdir(workspace.root):
-        return dict.fromkeys(workspace.jobs, 'new')
-    with tempfile.TemporaryDirectory() as folder:
-        path = _write_plan(workspace, Resources(1), folder)
-        summary = subprocess.run(
-            [*_command(workspace, path), '--summary'], text=True,
-            capture_output=True, env=_environment())
-    if summary.returncode:
-        raise RuntimeError(f'snakemake --summary: {summary.stderr}')
-    found = {}
-    for line in summary.stdout.splitlines()[1:]:
-        path, *_, status, plan = line.split('\t')
-        name = os.path.dirname(path)
-        record = workspace.record(name)
-        if plan == 'no update':
-            found[name] = 'finished'
-        elif record is None:
-            found[name] = 'new'
-        elif status == 'missing' and record.status != 'finished':
-            found[name] = record.status.replace('running', 'interrupted')
-        else:
-            found[name] = 'outdated'
-    return {name: found[name] for name in workspace.jobs}
-
-
 def run_jobs(workspace: Workspace, resources: Resources) -> Dict[str, Record]:
     """Run what is not finished yet.
 
@@ -113,7 +76,8 @@ def run_jobs(workspace: Workspace, resources: Resources) -> Dict[str, Record]:
         another failed, is ``'failed'`` too.
 
     Raises:
-        ConfigError: If the folder cannot be written, or is in use.
+        ConfigError: If Snakemake is missing, or the folder cannot be written
+            or is in use.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -128,11 +92,11 @@ def run_jobs(workspace: Workspace, resources: Resources) -> Dict[str, Record]:
             raise ConfigError(
                 f'--root {workspace.root!r} is no folder that can be written: '
                 f'{error.strerror}. Choose another.') from error
-        before = list(states(workspace).values())
-        todo = len(before) - before.count('finished')
-        print(f'{len(before)} jobs: {before.count("finished")} are finished, '
-              f'{todo} to run', flush=True)
-        code = _run(workspace, resources, lock) if todo else 0
+        states = workspace.states()
+        todo = [name for name, state in states.items() if state != 'finished']
+        print(f'{len(states)} jobs: {len(states) - len(todo)} are finished, '
+              f'{len(todo)} to run', flush=True)
+        code = _run(workspace, resources, todo, lock) if todo else 0
     records: Dict[str, Record] = {}
     for name, job in workspace.jobs.items():
         record = workspace.record(name)
@@ -148,26 +112,39 @@ def run_jobs(workspace: Workspace, resources: Resources) -> Dict[str, Record]:
     return records
 
 
-def check_installed(resources: Resources) -> None:
-    """Raise a ConfigError if what runs the jobs is missing."""
+def _run(workspace: Workspace, resources: Resources, todo: Sequence[str],
+         lock: int) -> int:
+    """Have Snakemake run jobs; its exit code."""
     needed = ['snakemake', 'snakemake_executor_plugin_slurm']
     for package in needed[:1 + (resources.slurm is not None)]:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
                 f'{package.replace("_", "-")} is not installed, which runs '
                 "the jobs: pip install 'mmsinger[reproduce]' "
-                '(mmsinger[slurm] for --slurm), with Python 3.11 or newer. '
-                '--report-only does without.')
-
-
-def _run(workspace: Workspace, resources: Resources, lock: int) -> int:
-    """Have Snakemake run the jobs; its exit code."""
-    path = _write_plan(workspace, resources, workspace.root)
+                '(mmsinger[slurm] for --slurm), with Python 3.11 or newer.')
+    path = os.path.abspath(os.path.join(workspace.root, 'plan.json'))
+    with open(path, 'w') as file:
+        json.dump(dict(
+            root=workspace.root, directory=os.getcwd(), gpus=resources.gpus,
+            share=resources.share, slurm=resources.slurm is not None,
+            jobs={name: dict(
+                job=asdict(job), fingerprint=fingerprint(job),
+                waits_for=[n for n in job.needs if n in todo],
+                metrics=workspace.metrics.get(name, []),
+                gpus=min(1, resources.gpus_per_job) if job.tool in SINGLE
+                else resources.gpus_per_job)
+                for name, job in workspace.jobs.items() if name in todo}),
+            file, indent=1)
+    pythonpath = filter(None, (TOOLS, os.environ.get('PYTHONPATH')))
     process = subprocess.Popen(
-        [*_command(workspace, path), '--keep-going', '--rerun-incomplete',
-         '--quiet', 'rules', 'host', 'reason', *resources.options()],
+        [sys.executable, '-m', 'snakemake', '--snakefile',
+         os.path.join(TOOLS, 'reproduction', 'Snakefile'), '--directory',
+         workspace.root, '--forceall', '--keep-going', '--nolock',
+         '--rerun-incomplete', '--scheduler', 'greedy', '--quiet', 'rules',
+         'host', 'reason', *resources.options()],
         start_new_session=True, stdin=subprocess.DEVNULL, pass_fds=(lock, ),
-        env={**_environment(), **resources.environment()})
+        env={**os.environ, **resources.environment(),
+             'PYTHONPATH': os.pathsep.join(pythonpath)})
     try:
         return process.wait()
     except BaseException:
@@ -177,33 +154,3 @@ def _run(workspace: Workspace, resources: Resources, lock: int) -> int:
                 os.killpg(process.pid, number)
                 process.wait(30)
         raise
-
-
-def _command(workspace: Workspace, plan: str) -> List[str]:
-    return [sys.executable, '-m', 'snakemake', '--snakefile',
-            os.path.join(TOOLS, 'reproduction', 'Snakefile'),
-            '--directory', workspace.root, '--config', f'plan={plan}',
-            '--nolock', '--scheduler', 'greedy', '--rerun-triggers', 'mtime',
-            'params']
-
-
-def _environment() -> Dict[str, str]:
-    paths = filter(None, (TOOLS, os.environ.get('PYTHONPATH')))
-    return {**os.environ, 'PYTHONPATH': os.pathsep.join(paths)}
-
-
-def _write_plan(workspace: Workspace, resources: Resources, folder: str
-                ) -> str:
-    path = os.path.abspath(os.path.join(folder, 'plan.json'))
-    with open(path, 'w') as file:
-        json.dump(dict(
-            root=workspace.root, directory=os.getcwd(), gpus=resources.gpus,
-            share=resources.share, slurm=resources.slurm is not None,
-            jobs={name: dict(
-                job=asdict(job), needs=job.needs,
-                fingerprint=fingerprint(job),
-                metrics=workspace.metrics.get(name, []),
-                gpus=min(1, resources.gpus_per_job) if job.tool in SINGLE
-                else resources.gpus_per_job)
-                for name, job in workspace.jobs.items()}), file, indent=1)
-    return path

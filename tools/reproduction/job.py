@@ -16,12 +16,11 @@ import uuid
 from typing import Iterator, List, Sequence
 
 from reproduction.plan import Job
-from reproduction.workspace import (Record, Workspace, digest, last_error,
+from reproduction.workspace import (FINISHED, Record, Workspace, last_error,
                                     read_metrics)
 
 TOOLS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OUTPUT = 'output.txt'
-FINISHED = 'finished'  # the file that Snakemake waits for
 
 
 def run(plan: dict, name: str) -> str:
@@ -36,11 +35,10 @@ def run(plan: dict, name: str) -> str:
     """
     planned = plan['jobs'][name]
     job = Job(**planned['job'])
-    workspace = Workspace(plan['root'], {name: job})
+    workspace = Workspace(plan['root'], {name: job},
+                          {name: planned['metrics']})
     work_dir = workspace.work_dir(name)
-    made_of = digest(planned['fingerprint'], *(
-        _content(os.path.join(workspace.work_dir(needed), FINISHED))
-        for needed in job.needs))
+    made_of = workspace.made_of(job, planned['fingerprint'])
     before = workspace.record(name)
     if before is not None and (
             before.status == 'finished' or before.made_of != made_of):
@@ -65,7 +63,7 @@ def run(plan: dict, name: str) -> str:
     record.log = max(glob.glob(os.path.join(work_dir, '*', '*.log')),
                      key=os.path.getmtime, default=output)
     record.metrics = read_metrics(work_dir)
-    lacks = [m for m in planned['metrics'] if m not in record.metrics]
+    lacks = workspace.lacking(name, record)
     if code:
         record.error = last_error(output, code)
     elif lacks:  # nor can it go on: the next time it starts anew
@@ -163,15 +161,11 @@ def commit() -> str:
         return ''
 
 
-def _content(path: str) -> str:
-    with open(path) as file:
-        return file.read()
-
-
 if __name__ == '__main__':
     try:
-        plan = json.loads(_content(sys.argv[1]))
-        os.chdir(plan['directory'])
-        sys.exit(bool(run(plan, sys.argv[2])))
+        with open(sys.argv[1]) as plan_file:
+            written = json.load(plan_file)
+        os.chdir(written['directory'])
+        sys.exit(bool(run(written, sys.argv[2])))
     except KeyboardInterrupt:
         sys.exit(1)

@@ -11,6 +11,7 @@ from typing import Dict, List, Optional
 from reproduction.plan import Job
 
 RECORD = 'job.json'
+FINISHED = 'finished'  # names the run; Snakemake waits for it
 
 
 @dataclass
@@ -76,6 +77,43 @@ class Workspace:
             json.dump(asdict(record), file, indent=2)
         os.replace(path + '.tmp', path)
 
+    def states(self) -> Dict[str, str]:
+        """State of each job, by name.
+
+        Returns:
+            dict[str, str]: ``'finished'``, ``'failed'``, ``'interrupted'``,
+            ``'outdated'`` (its command, its config or what it took from other
+            jobs changed since, or it lacks a metric) or ``'new'``.
+        """
+        found: Dict[str, str] = {}
+        for name, job in self.jobs.items():
+            record = self.record(name)
+            if record is None:
+                found[name] = 'new'
+            elif any(found[needed] != 'finished' for needed in job.needs) \
+                    or record.made_of != self.made_of(job, fingerprint(job)) \
+                    or record.status == 'finished' and \
+                    self.lacking(name, record):
+                found[name] = 'outdated'
+            else:
+                found[name] = record.status.replace('running', 'interrupted')
+        return found
+
+    def made_of(self, job: Job, command: str) -> str:
+        """Stands for a job's command, given by its :func:`fingerprint`, and
+        the runs whose results it takes."""
+        parts = [command]
+        for needed in job.needs:
+            with contextlib.suppress(FileNotFoundError), \
+                    open(os.path.join(self.work_dir(needed), FINISHED)) as run:
+                parts.append(run.read())
+        return _digest(*parts)
+
+    def lacking(self, name: str, record: Record) -> List[str]:
+        """Metrics that a job must have and its record lacks."""
+        return [metric for metric in self.metrics.get(name, ())
+                if metric not in record.metrics]
+
     def arguments(self, name: str) -> List[str]:
         """A job's arguments, with paths filled in."""
         return self.jobs[name].arguments(self.work_dir(name),
@@ -99,13 +137,8 @@ def fingerprint(job: Job) -> str:
         arg for arg in job.args if arg.endswith('.py'))])
     args = [os.path.basename(arg) if arg in configs else arg
             for arg in job.args]
-    return digest(job.tool, *args, '--', *job.options,
-                  *map(_config_content, configs))
-
-
-def digest(*parts: str) -> str:
-    """A short name of strings."""
-    return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:16]
+    return _digest(job.tool, *args, '--', *job.options,
+                   *map(_config_content, configs))
 
 
 def read_metrics(work_dir: str) -> Dict[str, float]:
@@ -166,3 +199,7 @@ def _config_content(path: str) -> str:
                           default=repr)
     except Exception:
         return path
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:16]
