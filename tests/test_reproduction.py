@@ -293,7 +293,8 @@ def test_run_fail_mend_and_skip(place, capfd):
     assert records['b'].command.endswith('root/b root/a/iter_4.pth')
     assert workspace.states() == dict(
         a='finished', b='finished', bad='failed', says='failed',
-        gone='failed', lacks='failed', needs_bad='new', needs_that='new')
+        gone='failed', lacks='outdated', needs_bad='new',
+        needs_that='new')
 
     for name in ('bad', 'says', 'gone'):
         (place / f'{name}.py').write_text(TOOLS['ok'])

@@ -48,7 +48,8 @@ class Resources:
         if self.slurm is not None:
             return ['--executor', 'slurm', '--jobs', str(self.jobs),
                     '--latency-wait', '60', '--default-resources',
-                    'mem_mb=None', 'disk_mb=None', *self.slurm]
+                    f'mem_mb={64000 * self.gpus_per_job}',
+                    f'cpus_per_task={8 * self.gpus_per_job}', *self.slurm]
         options = ['--cores', str(self.jobs)]
         if self.gpus:
             options += ['--resources', f'gpu={len(self.gpus) * self.share}']
