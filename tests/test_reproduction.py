@@ -22,8 +22,7 @@ from reproduction.job import command_of, reserved
 from reproduction.plan import (WORK_DIR, Cell, Column, Job, Source, Table,
                                all_jobs, checkpoint, student, wanted_metrics)
 from reproduction.profiles import DIGITS, FULL, PROFILES
-from reproduction.report import (Result, latex, markdown, result_of,
-                                 write_report)
+from reproduction.report import Report, Result, result_of
 from reproduction.workspace import (Record, Workspace, fingerprint, flat,
                                     last_error, read_metrics)
 
@@ -543,7 +542,7 @@ def report_table():
 
 
 def test_markdown(report_table):
-    text = markdown(report_table, RECORDS)
+    text = Report(report_table, RECORDS).markdown()
     lines = text.splitlines()
     assert '| | up ↑ | down ↓ | neither |' in lines
     assert ('| first | 1.25 / **2.00 ± 1.41** (+0.75) | 6.500 / **6.000** '
@@ -562,17 +561,17 @@ def test_markdown(report_table):
     assert not any('`new`' in line for line in lines)
     report_table.conclude = lambda results: [
         f'up is {results["first", "up"].mean}']
-    assert 'up is 2.0' in markdown(report_table, RECORDS).splitlines()
+    assert 'up is 2.0' in Report(report_table, RECORDS).markdown().splitlines()
 
 
 def test_markdown_without_published_figures():
     table = Table('t', 'T', 'C', [Column('x')])
     table.add_row('r', [cell('a')])
-    assert 'published' not in markdown(table, RECORDS)
+    assert 'published' not in Report(table, RECORDS).markdown()
 
 
 def test_files(report_table, tmp_path):
-    paths = write_report(report_table, RECORDS, str(tmp_path / 'reports'))
+    paths = Report(report_table, RECORDS).write(str(tmp_path / 'reports'))
     assert [os.path.basename(p) for p in paths] == [
         't.md', 't.csv', 't.tex', 't.png']
     with open(paths[1], newline='') as file:
@@ -602,12 +601,12 @@ def test_files(report_table, tmp_path):
 def test_plot_of_nothing(tmp_path):
     table = Table('t', 'T', 'C', [Column('x')])
     table.add_row('r', [cell('new')])
-    for path in write_report(table, {}, str(tmp_path)):
+    for path in Report(table, {}).write(str(tmp_path)):
         assert os.path.getsize(path) > 20
 
 
 def test_latex(report_table):
-    text = latex(report_table, RECORDS)
+    text = Report(report_table, RECORDS).latex()
     assert r'\caption{A\_title \& more. 25 \% of \{x\} $\rightarrow$ y}' \
         in text
     assert r'\begin{tabular}{lccc}' in text
@@ -615,7 +614,8 @@ def test_latex(report_table):
     assert '*' not in text
     report_table.title = '\\ ^ ~ $ # < >'
     assert (r'\caption{\textbackslash{} \^{} \textasciitilde{} \$ \# '
-            r'\textless{} \textgreater{}') in latex(report_table, RECORDS)
+            r'\textless{} \textgreater{}') in Report(
+                report_table, RECORDS).latex()
     rows = [line for line in text.splitlines() if line.endswith(r'\\')]
     assert all(len(re.findall(r'(?<!\\)&', row)) == 3 for row in rows)
 

@@ -25,7 +25,7 @@ from reproduction.flow import Resources, run_jobs
 from reproduction.plan import all_jobs, wanted_metrics
 from reproduction.planted import planted_all, planted_core
 from reproduction.profiles import PROFILES
-from reproduction.report import write_report
+from reproduction.report import Report
 from reproduction.tables import (sweep, table1, table3, table4, table5a,
                                  table5b, table7, table8)
 from reproduction.workspace import Workspace
@@ -200,7 +200,7 @@ def main():
         records = run_jobs(workspace, resources)
     for table in tables:
         own = {n: r for n, r in records.items() if n in table.jobs}
-        paths = write_report(table, own, workspace.root)
+        paths = Report(table, own).write(workspace.root)
         print(f'\n{table.title}: {", ".join(paths)}')
     failed = sum(r.status == 'failed' for r in records.values())
     if failed:

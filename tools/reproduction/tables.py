@@ -170,6 +170,11 @@ class Planner:
              str(job.seed), '--metrics', *metrics), job.config, job.seed,
             job.options))
 
+    def of_singer(self, metric: str) -> Callable[[int], str]:
+        """From a seed to the job that measures ViT-L and ViT-S."""
+        return lambda seed: self.measure(self.distil(
+            self.profile.recipe, seed, 'singer', 'vitl_to_vits'), metric)
+
 
 def table1(profile: Profile, seeds: Sequence[int], quick: bool = False
            ) -> Table:
@@ -199,16 +204,11 @@ def table3(profile: Profile, seeds: Sequence[int], quick: bool = False
         [Column('cosine', higher_is_better=None, digits=4)])
     plan = Planner(table, profile, seeds, quick)
     layer = profile.layers[0]
-
-    def job(seed: int) -> str:
-        return plan.measure(plan.distil(
-            profile.recipe, seed, 'singer', 'vitl_to_vits'), 'cosine')
-
     for label, metric, value in (
             (f'layer {layer}', 'refined', published.TABLE_3['refined']),
             (f'layer {layer + 1}', 'next_block', published.TABLE_3['next'])):
         table.add_row(label, plan.measured(
-            job, [f'cosine/{layer}/{metric}/mean'], [value]))
+            plan.of_singer('cosine'), [f'cosine/{layer}/{metric}/mean'], [value]))
     return table
 
 
@@ -287,14 +287,9 @@ def table7(profile: Profile, seeds: Sequence[int], quick: bool = False
         [Column(name, higher_is_better=None, digits=4)
          for name in ('mean', 'median', 'p95')])
     plan = Planner(table, profile, seeds, quick)
-
-    def job(seed: int) -> str:
-        return plan.measure(plan.distil(
-            profile.recipe, seed, 'singer', 'vitl_to_vits'), 'inflation')
-
     for key, values in published.TABLE_7.items():
         table.add_row(key, plan.measured(
-            job, [f'inflation/all/{key.lower()}/{statistic}'
+            plan.of_singer('inflation'), [f'inflation/all/{key.lower()}/{statistic}'
                   for statistic in ('mean', 'median', 'p95')], values))
     return table
 
@@ -311,14 +306,9 @@ def table8(profile: Profile, seeds: Sequence[int], quick: bool = False
          Column('full Jacobian', higher_is_better=None, digits=4)])
     plan = Planner(table, profile, seeds, quick)
     layer = profile.layers[0]
-
-    def job(seed: int) -> str:
-        return plan.measure(plan.distil(
-            profile.recipe, seed, 'singer', 'vitl_to_vits'), 'deviation')
-
     for key, values in published.TABLE_8.items():
         table.add_row(key, plan.measured(
-            job, [f'deviation/{layer}/{estimate}/{key}/mean'
+            plan.of_singer('deviation'), [f'deviation/{layer}/{estimate}/{key}/mean'
                   for estimate in ('ours', 'jacobian')], values))
     return table
 
