@@ -208,7 +208,8 @@ def table3(profile: Profile, seeds: Sequence[int], quick: bool = False
             (f'layer {layer}', 'refined', published.TABLE_3['refined']),
             (f'layer {layer + 1}', 'next_block', published.TABLE_3['next'])):
         table.add_row(label, plan.measured(
-            plan.of_singer('cosine'), [f'cosine/{layer}/{metric}/mean'], [value]))
+            plan.of_singer('cosine'), [f'cosine/{layer}/{metric}/mean'],
+            [value]))
     return table
 
 
@@ -289,8 +290,9 @@ def table7(profile: Profile, seeds: Sequence[int], quick: bool = False
     plan = Planner(table, profile, seeds, quick)
     for key, values in published.TABLE_7.items():
         table.add_row(key, plan.measured(
-            plan.of_singer('inflation'), [f'inflation/all/{key.lower()}/{statistic}'
-                  for statistic in ('mean', 'median', 'p95')], values))
+            plan.of_singer('inflation'),
+            [f'inflation/all/{key.lower()}/{statistic}'
+             for statistic in ('mean', 'median', 'p95')], values))
     return table
 
 
@@ -308,8 +310,9 @@ def table8(profile: Profile, seeds: Sequence[int], quick: bool = False
     layer = profile.layers[0]
     for key, values in published.TABLE_8.items():
         table.add_row(key, plan.measured(
-            plan.of_singer('deviation'), [f'deviation/{layer}/{estimate}/{key}/mean'
-                  for estimate in ('ours', 'jacobian')], values))
+            plan.of_singer('deviation'),
+            [f'deviation/{layer}/{estimate}/{key}/mean'
+             for estimate in ('ours', 'jacobian')], values))
     return table
 
 
