@@ -1,7 +1,7 @@
 # make demo     install, then the main job on the built-in data
 # make test     install, then the tests      (make test ARGS="-k nullspace")
 # make install  only the virtual environment .venv
-# make planted  the planted-artifact benchmark: 3 seeds, 17 minutes on 2 cores
+# make planted  the planted-artifact benchmark: 3 seeds (docs/planted.md)
 # make benchmark  what a step costs, ViT-L -> ViT-T, as docs/cost.md has it
 # make teacher  train the demo's teacher anew
 # make clean    remove what builds and tests leave
@@ -11,7 +11,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0 torchvision==0.28.0
-EXTRAS := onedl,test,demo
+EXTRAS := onedl,test,demo,reproduce
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -113,6 +113,10 @@ setup(
             'pytest>=7', 'hypothesis', 'timm', 'scikit-learn', 'matplotlib',
             'h5py', 'setuptools>=70.1', 'wheel'
         ],
+        # what tools/reproduce.py runs jobs with; Python 3.11 or newer
+        'reproduce': ['snakemake>=9.27; python_version >= "3.11"'],
+        'slurm': ['snakemake-executor-plugin-slurm>=2.8; '
+                  'python_version >= "3.11"'],
         'nyu': ['h5py'],  # for NYUd-v2's .mat file
         'docs': ['sphinx', 'myst-parser'],
     },

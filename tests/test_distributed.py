@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.multiprocessing
 from mmengine.registry import init_default_scope
-from reproduction import warm
 
 import forked
 from mmsinger.engine.prepare import load_config, prepare_training
@@ -188,7 +187,7 @@ def outcome(tmp_path_factory):
         pytest.skip('torch without distributed')
     folder = workplace(tmp_path_factory.mktemp('distributed'))
     multiprocessing.get_context('forkserver').set_forkserver_preload(
-        warm.LIBRARIES)
+        forked.LIBRARIES)
     torch.multiprocessing.start_processes(
         worker, (folder, ), nprocs=WORLD, start_method='forkserver')
     return folder, [torch.load(os.path.join(folder, f'rank_{rank}.pth'))

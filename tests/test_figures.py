@@ -398,14 +398,14 @@ def test_sweep_by_hand(tmp_path):
 
 def test_tables_that_tools_reproduce_writes(tmp_path):
     """The names of rows and columns are those of the real plans."""
-    from reproduction import report
     from reproduction.profiles import PROFILES
+    from reproduction.report import Report
     from reproduction.tables import sweep, table1
     profile = next(iter(PROFILES.values()))
     for make in (table1, sweep):
         table = make(profile, [0])
         path = str(tmp_path / f'{table.name}.csv')
-        report.write_csv(table, {}, path)
+        Report(table, {}).write_csv(path)
         cells = read_table(path, table.name)
         assert all(cell.data == table.caption for cell in cells.values())
         if make is table1:

@@ -1,7 +1,7 @@
 """The planted-artifact benchmark: does a method undo known artifacts?"""
 from typing import Dict, List, Sequence, Tuple
 
-from reproduction.plan import Cell, Column, InWorkDir, Job, Source, Table
+from reproduction.plan import WORK_DIR, Cell, Column, Job, Source, Table
 from reproduction.profiles import Profile, Task
 from reproduction.tables import ABLATIONS, Planner
 
@@ -152,7 +152,7 @@ def _own(planner: Planner, case: str) -> str:
     config = planner.profile.path('digits/planted_teacher.py')
     return planner.table.add_job(Job(
         f'teacher-{case}/own', 'test.py',
-        (config, 'mmsinger://digits_teacher.pth', '--work-dir', InWorkDir()),
+        (config, 'mmsinger://digits_teacher.pth', '--work-dir', WORK_DIR),
         config, 0, _options(case, 'model.backbone')))
 
 
