@@ -34,7 +34,7 @@ from mmsinger.analysis.separation import (excess, far_outliers, patch_contrast,
                                           tail_group, within_image_rank)
 from mmsinger.analysis.verdict import judge, percent, snippet, suggest
 from mmsinger.datasets import make_digit_scenes
-from mmsinger.engine.config import load_config
+from mmsinger.engine.prepare import load_config
 from mmsinger.engine.loading import distilled_layers
 from mmsinger.errors import ConfigError
 from mmsinger.models import SiNGERDistiller

@@ -11,7 +11,7 @@ import tiny
 from mmsinger.analysis.measure import (METRICS, applicable_metrics,
                                        check_metrics, measure)
 from mmsinger.analysis.nullspace import distilled_null_directions
-from mmsinger.engine.config import load_config
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError
 from mmsinger.metrics.jacobian import random_signs
 from mmsinger.models import (FitNetDistiller, GatedSiNGERDistiller,

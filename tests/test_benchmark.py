@@ -14,7 +14,7 @@ from step_cost import (AllocatedMemory, ImageLoading, Step, Steps, count_flops,
                        vision_transformer)
 from step_cost.steps import selected_quantile
 
-from mmsinger.engine.config import load_config
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError
 from mmsinger.metrics.norms import outlier_threshold
 

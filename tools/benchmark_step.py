@@ -21,7 +21,7 @@ import torch
 from mmengine.registry import init_default_scope
 
 from mmsinger import paths
-from mmsinger.engine.config import load_config
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import (ConfigError, check_choice, check_output_file,
                              readable_errors)
 from step_cost import (ImageLoading, Step, Steps, count_flops,

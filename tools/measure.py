@@ -20,9 +20,10 @@ from mmengine.runner import set_random_seed
 from mmsinger.analysis.measure import (METRICS, applicable_metrics,
                                        check_metrics, measure)
 from mmsinger.analysis.table import format_results
-from mmsinger.engine.config import load_config
 from mmsinger.engine.images import ImageBatches
 from mmsinger.engine.loading import load_distiller, prepare
+from mmsinger.engine.options import ConfigOptions
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import (ConfigError, check_output_file,
                              readable_errors)
 

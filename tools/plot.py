@@ -18,9 +18,10 @@ import torch
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
-from mmsinger.engine.config import load_config
 from mmsinger.engine.images import read_images
 from mmsinger.engine.loading import load_distiller
+from mmsinger.engine.options import ConfigOptions
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import readable_errors
 from mmsinger.figures import (draw_curves, draw_maps, extract_features,
                               pictures_of, read_curves, save_figure)

@@ -7,7 +7,7 @@ from mmengine.registry import DATASETS
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from mmsinger.engine.config import check_data_folders
+from mmsinger.engine.checks import check_data_folders
 from mmsinger.engine.hooks.target_norm_hook import preserved_random_states
 from mmsinger.errors import ConfigError
 from mmsinger.images import Size, dataset_images, read_files

@@ -7,7 +7,7 @@ from mmengine.config import Config
 from torch import Tensor
 
 from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
-from mmsinger.engine.config import check_checkpoint_files
+from mmsinger.engine.resume import check_checkpoint_files
 from mmsinger.engine.hooks.target_norm_hook import NUM_IMAGES
 from mmsinger.engine.images import ImageBatches
 from mmsinger.errors import ConfigError, check_keys
