@@ -183,7 +183,7 @@ def test_adapters_of_another_rank_are_started(make, tmp_path, caplog):
     runner.train()
     assert 'SiNGER adapter of layer 1' in caplog.text
     for layer, adapter in started[0].items():
-        null = runner.model.refinement.null_directions[int(layer)]
+        null = runner.model.refinement.ffn_directions[int(layer)]
         expected = null.directions[:, -6:].flip(1).T.float()
         assert torch.equal(adapter.up, expected)
 
