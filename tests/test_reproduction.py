@@ -30,7 +30,7 @@ from reproduction.workspace import (Record, Workspace, fingerprint, flat,
 import tiny
 from mmsinger.analysis.measure import METRICS, measure
 from mmsinger.datasets import make_digit_scenes
-from mmsinger.engine.config import load_config
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError
 from mmsinger.models import SiNGERDistiller
 from mmsinger.models.targets import Refine
