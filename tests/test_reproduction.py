@@ -17,6 +17,7 @@ import cv2
 import pytest
 import torch
 from mmengine.config import DictAction
+from mmengine.registry import init_default_scope
 from reproduction import flow, planted, published
 from reproduction.flow import Resources, run_jobs
 from reproduction.job import command_of, reserved
@@ -632,6 +633,7 @@ def test_planted_methods_are_what_they_are_called(method):
     config.merge_from_dict({
         key: DictAction._parse_iterable(value)
         for key, value in (option.split('=') for option in options)})
+    init_default_scope(config.default_scope)
     model = MODELS.build(config.model)
     steps = [type(step).__name__ for step in model.steps]
     assert ('Refine' in steps) == (recipe == 'singer')
