@@ -89,22 +89,27 @@ def augment(cfg):
     """Test the mean of several views of each image.
 
     Raises:
-        ConfigError: If the config does not say how, and it is no classifier's.
+        ConfigError: If the config does not say how, and the model is neither
+            a classifier nor an EncoderDecoder.
     """
     pipeline = cfg.test_dataloader.dataset.get('pipeline')
-    if cfg.get('default_scope') == 'mmpretrain' and pipeline:
-        cfg.setdefault('tta_model', dict(type='mmpretrain.AverageClsScoreTTA'))
-        flips = [dict(type='RandomFlip', prob=1.),
-                 dict(type='RandomFlip', prob=0.)]
+    kind = str(cfg.model.type).split('.')[-1]
+    merged = 'mmseg.SegTTAModel' if 'EncoderDecoder' in kind else \
+        'mmpretrain.AverageClsScoreTTA' if 'Classifier' in kind else None
+    if merged and pipeline:
+        cfg.setdefault('tta_model', dict(type=merged))
+        # The annotations of the first view are those of the image
+        flips = [dict(type='RandomFlip', prob=0.),
+                 dict(type='RandomFlip', prob=1.)]
         cfg.setdefault('tta_pipeline', [*pipeline[:-1], dict(
             type='TestTimeAug', transforms=[flips, [pipeline[-1]]])])
     missing = [key for key in ('tta_model', 'tta_pipeline')
                if not cfg.get(key)]
     if missing:
         raise ConfigError(
-            f'--tta: the config has no {" and no ".join(missing)}. mmseg\'s '
-            'data set configs (mmseg::_base_/datasets/ade20k.py) have a '
-            "tta_pipeline; tta_model = dict(type='SegTTAModel').")
+            f'--tta: the config has no {" and no ".join(missing)}, and there '
+            f'is no usual way for a {kind}. Set both; see mmengine\'s '
+            'documentation of test-time augmentation.')
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
     cfg.model = dict(**cfg.tta_model, module=cfg.model)
 
