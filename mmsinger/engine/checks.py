@@ -34,7 +34,8 @@ def check_data_folders(cfg: Config, loaders: Tuple[str, ...]) -> None:
         loader = cfg.get(name)
         if not isinstance(loader, dict) or 'dataset' not in loader:
             continue
-        for key, dataset in inner_datasets(loader['dataset'], f'{name}.dataset'):
+        for key, dataset in inner_datasets(loader['dataset'],
+                                           f'{name}.dataset'):
             for path_key, path in _folders(dataset):
                 _check_folder(f'{key}.{path_key}', path)
                 if path_key == 'data_prefix.img_path':

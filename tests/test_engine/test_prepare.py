@@ -113,8 +113,8 @@ def test_dry_run_leaves_nothing(place):
                         cwd=place).stdout
     assert [name for name in sorted(os.listdir(place)) if name not in before
             and not name.startswith('output_')] == []
-    assert 'Teacher layer 1 -> student layer 0, projected by (32, 16)' in output
-    assert 'Teacher layer 3 -> student layer 1' in output
+    for pair in ('1 -> student layer 0', '3 -> student layer 1'):
+        assert f'Teacher layer {pair}, projected by (32, 16)' in output
     assert 'Parameters by learning rate' in output
     assert 'A step: ' in output and 'GiB' in output
     assert 'The run: 6 steps, about ' in output
@@ -143,6 +143,10 @@ def test_augmentation_with_mmsegs_own_model():
     model = SegTTAModel(module=MODELS.build(cfg.model))
     assert model.module.out_channels == 3
     assert model.module.decode_head is model.module.student.decode_head
+    images = torch.rand(1, 3, 32, 32)  # for mmpretrain's FeatureExtractor
+    assert len(model.module.extract_feat(images)) == 2
+    with pytest.raises(AttributeError, match='backbon'):
+        model.module.backbon
 
 
 def load(path):

@@ -63,7 +63,7 @@ class BaseDistiller(BaseModel):
                  **unknown: Any) -> None:
         if {'pretrained', 'train_cfg'} <= set(unknown):  # set to None there
             raise ConfigError(
-                f'The inference functions of mmseg build plain models, no '
+                'The inference functions of mmseg build plain models, no '
                 f'{type(self).__name__}. Give them what training wrote for '
                 'this: the config NAME_student.py and a checkpoint '
                 '…_student.pth of the work dir.')
@@ -134,15 +134,12 @@ class BaseDistiller(BaseModel):
         """The student's vision transformer."""
         return getattr(self.student, 'backbone', self.student)
 
-    @property
-    def out_channels(self) -> int:
-        """The segmentor's, which mmseg's test-time augmentation reads."""
-        return self.student.out_channels
-
-    @property
-    def decode_head(self) -> nn.Module:
-        """The segmentor's, which mmseg's test-time augmentation reads."""
-        return self.student.decode_head
+    def __getattr__(self, name: str) -> Any:
+        # What the toolboxes' test-time augmentation and inference functions
+        # read off a plain model
+        if name in ('decode_head', 'extract_feat', 'out_channels'):
+            return getattr(self.student, name)
+        return super().__getattr__(name)
 
     def init_weights(self) -> None:
         """Initialise the student as its config says, load the teacher, and
