@@ -365,6 +365,8 @@ def test_fsdp_writes_whole_files(outcome):
     (['strategy.type=mmsinger.FSDPStrategy'], 'torchrun'),
     (['strategy.type=mmsinger.FSDPStrategy',
       'strategy.state_dict_cfg=local'], "Use 'full'"),
+    (['strategy.type=mmsinger.FSDPStrategy',
+      'strategy.skip_init_weights=True'], 'skip_init_weights=True builds'),
 ])
 def test_fsdp_says_what_it_cannot_do(outcome, options, message):
     result = forked.run('train.py', SEG_CONFIG, '--no-validate',
