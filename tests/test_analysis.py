@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from make_digit_scenes import make_digit_scenes
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
@@ -33,9 +34,8 @@ from mmsinger.analysis.separation import (excess, far_outliers, patch_contrast,
                                           spanned_dimensions, subspace_overlap,
                                           tail_group, within_image_rank)
 from mmsinger.analysis.verdict import judge, percent, snippet, suggest
-from mmsinger.datasets import make_digit_scenes
-from mmsinger.engine.prepare import load_config
 from mmsinger.engine.loading import distilled_layers
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError
 from mmsinger.models import SiNGERDistiller
 from mmsinger.models.adapters import left_singular_directions, linearised_ffn

@@ -28,8 +28,7 @@ LEVELS = (
     {'mmsinger.figures'},
     {'mmsinger.engine'},
     {'mmsinger.analysis'},
-    {'mmsinger.converters', 'mmsinger.datasets.check', 'mmsinger.linear_eval',
-     'mmsinger.environment'},
+    {'mmsinger.converters', 'mmsinger.linear_eval'},
 )
 HEIGHT = {room: height for height, rooms in enumerate(LEVELS)
           for room in rooms}
