@@ -117,6 +117,7 @@ def test_what_the_hook_refuses():
         CacheFeaturesHook().before_test(trained)
     with pytest.raises(ConfigError, match='chunk_size'):
         CacheFeaturesHook(chunk_size=0)
-    broken = Runner(seg_model(FROZEN), Images(lambda x, i: x * float('nan')))
+    broken = Runner(seg_model(FROZEN), Images())
+    next(broken.model.backbone.parameters()).data.fill_(torch.inf)
     with pytest.raises(ConfigError, match='not finite'):
         CacheFeaturesHook().before_test(broken)
