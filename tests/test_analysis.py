@@ -31,12 +31,13 @@ from mmsinger.analysis.nullspace import (compare_with_jacobian,
 from mmsinger.analysis.report import shown_blocks
 from mmsinger.analysis.separation import (excess, far_outliers, patch_contrast,
                                           ratio_histogram, ratio_spread,
-                                          spanned_dimensions, subspace_overlap,
-                                          tail_group, within_image_rank)
+                                          spanned_dimensions, tail_group,
+                                          within_image_rank)
 from mmsinger.analysis.verdict import judge, percent, snippet, suggest
 from mmsinger.engine.loading import distilled_layers
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError
+from mmsinger.metrics import subspace_overlap
 from mmsinger.models import SiNGERDistiller
 from mmsinger.models.adapters import left_singular_directions, linearised_ffn
 from mmsinger.models.features.tokens import Tokens

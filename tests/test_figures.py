@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plot import choose_keys, run_names
 from reproduction.figures import draw_radar, draw_sweep, read_table
 
 import forked
@@ -18,7 +19,7 @@ from mmsinger.errors import ConfigError
 from mmsinger.figures import (draw_maps, extract_features, norm_map, patch_at,
                               pca_map, pictures_of, principal_components,
                               read_curves, similarity_map, to_array)
-from mmsinger.figures.curves import choose_keys, draw_curves, run_names
+from mmsinger.figures.curves import draw_curves
 from mmsinger.figures.style import COLOURS, line_style, save_figure
 from mmsinger.models import FitNetDistiller, SiNGERDistiller
 from mmsinger.models.features.tokens import Tokens

@@ -11,7 +11,9 @@ CONFIG is a distillation recipe and CHECKPOINT a training checkpoint of it. The
 suffix of --out says what is written: PNG, SVG or PDF.
 """
 import argparse
+import fnmatch
 import os
+from typing import Dict, List, Optional, Sequence
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 import torch
@@ -22,10 +24,10 @@ from mmsinger.engine.images import read_images
 from mmsinger.engine.loading import load_distiller
 from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import load_config
-from mmsinger.errors import readable_errors
+from mmsinger.errors import ConfigError, near_matches, readable_errors
 from mmsinger.figures import (draw_curves, draw_maps, extract_features,
                               pictures_of, read_curves, save_figure)
-from mmsinger.figures.curves import choose_keys, run_names
+from mmsinger.figures.curves import Curve
 from mmsinger.figures.style import check_output
 from reproduction.figures import draw_radar, draw_sweep, read_table
 
@@ -99,6 +101,66 @@ def curve_figure(args):
     merged = {key: curve for curves in runs.values()
               for key, curve in curves.items()}
     return draw_curves(runs, choose_keys(merged, args.keys))
+
+
+def choose_keys(curves: Dict[str, Curve], patterns: Optional[Sequence[str]]
+                ) -> List[str]:
+    """Which curves to draw.
+
+    Args:
+        curves (dict[str, Curve]): All there are.
+        patterns (Sequence[str], optional): Names, or patterns such as
+            ``'diagnostics/cosine_*'``. None: losses and accuracies.
+
+    Returns:
+        list[str]: Names, in order.
+
+    Raises:
+        ConfigError: If a pattern fits none; near matches are listed.
+    """
+    names = sorted(curves)
+    if not patterns:
+        chosen = [name for name in names if 'loss' in name or not (
+            name.startswith(('diagnostics/', 'distill.')) or 'lr' in name
+            or 'grad_norm' in name)]
+        if not chosen:
+            raise ConfigError(
+                'The logs hold no losses and no accuracies. Choose with '
+                f'--keys from {", ".join(names)}.')
+        return chosen
+    chosen: List[str] = []
+    for pattern in patterns:
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            raise ConfigError(
+                f'--keys {pattern}: nothing in the logs is called so.'
+                f'{near_matches(pattern, names)} There are '
+                f'{", ".join(names)}.')
+        chosen += [name for name in found if name not in chosen]
+    return chosen
+
+
+def run_names(work_dirs: Sequence[str]) -> List[str]:
+    """Short names that differ: as many last folders as it takes.
+
+    Args:
+        work_dirs (Sequence[str]): Paths.
+
+    Returns:
+        list[str]: A name for each.
+
+    Raises:
+        ConfigError: If a path is given twice.
+    """
+    parts = [os.path.normpath(os.path.abspath(path)).split(os.sep)
+             for path in work_dirs]
+    if len(set(map(tuple, parts))) < len(parts):
+        raise ConfigError('A work dir is given twice.')
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ['/'.join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def map_figure(args):

@@ -173,7 +173,7 @@ class FrozenModule(nn.Module):
             return ('The file has timm keys (blocks.…) and the backbone has '
                     "mmpretrain's (layers.…): use type="
                     "'mmpretrain.TIMMBackbone', or convert the file with "
-                    'mmsinger.converters.timm_to_mmpretrain.')
+                    'tools/convert_checkpoint.py.')
         return (f'Make {self.role}.{self.part} the architecture that the '
                 'file was saved from; list left-over heads in '
                 f"{self.role}.ignore_keys, for instance ['head.'].")
