@@ -751,7 +751,7 @@ def test_a_size_without_a_patch():
     subject = load_subject(load_config(teacher_config('digits')))
     with pytest.raises(ConfigError) as error:
         check_size((32, 3), subject.teacher)
-    bad(str(error.value), '--size 32 3', 'patch', '4 x 4')
+    bad(str(error.value), '--size 32 3', 'patch', '4x4')
     with pytest.raises(ConfigError, match='height and width'):
         check_size((32, 32, 3), subject.teacher)
 

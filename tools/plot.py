@@ -19,16 +19,22 @@ import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 import torch
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
+from mmengine.structures import BaseDataElement
+from torch import Tensor
 
-from mmsinger.engine.images import read_images
+from mmsinger.engine.images import natural_size
 from mmsinger.engine.loading import load_distiller
 from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import load_config
-from mmsinger.errors import ConfigError, near_matches, readable_errors
+from mmsinger.errors import (ConfigError, near_matches, near_paths,
+                             readable_errors)
 from mmsinger.figures import (draw_curves, draw_maps, extract_features,
                               pictures_of, read_curves, save_figure)
 from mmsinger.figures.curves import Curve
 from mmsinger.figures.style import check_output
+from mmsinger.images import Size, check_patch, cover, read_image
+from mmsinger.models import FeatureDistiller
+from mmsinger.models.features.anatomy import find_blocks
 from reproduction.figures import draw_radar, draw_sweep, read_table
 
 
@@ -161,6 +167,55 @@ def run_names(work_dirs: Sequence[str]) -> List[str]:
         if len(set(names)) == len(names):
             break
     return names
+
+
+def read_images(paths: Sequence[str], distiller: FeatureDistiller,
+                size: Optional[Size] = None) -> Tensor:
+    """Read image files as the student is fed with them.
+
+    Args:
+        paths (Sequence[str]): Files.
+        distiller (FeatureDistiller): Its data preprocessor is used.
+        size (tuple[int, int], optional): H and W, see
+            :func:`mmsinger.images.cover`. Defaults to None: the student's own
+            ``img_size``, 224 if it names none.
+
+    Returns:
+        Tensor: Preprocessed images, shape (B, 3, H, W).
+
+    Raises:
+        ConfigError: If a file is missing, is no image, or is smaller than a
+            patch of teacher or student; or if ``size`` is.
+    """
+    if not paths:
+        raise ConfigError('No image files were given. Name at least one.')
+    student = distiller.student_backbone
+    patch = tuple(map(max, distiller.teacher.blocks.stride,
+                      find_blocks(student, 'student').stride))
+    size = size or natural_size(student)
+    check_patch(f'size {size[0]}x{size[1]}', size, patch)
+    images = []
+    for path in paths:
+        if not os.path.isfile(path):
+            raise ConfigError(
+                f'image {path!r}: no such file (working directory '
+                f'{os.getcwd()}).{near_paths(path)}')
+        image = read_image(path)
+        if image is None:
+            raise ConfigError(
+                f'image {path!r} cannot be read: it is damaged or no image. '
+                'Leave it out, or save it as PNG or JPEG.')
+        check_patch(f'image {path!r} of {image.shape[0]}x{image.shape[1]} '
+                    'pixels', image.shape, patch)
+        images.append(cover(image, size).flip(0))  # BGR, as pipelines give
+    preprocessor = distiller.data_preprocessor
+    # mmseg's asks for samples where it pads pictures
+    samples = [BaseDataElement() for _ in images] if getattr(
+        preprocessor, 'test_cfg', None) else None
+    inputs = preprocessor(dict(inputs=images, data_samples=samples),
+                          False)['inputs']
+    return inputs if torch.is_tensor(inputs) else \
+        torch.stack([image.float() for image in inputs])
 
 
 def map_figure(args):

@@ -86,7 +86,6 @@ class FrozenModule(nn.Module):
         module = dict(module)
         checkpoint, prefix = _weights_of_init_cfg(
             module.pop('init_cfg', None), checkpoint, prefix)
-        self.config = module
         self.add_module(self.part, MODELS.build(module))
         self.checkpoint = checkpoint
         self.prefix = _with_dot(prefix)
