@@ -631,3 +631,9 @@ def test_full_recipe_is_the_official_one(path):
     assert cfg.train_cfg.max_epochs == epochs
     assert cfg.train_dataloader.batch_size == 64
     assert cfg.train_dataloader.sampler.type == 'DefaultSampler'
+
+
+@pytest.mark.parametrize('name', ['inverted', 'blurred'])
+def test_transforms_that_draw_numbers_are_not_cached(name):
+    cfg = load_config(os.path.join(CONFIGS, f'cls_digits_{name}.py'))
+    assert not cfg.custom_hooks
