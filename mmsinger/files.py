@@ -1,4 +1,4 @@
-"""Files that are complete or not there, and folders with one owner."""
+"""Files that are complete or not there, and folders that one run has."""
 import atexit
 import contextlib
 import errno

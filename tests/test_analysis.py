@@ -409,6 +409,7 @@ def test_the_comparison_finds_what_measure_finds():
     with torch.no_grad():
         for parameter in model.teacher.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+    model.refinement.init_weights(model.teacher)
     images = torch.randn(2, 3, 32, 32, generator=generator())
     expected = distilled_null_directions(model, [images], 2)[1]
     result = compare_with_jacobian(

@@ -29,7 +29,7 @@ from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import (ConfigError, check_output_file,
                              readable_errors)
-from mmsinger.files import whole_file
+from mmsinger.files import atomic_write
 
 INFLATION = dict(g_ffn1='G_FFN1', g_ffn2='G_FFN2', delta_ffn='delta FFN',
                  delta_sa='delta SA')
@@ -114,7 +114,7 @@ def main():
     # NaN (an adapter that is zero has no energies) is no JSON: null
     content = json.loads(json.dumps(dict(meta=meta, **results)),
                          parse_constant=lambda _: None)
-    with whole_file(args.out) as temporary, open(temporary, 'w') as file:
+    with atomic_write(args.out) as temporary, open(temporary, 'w') as file:
         json.dump(content, file, indent=2)
     print(f'\n{format_results(results)}\n\n{len(batches)} images of '
           f'{batches.source}; written to {args.out}')
