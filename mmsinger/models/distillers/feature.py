@@ -8,8 +8,8 @@ from mmsinger.errors import ConfigError, check_choice
 from mmsinger.models.distillers.base import BaseDistiller, reached_parameters
 from mmsinger.models.distillers.layer_map import LAYER_MAPS, map_layers
 from mmsinger.models.distillers.step_record import StepRecord
-from mmsinger.models.features.anatomy import (Blocks, Layer, example_images,
-                                              find_blocks, resolve_layer)
+from mmsinger.models.features.anatomy import (Features, Layer, example_images,
+                                              find_features, resolve_layer)
 from mmsinger.models.features.compiled import compile_blocks
 from mmsinger.models.features.taps import BlockTaps
 from mmsinger.models.features.tokens import Tokens, align_tokens
@@ -81,7 +81,7 @@ class FeatureDistiller(BaseDistiller):
         steps = build_steps(targets, target_norm)
         kd = build_part('model.loss_kd', loss_kd, 'mmsinger.FeatureMSELoss')
         super().__init__(student=student, teacher=teacher, **kwargs)
-        self.find_student_blocks()
+        self.find_student_features()
         self.layers = self._resolve_layers(
             self.teacher.layers if layers is None else layers)
         self.student_layers = self._resolve_student_layers(
@@ -91,8 +91,9 @@ class FeatureDistiller(BaseDistiller):
 
         dim = self.teacher.blocks.dim
         self.projectors = nn.ModuleDict({
-            str(layer): nn.Linear(self._student_blocks.dim, dim)
-            for layer in self.layers
+            str(layer): nn.Linear(
+                self._student_features.channels[student_layer], dim)
+            for layer, student_layer in zip(self.layers, self.student_layers)
         })
         self.target_norm = target_norm
         self.steps = steps
@@ -139,10 +140,12 @@ class FeatureDistiller(BaseDistiller):
 
     # -- building ----------------------------------------------------------
 
-    def find_student_blocks(self) -> Blocks:
-        """Find the student's blocks, anew where they have been wrapped."""
-        self._student_blocks = find_blocks(self.student_backbone, 'student')
-        return self._student_blocks
+    def find_student_features(self) -> Features:
+        """Find the student's blocks or maps, anew where they have been
+        wrapped."""
+        self._student_features = find_features(
+            self.student_backbone, 'student')
+        return self._student_features
 
     def _hold_parts_of_steps(self) -> None:
         # Under their own names: the order of steps is not in checkpoints
@@ -172,7 +175,7 @@ class FeatureDistiller(BaseDistiller):
 
     def _resolve_student_layers(self, layers: Optional[Sequence[Layer]],
                                 layer_map: str) -> List[int]:
-        blocks = self._student_blocks
+        blocks = self._student_features
         if layers is None:
             return map_layers(self.layers, len(self.teacher.blocks),
                               len(blocks), layer_map)
@@ -186,7 +189,7 @@ class FeatureDistiller(BaseDistiller):
                 for layer in layers]
 
     def _check_same_images(self) -> None:
-        ours = self._student_blocks.in_channels
+        ours = self._student_features.in_channels
         theirs = self.teacher.blocks.in_channels
         if ours != theirs:
             raise ConfigError(
@@ -202,7 +205,7 @@ class FeatureDistiller(BaseDistiller):
     def _parameters_reached(self) -> set:
 
         def run(backbone: nn.Module) -> Tensor:
-            blocks = find_blocks(backbone, 'student')
+            blocks = find_features(backbone, 'student')
             with BlockTaps(blocks, self.student_layers, stop=True) as taps:
                 taps.run(backbone, example_images(blocks, backbone))
             return sum(taps.tokens(layer).values.sum()
@@ -221,7 +224,7 @@ class FeatureDistiller(BaseDistiller):
                     ) -> Tuple[Dict[str, Any], Dict[int, Tokens]]:
         features_only = self.task_loss_weight == 0
         losses: Dict[str, Any] = {}
-        with BlockTaps(self._student_blocks, self.student_layers,
+        with BlockTaps(self._student_features, self.student_layers,
                        stop=features_only) as taps:
             if features_only:
                 taps.run(self.student_backbone, inputs)
@@ -271,7 +274,7 @@ class FeatureDistiller(BaseDistiller):
             dict[int, Tokens]: Values of shape (B, n, C_S), on the student's
             grid.
         """
-        with BlockTaps(self._student_blocks, self.student_layers,
+        with BlockTaps(self._student_features, self.student_layers,
                        stop=True) as taps:
             taps.run(self.student_backbone, inputs)
         return {layer: taps.tokens(student_layer) for layer, student_layer
@@ -281,7 +284,7 @@ class FeatureDistiller(BaseDistiller):
         if self._compile is not False:
             # Not while building: a copy made until then is a plain model
             options = {} if self._compile is True else self._compile
-            for blocks in (self.teacher.blocks, self._student_blocks):
+            for blocks in (self.teacher.blocks, self._student_features):
                 compile_blocks(blocks, **options)
             self._compile = False
         if self.target_norm == 'standardise' and self.needs_calibration:

@@ -1,21 +1,25 @@
 """What a backbone is made of: the only place that knows names inside one.
 
-Works on mmpretrain's VisionTransformer family, mmseg's VisionTransformer and
-timm models inside mmpretrain's ``TIMMBackbone``, and on whatever else keeps
-its blocks in one list beside a patch embedding. A backbone that calls its
-parts otherwise needs an entry in :data:`NAMES`, and nothing else.
+A plain vision transformer shows its :class:`Blocks`: mmpretrain's
+VisionTransformer family, mmseg's VisionTransformer, timm models inside
+mmpretrain's ``TIMMBackbone``, and whatever else keeps its blocks in one list
+beside a patch embedding. Every other backbone shows :class:`Maps`: its stages,
+or what it returns. One that calls its parts otherwise needs an entry in
+:data:`NAMES`, and nothing else.
 """
+import copy
 import inspect
 import re
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import (Any, Callable, Dict, List, NamedTuple, Optional,
+                    Tuple, Union)
 
 import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError, near_matches
+from mmsinger.models.features.tokens import Grid, Tokens
 
 Layer = Union[int, str]
-Grid = Tuple[int, int]
 
 # What the parts are called, as dotted paths; the first that is there counts.
 NAMES: Dict[str, List[str]] = dict(
@@ -25,6 +29,9 @@ NAMES: Dict[str, List[str]] = dict(
     ffn=['ffn', 'mlp'],
     ffn_norm=['ln2', 'norm2'],
     layer_scale=['gamma_2', 'ls2', 'ffn.gamma2'],
+    # of a pyramid: a list, or numbered modules
+    stages=['stages', 'layers', 'network', 'features', 'encoder', 'layer*',
+            'stage*'],
 )
 
 # Gated FFNs, output(act(gate(x)) * value(x)): where gate and value are (one
@@ -71,21 +78,311 @@ class Blocks(NamedTuple):
         return len(self.modules)
 
     @property
+    def paths(self) -> List[str]:
+        """Module path of each block."""
+        return [f'{self.path}.{i}' for i in range(len(self))]
+
+    @property
     def dim(self) -> int:
         """Channels of the tokens."""
         return next(m.in_features for m in find_part(
             self.modules[0], 'ffn').modules() if isinstance(m, nn.Linear))
 
     @property
+    def channels(self) -> List[int]:
+        """Channels of each block's tokens."""
+        return [self.dim] * len(self)
+
+    @property
     def in_channels(self) -> int:
         """Channels of the images."""
-        return next(m.in_channels for m in self.patch_embed.modules()
-                    if isinstance(m, nn.Conv2d))
+        return image_channels(self.patch_embed)
 
     @property
     def stride(self) -> Grid:
         """Pixels between neighbouring patches, (rows, columns)."""
         return patch_stride(self.patch_embed)
+
+    @property
+    def image_size(self) -> Grid:
+        """A small size (H, W) that a backbone of any size takes."""
+        return tuple(2 * step for step in self.stride)
+
+    def watch_input(self, record: Callable[[Grid], None]) -> Any:
+        """Have the grid of patches recorded in each pass.
+
+        Args:
+            record (Callable): Is given h and w.
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+        """
+        return self.patch_embed.register_forward_hook(
+            lambda module, args, output: record(
+                patch_grid(module, args[0], output)))
+
+    def read(self, layer: int, output: Any, grid: Grid) -> Tokens:
+        """Tokens from what a block returned.
+
+        Args:
+            layer (int): Index of the block.
+            output: What it returned.
+            grid (tuple[int, int]): What was recorded, see
+                :meth:`watch_input`.
+
+        Returns:
+            Tokens: Values of shape (B, N, C).
+
+        Raises:
+            ConfigError: If they are not on the grid of the patch embedding.
+        """
+        tokens = Tokens(first_output(output), grid)
+        if tokens.values.dim() != 3 or tokens.num_prefix < 0:
+            raise ConfigError(
+                f'{self.paths[layer]} gives shape '
+                f'{tuple(tokens.values.shape)}; expected tokens (B, N, C) '
+                f'with N >= {grid[0]} x {grid[1]}, the patch grid. Token '
+                'dropping and windowed blocks are not supported.')
+        return tokens
+
+
+class Maps(NamedTuple):
+    """The feature maps of a backbone: what its stages give, or what it
+    returns. Has what :class:`Blocks` has but for the blocks.
+
+    Attributes:
+        backbone (nn.Module): The backbone.
+        paths (list[str]): Where each map comes from: ``'layer3'``,
+            ``'outputs.0'``.
+        modules (list[nn.Module]): Which module returns it.
+        picks (list[int | None]): Which of its outputs it is; None, the only
+            one.
+        layouts (list[str]): ``'NCHW'``, ``'NHWC'``, or ``'NLC'``, tokens.
+        channels (list[int]): Channels of each map.
+        strides (list[tuple[int, int]]): Pixels between neighbouring cells.
+        image_size (tuple[int, int]): A size (H, W) that the backbone takes.
+    """
+    backbone: nn.Module
+    paths: List[str]
+    modules: List[nn.Module]
+    picks: List[Optional[int]]
+    layouts: List[str]
+    channels: List[int]
+    strides: List[Grid]
+    image_size: Grid
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images."""
+        return image_channels(self.backbone)
+
+    def watch_input(self, record: Callable[[Grid], None]) -> Any:
+        """Have the size of images recorded in each pass, see
+        :meth:`Blocks.watch_input`."""
+        return self.backbone.register_forward_pre_hook(
+            lambda module, args: record(tuple(args[0].shape[-2:])))
+
+    def read(self, layer: int, output: Any, size: Grid) -> Tokens:
+        """Tokens from what a module returned, see :meth:`Blocks.read`."""
+        if self.picks[layer] is not None:
+            output = output[self.picks[layer]]
+        values = first_output(output)
+        layout = self.layouts[layer]
+        if layout == 'NLC':
+            if isinstance(output, (tuple, list)):
+                height, width = output[1]
+                return Tokens(values, (int(height), int(width)))
+            return Tokens(values, tuple(
+                -(-length // step)
+                for length, step in zip(size, self.strides[layer])))
+        if layout == 'NCHW':  # (B, C, h, w) -> (B, h, w, C)
+            values = values.permute(0, 2, 3, 1)
+        return Tokens(values.flatten(1, 2), tuple(values.shape[1:3]))
+
+
+Features = Union[Blocks, Maps]
+
+
+def find_features(backbone: nn.Module, owner: str) -> Features:
+    """Find what a backbone shows spatially: blocks, stages or outputs.
+
+    Args:
+        backbone (nn.Module): The backbone; it stays as it is.
+        owner (str): ``'teacher'`` or ``'student'``, for error messages.
+
+    Returns:
+        Blocks | Maps: Blocks of a plain vision transformer; else the stages
+        of a pyramid, the last of each resolution; else the maps that the
+        backbone returns.
+
+    Raises:
+        ConfigError: If there is no feature map.
+    """
+    try:
+        blocks = find_blocks(backbone, owner)
+        _check_blocks(backbone, blocks)
+        return blocks
+    except ConfigError as error:
+        return _find_maps(backbone, owner, error)
+
+
+def _check_blocks(backbone: nn.Module, blocks: Blocks) -> None:
+    """Raise :class:`ConfigError` if blocks give no tokens on one grid."""
+    grids: List[Grid] = []
+    outputs: List[Any] = []
+    # On a copy: some backbones keep buffers of the last image's size
+    copied = copy.deepcopy(backbone)
+    copied.eval()  # alone: mmpretrain's backbones return None from it
+    own = find_blocks(copied, '')
+    own.watch_input(grids.append)
+    for block in own.modules:
+        block.register_forward_hook(
+            lambda module, args, output: outputs.append(output))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        copied(example_images(blocks, backbone), **unmasked(copied))
+    for i, output in enumerate(outputs):
+        blocks.read(i, output, grids[-1])
+
+
+def _find_maps(backbone: nn.Module, owner: str, error: ConfigError) -> Maps:
+    # On a copy: some backbones keep buffers of the last image's size
+    copied = copy.deepcopy(backbone)
+    copied.eval()  # alone: mmpretrain's backbones return None from it
+    modules = dict(copied.named_modules())
+    reasons = []
+    for size in _sizes(backbone):
+        found: Dict[str, Any] = {}
+        handles = [modules[path].register_forward_hook(
+            lambda module, args, output, path=path: found.update(
+                {path: output}))
+            for paths in _stage_paths(backbone) for path in paths]
+        images = torch.randn(1, image_channels(backbone), *size)
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                outputs = copied(images, **unmasked(copied))
+        except Exception as reason:  # too small, or not divided by its stride
+            reasons.append(f'{size}: {str(reason).splitlines()[0][:200]}'
+                           if str(reason) else repr(reason))
+            continue
+        finally:
+            for handle in handles:
+                handle.remove()
+        for paths in _stage_paths(backbone):
+            maps = [(path, None, _describe(found.get(path), size))
+                    for path in paths]
+            maps = _last_of_each_stride([m for m in maps if m[2]])
+            if len(maps) > 1:
+                return _maps(backbone, maps, size)
+        returned = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+        maps = [('', i, _describe(value, size))
+                for i, value in enumerate(returned)]
+        maps = [m for m in maps if m[2]]
+        if isinstance(outputs, Tensor):
+            maps = [('', None, m[2]) for m in maps]
+        if maps:
+            return _maps(backbone, maps, size)
+    raise ConfigError(
+        f'{owner}: {type(backbone).__name__} shows no feature map: neither '
+        'its stages nor what it returns is spatial. '
+        + (f'It could not be run on random images: {"; ".join(reasons)}. '
+           if reasons else '') + f'As a vision transformer: {error}')
+
+
+def _sizes(backbone: nn.Module) -> List[Grid]:
+    """Image sizes to try; not square, so that rows and columns differ."""
+    fixed = fixed_input_size(backbone)
+    if fixed:
+        return [fixed]
+    named = [size for size in (
+        getattr(module, name, None) for module in backbone.modules()
+        for name in ('img_size', 'img_resolution', 'input_resolution',
+                     'init_size')) if size]
+    return [(64, 96), (128, 192), (256, 384), *(
+        (size, size) if isinstance(size, int) else tuple(size)[-2:]
+        for size in named[:1]), (224, 224)]
+
+
+def _stage_paths(backbone: nn.Module) -> List[List[str]]:
+    """Module paths that may be stages, a list for each way to find them."""
+    roots = [('', backbone)] + [
+        (f'{name}.', child) for name, child in backbone.named_children()
+        if not isinstance(child, (nn.ModuleList, nn.Sequential))]
+    found = []
+    for prefix, root in roots:
+        for name in NAMES['stages']:
+            if name.endswith('*'):
+                numbered = [child for child, _ in root.named_children()
+                            if re.fullmatch(rf'{name[:-1]}_?\d+', child)]
+                found.append([prefix + child for child in sorted(
+                    numbered, key=lambda n: int(re.sub(r'\D', '', n)))])
+            elif isinstance(getattr(root, name, None),
+                            (nn.ModuleList, nn.Sequential)):
+                found.append([f'{prefix}{name}.{child}' for child, _ in
+                              getattr(root, name).named_children()])
+    return [paths for paths in found if len(paths) > 1]
+
+
+class _Map(NamedTuple):
+    layout: str
+    channels: int
+    stride: Grid
+
+
+def _describe(output: Any, size: Grid) -> Optional[_Map]:
+    """How to read an output for images of a size; None if it is no map."""
+    grid = None
+    if isinstance(output, (tuple, list)):
+        if len(output) != 2 or not isinstance(output[0], Tensor) or \
+                isinstance(output[1], Tensor):
+            return None
+        output, grid = output
+    if not isinstance(output, Tensor):
+        return None
+    shape = tuple(output.shape)
+    if len(shape) == 3:
+        if grid is None:  # with a class token or without
+            grid = next((
+                (size[0] // s, size[1] // s) for s in (4, 8, 14, 16, 32, 64)
+                if shape[1] - (size[0] // s) * (size[1] // s) in (0, 1)
+                and size[0] * size[1] > s * s), None)
+        if grid is None or shape[1] < int(grid[0]) * int(grid[1]):
+            return None
+        return _Map('NLC', shape[2], _stride(size, grid))
+    if len(shape) != 4:
+        return None
+    for layout, rows in (('NCHW', 2), ('NHWC', 1)):
+        grid = shape[rows:rows + 2]
+        stride = _stride(size, grid)
+        if stride[0] == stride[1] and max(grid) > 1:
+            return _Map(layout, shape[1 if rows == 2 else 3], stride)
+    return None
+
+
+def _stride(size: Grid, grid: Grid) -> Grid:
+    rows, columns = (max(1, round(length / int(cells)))
+                     for length, cells in zip(size, grid))
+    return rows, columns
+
+
+def _last_of_each_stride(maps: list) -> list:
+    """The last stage of each resolution; all if they have the same."""
+    strides = [found.stride for _, _, found in maps]
+    if len(set(strides)) < 2:
+        return maps
+    return [m for i, m in enumerate(maps) if m[2].stride not in
+            strides[i + 1:]]
+
+
+def _maps(backbone: nn.Module, maps: list, size: Grid) -> Maps:
+    paths, picks, found = zip(*maps)
+    return Maps(
+        backbone,
+        [path or f'outputs.{pick or 0}' for path, pick in zip(paths, picks)],
+        [backbone.get_submodule(path) for path in paths], list(picks),
+        *(list(values) for values in zip(*found)), size)
 
 
 def find_blocks(backbone: nn.Module, owner: str) -> Blocks:
@@ -138,34 +435,35 @@ def _is_block(module: nn.Module) -> bool:
         isinstance(find_part(module, 'attention'), nn.Module)
 
 
-def resolve_layer(layer: Layer, blocks: Blocks, key: str) -> int:
-    """The index of a block from an index or a module path.
+def resolve_layer(layer: Layer, features: Features, key: str) -> int:
+    """The index of a block or map from an index or a module path.
 
     Args:
         layer (int | str): 17, -1, or ``'layers.17'``.
-        blocks (Blocks): The blocks to choose from.
+        features (Blocks | Maps): To choose from.
         key (str): The config key, for error messages.
 
     Returns:
-        int: In [0, number of blocks).
+        int: In [0, number of blocks or maps).
 
     Raises:
-        ConfigError: If there is no such block; near matches are listed.
+        ConfigError: If there is none such; near matches are listed.
     """
-    depth = len(blocks)
+    depth = len(features)
+    kind = 'block' if isinstance(features, Blocks) else 'map'
     if isinstance(layer, int) and not isinstance(layer, bool):
         if not -depth <= layer < depth:
             raise ConfigError(
-                f'{key}={layer} is out of range: there are {depth} blocks, '
+                f'{key}={layer} is out of range: there are {depth} {kind}s, '
                 f'so choose from 0 to {depth - 1} (or -{depth} to -1).')
         return layer % depth
     path, *paths = [  # a wrapper's blocks are below another backbone
-        re.sub(r'^(student\.)?(backbone\.)*', '', p) for p in (
-            str(layer), *(f'{blocks.path}.{i}' for i in range(depth)))]
+        re.sub(r'^(student\.)?(backbone\.)*', '', p)
+        for p in (str(layer), *features.paths)]
     if path not in paths:
         raise ConfigError(
-            f'{key}={layer!r}: no such block. The blocks are {paths[0]!r} to '
-            f'{paths[-1]!r}; an index is fine too.'
+            f'{key}={layer!r}: no such {kind}. The {kind}s are {paths[0]!r} '
+            f'to {paths[-1]!r}; an index is fine too.'
             f'{near_matches(path, paths)}')
     return paths.index(path)
 
@@ -272,6 +570,17 @@ def patch_stride(patch_embed: nn.Module) -> Grid:
     return rows, columns
 
 
+def image_channels(module: nn.Module) -> int:
+    """Channels of the images that a backbone or patch embedding takes."""
+    return next((m.in_channels for m in module.modules()
+                 if isinstance(m, nn.Conv2d)), 3)
+
+
+def first_output(output: Any) -> Tensor:
+    """The tokens among what a block returns."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
 def fixed_input_size(backbone: nn.Module) -> Optional[Grid]:
     """The only input size (H, W) that a backbone takes, None if it is
     flexible: BEiT's relative position bias and timm's strict patch embedding
@@ -287,8 +596,7 @@ def fixed_input_size(backbone: nn.Module) -> Optional[Grid]:
     return None
 
 
-def example_images(blocks: Blocks, backbone: nn.Module) -> Tensor:
-    """A random image, as small as a backbone takes it, (1, C, H, W)."""
-    size = fixed_input_size(backbone) or tuple(
-        2 * step for step in blocks.stride)
-    return torch.randn(1, blocks.in_channels, *size)
+def example_images(features: Features, backbone: nn.Module) -> Tensor:
+    """A random image, about as small as a backbone takes it, (1, C, H, W)."""
+    size = fixed_input_size(backbone) or features.image_size
+    return torch.randn(1, features.in_channels, *size)
