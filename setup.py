@@ -78,14 +78,14 @@ setup(
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
     packages=find_packages(include=['mmsinger', 'mmsinger.*']),
-    package_data={'mmsinger': ['assets/*']},
+    package_data={'mmsinger': ['assets/*', 'analysis/*.jinja']},
     cmdclass={'build_py': BuildWithMim},
     python_requires='>=3.9',
     # mmengine, mmcv, mmpretrain and mmseg are no requirements: two families
     # of distributions provide these packages (OneDL's and OpenMMLab's) and
     # overwrite each other's files. Choose one with an extra below, or keep
     # the one that is installed. tools/check_env.py tells when they mix.
-    install_requires=['torch>=2.6', 'numpy', 'scipy'],
+    install_requires=['torch>=2.6', 'numpy', 'scipy', 'jinja2'],
     extras_require={
         # maintained; Python 3.10 or newer
         'onedl': [
@@ -113,6 +113,10 @@ setup(
             'pytest>=7', 'hypothesis', 'timm', 'scikit-learn', 'matplotlib',
             'h5py', 'setuptools>=70.1', 'wheel'
         ],
+        # what tools/reproduce.py runs jobs with; Python 3.11 or newer
+        'reproduce': ['snakemake>=9.27; python_version >= "3.11"'],
+        'slurm': ['snakemake-executor-plugin-slurm>=2.8; '
+                  'python_version >= "3.11"'],
         'nyu': ['h5py'],  # for NYUd-v2's .mat file
         'docs': ['sphinx', 'myst-parser'],
     },

@@ -13,6 +13,7 @@ from torch import nn
 from mmsinger.errors import ConfigError, near_paths
 
 SHIPPED = 'mmsinger://'
+STUDENT = 'student.'  # what a student's keys begin with in a distiller
 
 
 def load_checkpoint(path: str, key: str = 'checkpoint') -> Dict[str, Any]:
@@ -191,6 +192,22 @@ def weights_of(checkpoint: Dict[str, Any], path: str) -> Dict[str, Any]:
     if all(k.startswith('module.') for k in weights):
         weights = {k[len('module.'):]: v for k, v in weights.items()}
     return weights
+
+
+def student_state_dict(state_dict: Dict[str, torch.Tensor]
+                       ) -> Dict[str, torch.Tensor]:
+    """The student's part of a distiller's state dict, in the plain layout.
+
+    Args:
+        state_dict (dict[str, Tensor]): Keys ``student.backbone.…``,
+            ``adapters.…`` and so on.
+
+    Returns:
+        dict[str, Tensor]: Keys ``backbone.…``, ``decode_head.…`` and so on;
+        empty if there is no student in it.
+    """
+    return {key[len(STUDENT):]: value for key, value in state_dict.items()
+            if key.startswith(STUDENT)}
 
 
 def load_strict(module: nn.Module, weights: Dict[str, torch.Tensor],

@@ -7,6 +7,8 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
+import re
+import warnings
 from typing import Iterator, Optional
 
 import torch
@@ -39,6 +41,24 @@ def define_missing_torchvision_operators() -> bool:
     library.define('qnms' + boxes)
     _TORCHVISION_SCHEMAS = library
     return True
+
+
+# Module that warns, how the warning begins: all harmless here, and of no use
+# to a user
+HARMLESS_WARNINGS = (
+    ('mmcv.cnn.bricks.transformer', 'Fail to import ``MultiScaleDeformable'),
+    ('mmseg.engine.hooks.visualization_hook', 'The draw is False'),
+    ('mmengine.utils.package_utils', 'pkg_resources is deprecated'),
+    ('timm.models.layers', 'Importing from timm.models.layers'),
+    ('torchvision.io.image', 'Failed to load image Python extension'),
+)
+
+
+def ignore_known_warnings() -> None:
+    """Ignore :data:`HARMLESS_WARNINGS`, each of its own module alone."""
+    for module, text in HARMLESS_WARNINGS:
+        warnings.filterwarnings('ignore', re.escape(text),
+                                module=re.escape(module) + '$')
 
 
 def torchvision_operators_present() -> Optional[bool]:

@@ -1,9 +1,12 @@
 """Errors that users see: what, where, got, valid choices, how to fix."""
 import contextlib
 import difflib
+import inspect
 import os
+import re
 import sys
-from typing import Dict, Iterable, Iterator, List
+import traceback
+from typing import Callable, Dict, Iterable, Iterator, List, Optional
 
 
 class ConfigError(ValueError):
@@ -111,13 +114,20 @@ def check_keys(key: str, given: Iterable[str], known: Iterable[str],
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
     """End a command line tool with the message alone, no traceback, when the
-    mistake is the user's. Any other exception keeps its traceback."""
+    mistake is the user's; a wrong ``type`` or argument that mmengine builds
+    from is one too. Any other exception keeps its traceback."""
     try:
         yield
     except (ConfigError, TrainingError) as error:
-        first = _as_first_raised(error)
-        print(f'\n{type(first).__name__}: {first}', file=sys.stderr)
-        sys.exit(1)
+        said = _as_first_raised(error)
+    except (KeyError, TypeError) as error:
+        said = _as_config_error(error)
+        if said is None:
+            raise
+    else:
+        return
+    print(f'\n{type(said).__name__}: {said}', file=sys.stderr)
+    sys.exit(1)
 
 
 def _as_first_raised(error: Exception) -> Exception:
@@ -129,3 +139,62 @@ def _as_first_raised(error: Exception) -> Exception:
             first = current
         current = current.__cause__ or current.__context__
     return first
+
+
+def _as_config_error(error: Exception) -> Optional[ConfigError]:
+    """What a registry of mmengine's means, if it could not build from a
+    config."""
+    text = str(error.args[0]) if error.args else ''
+    match = re.search(r'(\S+) is not in the (\S+)::(.+?) registry', text)
+    if match and isinstance(error, KeyError):
+        kind, _, name = match.groups()
+        return ConfigError(f'type={kind!r}: there is no such {name}.'
+                           f'{near_matches(kind, _registered(name))}')
+    match = re.search(r"(\w+)\S* got an unexpected keyword argument '(\w+)'",
+                      text)
+    if match and isinstance(error, TypeError):
+        kinds = _given_by_mmengine(error, *match.groups())
+        known = {word for kind in kinds or ()
+                 for base in getattr(kind, '__mro__', ())
+                 for word in _arguments(base)}
+        if kinds is not None:
+            return ConfigError(
+                f'{match[1]} has no argument {match[2]!r}, which the config '
+                f'gives it.{near_matches(match[2], known)}')
+    return None
+
+
+def _given_by_mmengine(error: BaseException, owner: str, argument: str
+                       ) -> Optional[List[type]]:
+    """The classes that an argument may have been meant for; None if it does
+    not come from a config that mmengine held."""
+    while error.__context__ is not None:
+        error = error.__context__
+    kinds = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        local, names = frame.f_locals, frame.f_globals
+        holder = local.get('self')
+        held = (*local.values(), *getattr(holder, '__dict__', {}).values())
+        if names['__name__'].startswith('mmengine.') and any(
+                isinstance(value, dict) and argument in value
+                for value in held):
+            kinds = (kinds or []) + [local.get('obj_cls'), names.get(owner),
+                                     type(holder)]
+    return kinds
+
+
+def _registered(name: str) -> List[str]:
+    """The types in all of mmengine's registries of a name."""
+    from mmengine import registry
+    roots = [value for value in vars(registry).values()
+             if isinstance(value, registry.Registry) and value.name == name]
+    return sorted({
+        kind for root in roots for part in (root, *root.children.values())
+        for kind in part.module_dict})
+
+
+def _arguments(kind: Callable) -> Iterable[str]:
+    try:
+        return inspect.signature(kind).parameters
+    except (TypeError, ValueError):  # written in C
+        return ()

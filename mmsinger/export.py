@@ -7,34 +7,18 @@ key layout of the plain mmpretrain or mmseg model and loads with
 """
 import copy
 import os
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Union
 
 import torch
 from mmengine.config import Config
 
-from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
+from mmsinger.checkpoint import (STUDENT, load_checkpoint, load_strict,
+                                 student_state_dict, weights_of)
 from mmsinger.errors import ConfigError
 from mmsinger.files import whole_file
 from mmsinger.registry import MODELS
 
-PREFIX = 'student.'
 SUFFIX = '_student'
-
-
-def student_state_dict(state_dict: Dict[str, torch.Tensor]
-                       ) -> Dict[str, torch.Tensor]:
-    """The student's part of a distiller's state dict, in the plain layout.
-
-    Args:
-        state_dict (dict[str, Tensor]): Keys ``student.backbone.…``,
-            ``adapters.…`` and so on.
-
-    Returns:
-        dict[str, Tensor]: Keys ``backbone.…``, ``decode_head.…`` and so on;
-        empty if there is no student in it.
-    """
-    return {key[len(PREFIX):]: value for key, value in state_dict.items()
-            if key.startswith(PREFIX)}
 
 
 def is_distiller(model_cfg: dict) -> bool:
@@ -65,7 +49,7 @@ def student_config(cfg: Config) -> Config:
         plain.model.setdefault('data_preprocessor', preprocessor)
     plain.custom_hooks = [
         hook for hook in plain.get('custom_hooks') or []
-        if not str(hook.get('type')).startswith('mmsinger.')
+        if not _is_ours(hook.get('type'))
     ]
     wrapper = plain.get('optim_wrapper') or {}
     if wrapper.get('type') == 'mmsinger.CPUAmpOptimWrapper':
@@ -73,6 +57,11 @@ def student_config(cfg: Config) -> Config:
     for key in ('teacher', 'student', 'distiller'):
         plain.pop(key, None)
     return plain
+
+
+def _is_ours(kind: Union[str, type]) -> bool:
+    name = kind if isinstance(kind, str) else f'{kind.__module__}.'
+    return name.startswith('mmsinger.')
 
 
 def save_student(weights: Dict[str, torch.Tensor], meta: Dict[str, Any],
@@ -143,7 +132,7 @@ def export_student(checkpoint: str, out: Optional[str] = None,
     if not weights:
         raise ConfigError(
             f'{checkpoint!r} holds no student: no key begins with '
-            f'{PREFIX!r}. Give a checkpoint that a distiller wrote.')
+            f'{STUDENT!r}. Give a checkpoint that a distiller wrote.')
     if cfg is not None:
         load_strict(
             MODELS.build(student_config(cfg).model), weights,

@@ -5,6 +5,7 @@ from typing import Any, Dict, Optional, Tuple
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
+from mmsinger.engine.loading import converts_to_rgb, preprocessor_settings
 from mmsinger.errors import ConfigError
 from mmsinger.export import is_distiller
 from mmsinger.models.probes.frozen_backbone import FrozenBackbone
@@ -75,16 +76,17 @@ def _student(source: Config, checkpoint: Optional[str]
             'evaluate its teacher.')
     prefix = 'backbone.' if checkpoint and 'backbone' in student else ''
     return dict(backbone=backbone, checkpoint=checkpoint, prefix=prefix), \
-        _preprocessor(source, student)
+        preprocessor_settings(source)
 
 
 def _teacher(source: Config, checkpoint: Optional[str]
              ) -> Tuple[Dict[str, Any], Optional[dict]]:
-    """The same of a recipe's teacher."""
+    """Arguments of FrozenBackbone for a recipe's teacher, and the data
+    preprocessor's config."""
     if 'model' not in source and 'teacher' in source:
-        teacher, student = source.teacher, {}
+        teacher = source.teacher
     elif 'model' in source and is_distiller(source.model):
-        teacher, student = source.model.teacher, source.model.student
+        teacher = source.model.teacher
     else:
         found = source.get('model', {}).get('type')
         raise ConfigError(
@@ -98,10 +100,11 @@ def _teacher(source: Config, checkpoint: Optional[str]
         backbone=_scoped(teacher['backbone'], source),
         checkpoint=checkpoint or teacher.get('checkpoint'),
         prefix=teacher.get('prefix', ''), **given)
-    preprocessor = _preprocessor(source, student)
+    preprocessor = preprocessor_settings(source)
     if preprocessor is not None or teacher.get('mean') is not None:
         preprocessor = dict(preprocessor or dict(to_rgb=True))
-        in_rgb = _in_rgb(preprocessor) != teacher.get('swap_channels', False)
+        in_rgb = converts_to_rgb(preprocessor) != teacher.get(
+            'swap_channels', False)
         if teacher.get('mean') is not None:
             mean, std = teacher['mean'], teacher['std']
         else:  # the student's, which the teacher sees in its own order
@@ -120,24 +123,13 @@ def _scoped(backbone: dict, source: Config) -> dict:
         if scope and '_scope_' not in backbone else dict(backbone)
 
 
-def _preprocessor(source: Config, student: dict) -> Optional[dict]:
-    for owner in (student, source.get('model', {}), source):
-        if owner.get('data_preprocessor'):
-            return owner['data_preprocessor']
-    return None
-
-
-def _in_rgb(preprocessor: dict) -> bool:
-    return bool(preprocessor.get('to_rgb') or preprocessor.get('bgr_to_rgb'))
-
-
 def _normalise_alike(preprocessor: dict, source: dict) -> None:
     """Give the task's data preprocessor the source's mean, std and channel
     order; mmpretrain and mmseg name the latter differently."""
     name = 'bgr_to_rgb' if str(preprocessor.get('type')).split('.')[-1] == \
         'SegDataPreProcessor' else 'to_rgb'
     preprocessor.update({'mean': source.get('mean'), 'std': source.get('std'),
-                         name: _in_rgb(source)})
+                         name: converts_to_rgb(source)})
 
 
 def _set_in_channels(model: dict) -> None:

@@ -90,7 +90,10 @@ def build_part(key: str, cfg: Any, default: str = '') -> Any:
             f'{near_matches(name, MODELS.module_dict)} Write its scope too, '
             f'as in {example!r}.')
     cfg['type'] = cls
-    if inspect.isclass(cls) and cls.__module__.startswith('mmsinger.'):
+    if inspect.isclass(cls) and (
+            cls.__module__.startswith('mmsinger.') or not any(
+                p.kind is p.VAR_KEYWORD
+                for p in inspect.signature(cls).parameters.values())):
         check_keys(key, cfg, ['type', '_scope_', *argument_names(cls)],
                    cls.__name__)
     return MODELS.build(cfg)

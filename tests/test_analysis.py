@@ -21,21 +21,21 @@ import forked
 import tiny
 from mmsinger import paths
 from mmsinger.analysis import (Evidence, ImageFolder, analyse, check_size,
-                               far_outliers, judge, load_subject, natural_size,
-                               patch_contrast, ratio_histogram, ratio_spread,
-                               render, snippet, spanned_dimensions,
-                               subspace_overlap, suggest, tail_group,
-                               within_image_rank)
+                               load_subject, natural_size, render)
+from mmsinger.analysis.charts import block_chart, ridge_chart, spectrum_chart
 from mmsinger.analysis.collect import LayerRecord, collect
-from mmsinger.analysis.null_directions import null_directions
-from mmsinger.analysis.nullspace import (compare_with_jacobian, ffn_spectra,
-                                         nullspace_dimensions)
+from mmsinger.analysis.nullspace import (compare_with_jacobian,
+                                         distilled_null_directions,
+                                         ffn_spectra, nullspace_dimensions)
 from mmsinger.analysis.report import shown_blocks
-from mmsinger.analysis.separation import excess
-from mmsinger.analysis.subject import distilled_layers
-from mmsinger.analysis.verdict import percent
+from mmsinger.analysis.separation import (excess, far_outliers, patch_contrast,
+                                          ratio_histogram, ratio_spread,
+                                          spanned_dimensions, subspace_overlap,
+                                          tail_group, within_image_rank)
+from mmsinger.analysis.verdict import judge, percent, snippet, suggest
 from mmsinger.datasets import make_digit_scenes
-from mmsinger.engine.config import load_config
+from mmsinger.engine.prepare import load_config
+from mmsinger.engine.loading import distilled_layers
 from mmsinger.errors import ConfigError
 from mmsinger.models import SiNGERDistiller
 from mmsinger.models.adapters import left_singular_directions, linearised_ffn
@@ -409,12 +409,12 @@ def test_the_comparison_finds_what_measure_finds():
         for parameter in model.teacher.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     images = torch.randn(2, 3, 32, 32, generator=generator())
-    expected = null_directions(model, [images], 2)[1]
+    expected = distilled_null_directions(model, [images], 2)[1]
     result = compare_with_jacobian(
         model.teacher, list(images.split(1)), Normalisation(None, None),
         rank=4, products=16)[1]
     assert result['overlap'] == pytest.approx(subspace_overlap(
-        expected['ours'], expected['jacobian']), rel=1e-3)
+        expected.ffn, expected.jacobian), rel=1e-3)
     assert result['jacobian']['relative_l2'] < result['random']['relative_l2']
 
 
@@ -530,7 +530,7 @@ def test_the_report_is_one_file(which, request):
     page = Page(text)
     assert page.sections == SECTIONS
     assert all(r.startswith('data:') for r in page.references)
-    assert not re.search(r'(https?|wss?|ftp)://|@import|url\(', text)
+    assert not re.search(r'(https?|wss?|ftp)://|@import|url\((?!#)', text)
     assert not {'script', 'iframe', 'object', 'embed'} & set(page.tags)
     for uri in page.images:
         kind, content = uri.split(',', 1)
@@ -541,8 +541,28 @@ def test_the_report_is_one_file(which, request):
     maps = len(analysis.collection.samples) * (
         1 + len(shown_blocks(analysis)))  # the image and its norm maps
     assert len(page.images) == maps + (which == 'planted')  # and positions
-    assert page.tags.count('svg') >= 4
-    assert 'NaN' not in text and 'None' not in text and 'nan' not in text
+    assert page.tags.count('svg') == 4
+    assert not re.search('NaN|None|nan', re.sub('base64,[^"]*', '', text))
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('depth', [1, 40])
+def test_charts_of_shallow_and_deep_teachers(depth):
+    values = [None] + [2.] * (depth - 1) + [3.]
+    histogram = ratio_histogram(torch.ones(1, 4))
+    charts = (block_chart({'norm': values[-depth:]}, 'x', depth - 1),
+              ridge_chart([histogram] * depth, [0]),
+              spectrum_chart([[0.]] * depth, [depth - 1]))
+    assert all(chart.startswith('<svg class="chart" ') for chart in charts)
+    assert f'>block {depth - 1}<' in charts[2]
+
+
+def test_the_report_of_an_unclear_teacher_without_pictures(clean):
+    verdict = judge([Evidence(0.004, 0.5, 4.)] * 6, 64)
+    text = render(clean._replace(
+        verdict=verdict, collection=clean.collection._replace(samples=[])))
+    assert verdict.headline in text and 'try SiNGER all the same' in text
+    assert not Page(text).images
 
 
 def test_names_are_escaped(planted):

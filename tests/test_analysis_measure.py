@@ -8,12 +8,12 @@ import torch
 
 import forked
 import tiny
-from mmsinger.analysis.null_directions import null_directions
-from mmsinger.engine.config import load_config
+from mmsinger.analysis.measure import (METRICS, applicable_metrics,
+                                       check_metrics, measure)
+from mmsinger.analysis.nullspace import distilled_null_directions
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError
 from mmsinger.metrics.jacobian import random_signs
-from mmsinger.analysis.measure import (METRICS, applicable_metrics,
-                                      check_metrics, measure)
 from mmsinger.models import (FitNetDistiller, GatedSiNGERDistiller,
                              SiNGERDistiller, ViTKDDistiller)
 from mmsinger.models.adapters import (left_nullspace, left_singular_directions,
@@ -177,14 +177,14 @@ def test_deviation(case):
     model, results, tokens = case
     assert list(results['deviation']) == ['1']  # the last has no next block
     assert results['deviation']['1']['block'] == 2
-    directions = null_directions(model, batches()(), 2, seed=3)[1]
+    directions = distilled_null_directions(model, batches()(), 2, seed=3)[1]
     generator = torch.Generator().manual_seed(3)
     draws = torch.cat([torch.randn(len(b), 16, 4, generator=generator)
                        for b in batches()()])
     norm = model.target_norms['1']
     values = normalise(model, 1, tokens[1])
     original = normalise(model, 2, tokens[2])[:, 1:]
-    for name, rows in directions.items():
+    for name, rows in zip(('ours', 'jacobian', 'random'), directions):
         step = draws / draws.norm(dim=-1, keepdim=True) @ rows.float()
         moved = values.clone()
         moved[:, 1:] += 0.3 * values[:, 1:].norm(dim=-1, keepdim=True) * step
@@ -201,11 +201,11 @@ def test_deviation(case):
 
 def test_null_directions_by_dense_matrices(case):
     model, _, tokens = case
-    directions = null_directions(model, batches()(), 2, seed=3)[1]
+    directions = distilled_null_directions(model, batches()(), 2, seed=3)[1]
     block = model.teacher.blocks.modules[2]
     expected = left_nullspace(None, 4, decomposition=left_singular_directions(
         linearised_ffn(block))).basis
-    assert torch.allclose(directions['ours'].T @ directions['ours'],
+    assert torch.allclose(directions.ffn.T @ directions.ffn,
                           expected.T @ expected, atol=1e-9)
     gramian = 0
     for i in range(2):  # 17 tokens of 32 channels; column: one patch channel
@@ -216,16 +216,16 @@ def test_null_directions_by_dense_matrices(case):
         gramian = gramian + torch.einsum('jde,jdf->ef', response, response)
     gramian = gramian.double() / 16 / 2
     smallest = torch.linalg.eigvalsh(gramian)[:4]
-    found = directions['jacobian']
+    found = directions.jacobian
     assert torch.allclose((found @ gramian * found).sum(dim=1), smallest,
                           rtol=1e-3)
     # what each estimate is best at
     visible = {name: (rows @ gramian * rows).sum().item()
-               for name, rows in directions.items()}
+               for name, rows in directions._asdict().items()}
     assert visible['jacobian'] == min(visible.values())
     unseen = {name: (rows @ linearised_ffn(block)).square().sum().item()
-              for name, rows in directions.items()}
-    assert unseen['ours'] == min(unseen.values())
+              for name, rows in directions._asdict().items()}
+    assert unseen['ffn'] == min(unseen.values())
 
 
 def test_batches_do_not_matter(case):

@@ -15,8 +15,8 @@ from mmengine.registry import init_default_scope
 
 import forked
 import tiny
-from mmsinger.engine.config import (load_config, prepare_training,
-                                    resume_from_intact_checkpoint)
+from mmsinger.engine.prepare import load_config, prepare_training
+from mmsinger.engine.resume import resume_from_intact_checkpoint
 from mmsinger.errors import ConfigError, near_matches
 from mmsinger.registry import MODELS
 
@@ -80,6 +80,11 @@ CHEAP = {  # found before a model is built
     'quantile': (
         ['model.loss_outlier.quantile=1.5'],
         ['loss_outlier.quantile=1.5', 'between 0 and 1']),
+    'hooks-no-dicts': (
+        ['custom_hooks=[EMAHook]'],
+        ["custom_hooks=['EMAHook']", 'must be a list of dict(type=']),
+    'nothing-to-train': (
+        ['train_cfg=None'], ['has no train_cfg', 'nothing to train']),
     'data-missing': (
         ['train_dataloader.dataset.data_root=nowhere'],
         ['train_dataloader.dataset.data_root', "'nowhere'", 'Point']),
@@ -96,6 +101,33 @@ def test_cheap_mistakes_end_before_a_model_is_built(place, options, texts):
     # the runner logs these before and after it builds the model
     assert 'Hooks will be executed' not in output
     assert 'Teacher VisionTransformer loaded' not in output
+
+
+UNKNOWN = {
+    'unknown-type': (
+        ['train_pipeline.0.type=LoadImageFromFil'],
+        ["type='LoadImageFromFil'", 'no such transform',
+         "Did you mean 'LoadImageFromFile'"]),
+    'unknown-model': (
+        ['model.type=mmsinger.SINGERDistiller'],
+        ["type='mmsinger.SINGERDistiller'", "'SiNGERDistiller'"]),
+    'unknown-argument': (
+        ['train_dataloader.batch_sise=8'],
+        ["DataLoader has no argument 'batch_sise'",
+         "Did you mean 'batch_size'"]),
+    'unknown-argument-of-a-hook': (
+        ["custom_hooks=[dict(type='EMAHook', momentm=0.1)]"],
+        ["no argument 'momentm'", "Did you mean 'momentum'"]),
+}
+
+
+@pytest.mark.parametrize('options, texts', UNKNOWN.values(), ids=UNKNOWN)
+def test_what_mmengine_cannot_build(place, options, texts):
+    code, output = train(place, *options)
+    message = message_of(output)
+    assert code == 1
+    for text in texts:
+        assert text in message
 
 
 def test_the_tools_say_it_in_a_process_of_their_own(place):

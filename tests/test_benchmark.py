@@ -1,6 +1,5 @@
 """The benchmarks measure what they say."""
 import json
-import os
 import sys
 
 import benchmark_growth  # noqa: E402
@@ -15,8 +14,7 @@ from step_cost import (AllocatedMemory, ImageLoading, Step, Steps, count_flops,
                        vision_transformer)
 from step_cost.steps import selected_quantile
 
-import tiny
-from mmsinger.engine.config import load_config
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError
 from mmsinger.metrics.norms import outlier_threshold
 
@@ -194,6 +192,21 @@ def test_tool(tmp_path, monkeypatch, capsys):
         seconds['SiNGER'] / seconds['FitNet'])
     assert '| SiNGER |' in capsys.readouterr().out
     assert 'data loading' in seconds and 'SiNGER without both' in seconds
+
+
+def test_tool_with_all_fast_precisions(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark_step, 'fast_precisions',
+                        lambda: ['fp32', 'bf16'])
+    monkeypatch.setattr(benchmark_step, 'measure',
+                        lambda args, precision: dict(precision=precision))
+    monkeypatch.setattr(benchmark_step, 'report', str)
+    monkeypatch.setattr(sys, 'argv', [
+        'benchmark_step.py', '--precision', 'fast', '--out',
+        str(tmp_path / 'step.json')])
+    benchmark_step.main()
+    for precision in ('fp32', 'bf16'):
+        result = json.loads((tmp_path / f'step_{precision}.json').read_text())
+        assert result['precision'] == precision
 
 
 def test_tool_with_chosen_steps(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import forked
 import tiny
+from mmsinger.checkpoint import load_checkpoint
 from mmsinger.converters import convert, convert_checkpoint, detect
 from mmsinger.converters.positions import resample, split_positions
 from mmsinger.errors import ConfigError
@@ -333,6 +334,171 @@ def test_singer_student(tmp_path, case):
                              torch.randn(1, 3, size, size))
 
 
+# -- transformers
+
+VIT_NAMES = [
+    ('cls_token', 'embeddings.cls_token'),
+    ('pos_embed', 'embeddings.position_embeddings'),
+    ('reg_token', 'embeddings.register_tokens'),
+    ('patch_embed.proj', 'embeddings.patch_embeddings.projection'),
+    (r'blocks\.(\d+)', r'encoder.layer.\1'),
+    ('attn.proj', 'attention.output.dense'),
+    (r'^norm\.', 'layernorm.'),
+    (r'attn\.q\b', 'attention.attention.query'),
+    (r'attn\.k\b', 'attention.attention.key'),
+    (r'attn\.v\b', 'attention.attention.value')]
+CLIP_NAMES = [
+    ('cls_token', 'embeddings.class_embedding'),
+    ('pos_embed', 'embeddings.position_embedding.weight'),
+    ('patch_embed.proj', 'embeddings.patch_embedding'),
+    (r'blocks\.(\d+)', r'encoder.layers.\1'),
+    (r'\bnorm_pre', 'pre_layrnorm'), (r'\.norm(\d)', r'.layer_norm\1'),
+    (r'^norm\.', 'post_layernorm.'), ('attn.proj', 'self_attn.out_proj'),
+    (r'attn\.([qkv])\b', r'self_attn.\1_proj')]
+HF_NAMES = dict(
+    hf_vit=VIT_NAMES + [
+        ('norm1', 'layernorm_before'), ('norm2', 'layernorm_after'),
+        ('mlp.fc1', 'intermediate.dense'), ('mlp.fc2', 'output.dense'),
+        (r'^head\.', 'classifier.')],
+    hf_dinov2=VIT_NAMES + [(r'ls(\d)\.gamma', r'layer_scale\1.lambda1')],
+    hf_clip=CLIP_NAMES, hf_siglip=CLIP_NAMES)
+
+
+def hf_layout(model, family, wrapper=''):
+    """transformers' names for the weights of one of timm's models."""
+    weights = {}
+    if family == 'hf_dinov2':  # the layout is the same but for the names
+        source = {k: v for k, v in dinov2_layout(model).items()
+                  if k != 'mask_token'}
+        weights[f'{wrapper}embeddings.mask_token'] = torch.randn(1, 32)
+    else:
+        source = dict(model.state_dict())
+    for key, value in source.items():
+        if key.startswith('head.') and family != 'hf_vit':
+            continue
+        parts = {key: value}
+        if 'qkv' in key:
+            parts = {key.replace('qkv', letter): part for letter, part in
+                     zip('qkv', value.chunk(3))}
+        for name, part in parts.items():
+            for pattern, replacement in HF_NAMES[family]:
+                name = re.sub(pattern, replacement, name)
+            name = name.replace('mlp.w12', 'mlp.weights_in').replace(
+                'mlp.w3', 'mlp.weights_out').replace(
+                'register_tokens', 'embeddings.register_tokens').replace(
+                'embeddings.embeddings.', 'embeddings.')
+            if 'class_embedding' in name:
+                part = part.flatten()
+            elif 'position_embedding.' in name:
+                part = part[0]
+            outside = name.startswith('classifier.')
+            weights[name if outside else wrapper + name] = part
+    return weights
+
+
+@pytest.mark.parametrize('family, case, wrapper', [
+    ('hf_vit', 'augreg-s', ''), ('hf_vit', 'augreg-s', 'vit.'),
+    ('hf_dinov2', 'dinov2', 'dinov2.'), ('hf_dinov2', 'dinov2-reg', ''),
+    ('hf_dinov2', 'dinov2-giant', ''),
+    ('hf_clip', 'clip-openai', 'vision_model.')])
+def test_transformers(family, case, wrapper):
+    model = timm_model(case)
+    weights = hf_layout(model, family, wrapper)
+    if family == 'hf_clip':  # of the whole of CLIP
+        weights.update({'text_model.final_layer_norm.weight': torch.ones(3),
+                        'logit_scale': torch.ones(())})
+    result, backbone = converted(weights, **MODELS_OF_TIMM[case][3])
+    assert result.family == family
+    size = MODELS_OF_TIMM[case][2]
+    assert_same_features(backbone, model, torch.randn(2, 3, size, size))
+    joined = [e for e in result.entries if e.action == 'joined']
+    assert len(joined) == 2 * 2 * 3 and {e.target for e in joined} == {
+        f'layers.{i}.attn.qkv.{leaf}' for i in (0, 1)
+        for leaf in ('weight', 'bias')}
+
+
+def test_transformers_siglip():
+    model = timm.create_model('vit_large_patch16_siglip_gap_512', **SMALL,
+                              img_size=64).eval()
+    weights = hf_layout(model, 'hf_siglip', 'vision_model.')
+    weights['vision_model.head.probe'] = torch.randn(1, 1, 32)
+    result, backbone = converted(weights)
+    assert result.family == 'hf_siglip'
+    images = torch.randn(2, 3, 64, 64)
+    assert_same_features(backbone, model, images)
+
+
+def test_transformers_with_damaged_attention():
+    weights = hf_layout(timm_model('augreg-s'), 'hf_vit')
+    query = 'encoder.layer.1.attention.attention.query.weight'
+    text = message({**weights, query: torch.zeros(16, 32)})
+    assert query in text and 'their shapes differ' in text
+    del weights[query]
+    del weights[query.replace('query', 'key')]
+    assert 'layers.1.attn.qkv.weight' in message(weights)
+
+
+def test_transformers_head():
+    model = timm_model('augreg-s')
+    result = convert(hf_layout(model, 'hf_vit', 'vit.'), num_heads=HEADS,
+                     head=True)
+    assert torch.equal(result.head['layers.head.weight'], model.head.weight)
+    clip = hf_layout(timm_model('clip-openai'), 'hf_clip')
+    said = message(clip, head=True, act='gelu')
+    assert "family 'hf_clip'" in said
+
+
+def test_transformers_resample_without_antialiasing():
+    patches = torch.randn(1, 25, 4)
+    expected = torch.nn.functional.interpolate(
+        patches.transpose(1, 2).unflatten(2, (5, 5)), (3, 3), mode='bicubic')
+    assert torch.equal(resample(patches, (5, 5), (3, 3), 'hf_vit', False),
+                       expected.flatten(2).transpose(1, 2))
+
+
+PUBLISHED = os.path.join(os.environ.get('MMSINGER_DINOV2_S14', ''),
+                         'model.safetensors')
+
+
+@pytest.mark.skipif(not os.path.isfile(PUBLISHED), reason='set '
+                    'MMSINGER_DINOV2_S14 to the folder of the weights and '
+                    'recorded.npz')
+def test_published_dinov2_against_recorded_outputs():
+    folder = os.path.dirname(PUBLISHED)
+    recorded = np.load(os.path.join(folder, 'recorded.npz'))
+    result = convert(load_checkpoint(PUBLISHED), img_size=224)
+    backbone = loaded(result)
+    outputs = {}
+    for i in (8, 11):
+        backbone.layers[i].register_forward_hook(
+            lambda module, args, output, i=i: outputs.update({i: output}))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (
+        [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]))
+    images = torch.from_numpy(recorded['images']).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        backbone((images - mean) / std)
+    for i, output in outputs.items():
+        expected = torch.from_numpy(recorded[f'block_{i}']).float()
+        assert (output - expected).norm() / expected.norm() < 2e-3
+
+
+def test_dinov2_training_file(tmp_path):
+    """Teacher and student, each with heads, blocks in chunks."""
+    model = timm_model('dinov2')
+    path, out = str(tmp_path / 'model.pth'), str(tmp_path / 'out.pth')
+    half = {f'backbone.{k}': v
+            for k, v in dinov2_layout(model, chunked=True).items()}
+    half['dino_head.mlp.0.weight'] = torch.randn(4, 4)
+    torch.save(dict(teacher=half, student=dict(half), iteration=3), path)
+    with pytest.raises(ConfigError, match="'teacher', 'student'.*--key"):
+        convert_checkpoint(path, out)
+    with pytest.raises(ConfigError, match="Did you mean 'teacher'"):
+        convert_checkpoint(path, out, key='techer')
+    result = convert_checkpoint(path, out, key='teacher', num_heads=HEADS)
+    assert result.family == 'dinov2'
+    assert_same_features(loaded(result), model, torch.randn(1, 3, 70, 70))
+
+
 def test_deit3_own_names():
     """facebookresearch/deit writes gamma_1 where timm has ls1.gamma."""
     model = timm_model('deit3')
@@ -363,8 +529,8 @@ def test_published_sizes(name, arch):
     with torch.device('meta'):
         model = timm.create_model(name)
     weights = model.state_dict()
-    named = {target: weights[source]
-             for source, target, _ in rename(weights, 'timm') if target}
+    named = {r.target: weights[r.source]
+             for r in rename(weights, 'timm') if r.target}
     found = describe(named, (0, 1))['arch']
     zoo = VisionTransformer.arch_zoo
     sizes = zoo[found] if isinstance(found, str) else found
@@ -623,7 +789,7 @@ def test_family_of_the_keys():
     with pytest.raises(ConfigError, match="mmpretrain's layout already"):
         detect(['backbone.layers.0.ln1.weight'])
     with pytest.raises(ConfigError, match=r"begin with \['conv1', 'layer1'\]"
-                       ".*'unic' \\(encoder.blocks"):
+                       ".*'unic' \\(UNIC"):
         detect(['conv1.weight', 'layer1.0.weight'])
     assert detect(['blocks.0.norm1.weight', 'cls_token']) == 'timm'
 

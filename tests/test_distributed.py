@@ -13,10 +13,9 @@ import pytest
 import torch
 import torch.multiprocessing
 from mmengine.registry import init_default_scope
-from reproduction import warm
 
 import forked
-from mmsinger.engine.config import load_config, prepare_training
+from mmsinger.engine.prepare import load_config, prepare_training
 from mmsinger.engine.hooks import diagnostics_hook
 from mmsinger.errors import ConfigError
 from mmsinger.registry import MODELS
@@ -188,7 +187,7 @@ def outcome(tmp_path_factory):
         pytest.skip('torch without distributed')
     folder = workplace(tmp_path_factory.mktemp('distributed'))
     multiprocessing.get_context('forkserver').set_forkserver_preload(
-        warm.LIBRARIES)
+        forked.LIBRARIES)
     torch.multiprocessing.start_processes(
         worker, (folder, ), nprocs=WORLD, start_method='forkserver')
     return folder, [torch.load(os.path.join(folder, f'rank_{rank}.pth'))

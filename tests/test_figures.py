@@ -12,19 +12,17 @@ from hypothesis import strategies as st
 
 import forked
 import tiny
+from mmsinger.engine.images import read_images
 from mmsinger.errors import ConfigError
-from mmsinger.figures import (draw_norm_maps, draw_pca_maps,
-                              draw_similarity_maps, extract_features, norm_map,
-                              patch_at, pca_map, principal_components,
-                              read_curves, read_table, refined_norm_maps,
-                              similarity_map, to_array)
+from mmsinger.figures import (draw_maps, extract_features, norm_map, patch_at,
+                              pca_map, pictures_of, principal_components,
+                              read_curves, similarity_map, to_array)
 from mmsinger.figures.curves import choose_keys, draw_curves, run_names
-from mmsinger.figures.images import pictures_of, read_images
 from mmsinger.figures.style import COLOURS, line_style, save_figure
-from mmsinger.figures.tables import draw_radar, draw_sweep
 from mmsinger.models import (FitNetDistiller, GatedSiNGERDistiller,
                              SiNGERDistiller)
 from mmsinger.models.features.tokens import Tokens
+from reproduction.figures import draw_radar, draw_sweep, read_table
 
 PLAIN = dict(type='mmpretrain.ImageClassifier', backbone=tiny.vit(),
              data_preprocessor=dict(
@@ -150,22 +148,19 @@ def test_features_are_those_of_the_methods():
     assert model.training and model.student.training
     assert not any(tokens.values.requires_grad
                    for views in features.values() for tokens in views)
-    maps = refined_norm_maps(model, images)
     for layer in (1, 3):
         teacher, refined, student = features[layer]
         assert torch.allclose(
             refined.patches, model.adapters[str(layer)](teacher.patches))
         assert torch.equal(refined.prefix, teacher.prefix)
         assert student.grid == (4, 4)
-        assert torch.equal(maps[layer][0], norm_map(teacher))
-        assert torch.equal(maps[layer][1], norm_map(refined))
 
 
 def test_gated_maps_show_the_gate():
     model = distiller(GatedSiNGERDistiller, gate=dict(mad=1e6))
-    for before, after in refined_norm_maps(
+    for views in extract_features(
             model, torch.randn(2, 3, 32, 32)).values():
-        assert torch.equal(before, after)
+        assert torch.equal(norm_map(views.teacher), norm_map(views.refined))
 
 
 def test_methods_without_adapters_have_no_refined_tokens():
@@ -173,7 +168,7 @@ def test_methods_without_adapters_have_no_refined_tokens():
                                 torch.randn(2, 3, 32, 32))
     assert all(views.refined is None for views in features.values())
     picture = np.zeros((2, 32, 32, 3), np.uint8)
-    titles = texts(draw_norm_maps(picture, features))
+    titles = texts(draw_maps('norm', picture, features))
     assert 'teacher\nblock 1' in titles and 'refined\nblock 1' not in titles
 
 
@@ -195,7 +190,7 @@ def test_figures_show_the_maps():
     inputs = torch.randn(2, 3, 32, 32)
     features = extract_features(model, inputs)
     pictures = pictures_of(model, inputs)
-    figure = draw_norm_maps(pictures, features, 'Two images.')
+    figure = draw_maps('norm', pictures, features, 'Two images.')
     drawn = panels(figure)
     assert np.array_equal(drawn[0], pictures[0])
     assert np.allclose(drawn[1], norm_map(features[1].teacher)[0])
@@ -214,14 +209,14 @@ def test_figures_show_the_maps():
     rows = [axis.get_position().y0 for axis in figure.axes[:7]]
     assert max(rows) - min(rows) < 0.01  # maps stand beside their image
 
-    figure = draw_similarity_maps(pictures, features, (0.9, 0.1))
+    figure = draw_maps('similarity', pictures, features, point=(0.9, 0.1))
     drawn = panels(figure)
     assert np.allclose(drawn[1],
                        similarity_map(features[1].teacher, (3, 0))[0])
     frames = figure.axes[1].patches
     assert [frame.get_xy() for frame in frames] == [(-0.5, 2.5)] * 2
 
-    drawn = panels(draw_pca_maps(pictures, features))
+    drawn = panels(draw_maps('pca', pictures, features))
     basis = principal_components(features[1].teacher)
     assert np.allclose(drawn[2], pca_map(features[1].refined, basis)[0])
     pixels = to_array(figure)
@@ -403,14 +398,14 @@ def test_sweep_by_hand(tmp_path):
 
 def test_tables_that_tools_reproduce_writes(tmp_path):
     """The names of rows and columns are those of the real plans."""
-    from reproduction import report
     from reproduction.profiles import PROFILES
+    from reproduction.report import Report
     from reproduction.tables import sweep, table1
     profile = next(iter(PROFILES.values()))
     for make in (table1, sweep):
         table = make(profile, [0])
         path = str(tmp_path / f'{table.name}.csv')
-        report.write_csv(table, {}, path)
+        Report(table, {}).write_csv(path)
         cells = read_table(path, table.name)
         assert all(cell.data == table.caption for cell in cells.values())
         if make is table1:
@@ -529,7 +524,7 @@ def place(tmp_path_factory):
     tiny.workplace(folder)
     from mmengine.registry import init_default_scope
 
-    from mmsinger.engine.config import load_config
+    from mmsinger.engine.prepare import load_config
     from mmsinger.registry import MODELS
     cfg = load_config(tiny.SEG_CONFIG)
     init_default_scope('mmseg')

@@ -18,7 +18,7 @@ from torch import nn
 
 import forked
 import tiny
-from mmsinger.engine.config import load_config
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError
 from mmsinger.linear_eval import evaluation_config
 from mmsinger.models import FrozenBackbone, KNNClassifier, LinearDepthHead

@@ -7,7 +7,7 @@ import pytest
 import forked
 from tiny import ROOT
 
-SCRIPT = os.path.join('analysis_tools', 'plan_scale.py')
+SCRIPT = 'plan_scale.py'
 
 
 def test_counts_of_a_step():

@@ -11,7 +11,7 @@ from mmengine.registry import init_default_scope
 
 import samples
 import tiny
-from mmsinger.engine.config import load_config
+from mmsinger.engine.prepare import load_config
 from mmsinger.models.distillers import (FitNetDistiller, LogitKDDistiller,
                                         SiNGERDistiller, ViTKDDistiller)
 from mmsinger.models.distillers.base import build_teacher

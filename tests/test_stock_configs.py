@@ -7,7 +7,7 @@ from mmengine.config.utils import MODULE2PACKAGE
 
 import samples
 import tiny
-from mmsinger.engine.config import add_required_hooks, load_config
+from mmsinger.engine.prepare import add_required_hooks, load_config
 from mmsinger.export import student_config
 from mmsinger.models.distillers import SiNGERDistiller
 from mmsinger.models.teachers.frozen import FrozenTeacher

@@ -18,7 +18,7 @@ import torch
 
 import forked
 import tiny
-from mmsinger.engine.config import load_config
+from mmsinger.engine.prepare import load_config
 from mmsinger.engine.optim import CPUAmpOptimWrapper
 from mmsinger.errors import ConfigError
 
@@ -107,6 +107,15 @@ def test_files_of_a_run(long_run):
                      for s in ('', '_student')}
 
 
+def test_the_log_begins_with_what_matters(long_run):
+    _, output = long_run
+    assert 'Parameters by learning rate and weight decay:' in output
+    for noise in ('paramwise_options', 'Could not import OneDL',
+                  'MultiScaleDeformableAttention', 'The draw is False',
+                  'FileClient'):
+        assert noise not in output
+
+
 def test_what_a_training_checkpoint_holds(long_run):
     folder, _ = long_run
     content = torch.load(os.path.join(folder, 'iter_24.pth'),
@@ -183,6 +192,23 @@ def test_predictions_are_written(place, long_run):
     forked.run('test.py', tiny.SEG_CONFIG, 'long/iter_24.pth', '--work-dir',
                'written', '--out', 'maps', *LONG, cwd=place)
     assert len(os.listdir(os.path.join(place, 'maps'))) == 8
+
+
+def test_testing_leaves_the_records_of_the_run(place, long_run):
+    folder, _ = long_run
+
+    def records():
+        content = {}
+        for name in os.listdir(folder):
+            if os.path.isfile(os.path.join(folder, name)):
+                with open(os.path.join(folder, name), 'rb') as file:
+                    content[name] = file.read()
+        return content
+
+    before = records()
+    forked.run('test.py', tiny.SEG_CONFIG, 'long/iter_24_student.pth',
+               '--work-dir', 'long', *LONG, cwd=place)
+    assert records() == before
 
 
 @pytest.mark.parametrize('args, words', [

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import torch
 
-from mmsinger.engine.config import load_config
+from mmsinger.engine.prepare import load_config
 from mmsinger.registry import MODELS
 
 TESTS = os.path.dirname(os.path.abspath(__file__))

@@ -13,13 +13,14 @@ import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 import torch
-from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
 from mmsinger.analysis import (ImageFolder, analyse, check_size, load_subject,
                                natural_size, render)
-from mmsinger.engine.config import check_work_dir, load_config
+from mmsinger.engine.checks import check_work_dir
+from mmsinger.engine.options import ConfigOptions
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import readable_errors
 from mmsinger.files import whole_file
 from mmsinger.models.features.anatomy import patch_stride
@@ -58,7 +59,7 @@ def parse_args():
     parser.add_argument('--std', type=float, nargs=3, metavar='X')
     parser.add_argument('--seed', type=int, default=0,
                         help='of the choice of images and all that is random')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction,
+    parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions,
                         metavar='KEY=VALUE',
                         help='override settings of the config')
     return parser.parse_args()

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from mmengine.registry import init_default_scope
 
-from step_cost import (Steps, count_flops, describe_machine,
-                                interleaved, peak_memory)
 from mmsinger.errors import (ConfigError, check_output_file,
                              readable_errors)
 from mmsinger.figures.style import (add_caption, line_style, new_figure,
-                                          save_figure)
+                                    save_figure)
+from step_cost import (Steps, count_flops, describe_machine, interleaved,
+                       peak_memory)
 
 BASE = dict(teacher='vit_b16', student='vit_t16', batch_size=2, size=224)
 AXES = {

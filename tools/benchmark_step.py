@@ -21,13 +21,13 @@ import torch
 from mmengine.registry import init_default_scope
 
 from mmsinger import paths
-from step_cost import (ImageLoading, Step, Steps, count_flops,
-                                describe_machine, fast_precisions,
-                                interleaved, paired_ratio, peak_memory)
-from step_cost.steps import PRECISIONS
-from mmsinger.engine.config import load_config
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import (ConfigError, check_choice, check_output_file,
                              readable_errors)
+from step_cost import (ImageLoading, Step, Steps, count_flops,
+                       describe_machine, fast_precisions, interleaved,
+                       paired_ratio, peak_memory)
+from step_cost.steps import PRECISIONS
 
 RECIPE = os.path.join(paths.configs(), 'singer_vitl_to_vits_in1k.py')
 ALWAYS = ('teacher', 'student', 'FitNet', 'SiNGER')  # the ratios' parts
@@ -44,8 +44,11 @@ def parse_args():
                         help='images a step')
     parser.add_argument('--size', type=int, default=224, metavar='PX',
                         help='their side')
-    parser.add_argument('--precision', default='fp32', choices=PRECISIONS,
-                        help='bf16: autocast')
+    parser.add_argument('--precision', default='fp32',
+                        choices=(*PRECISIONS, 'fast'),
+                        help='bf16: autocast; fast: fp32, and bf16 too where '
+                        'the machine has instructions for it, each into OUT '
+                        'with its name before the suffix')
     parser.add_argument('--rank', type=int, default=16, metavar='R',
                         help='of the adapters')
     parser.add_argument('--rounds', type=int, default=5, metavar='N',
@@ -69,12 +72,31 @@ def main():
         if getattr(args, key) < 1:
             raise ConfigError(f'--{key.replace("_", "-")} '
                               f'{getattr(args, key)} must be at least 1.')
-    if args.out:
-        check_output_file(args.out)
+    precisions = [args.precision]
+    if args.precision == 'fast':
+        precisions = fast_precisions()
+    outs = {precision: args.out for precision in precisions}
+    if args.out and args.precision == 'fast':
+        stem, suffix = os.path.splitext(args.out)
+        outs = {precision: f'{stem}_{precision}{suffix}'
+                for precision in precisions}
+    for out in filter(None, outs.values()):
+        check_output_file(out)
     init_default_scope('mmpretrain')
+    for precision, out in outs.items():
+        result = measure(args, precision)
+        print(report(result))
+        if out:
+            with open(out, 'w') as file:
+                json.dump(result, file, indent=1)
+            print(f'\n{out}')
+
+
+def measure(args, precision):
+    """All numbers of one precision, for JSON."""
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     bench = Steps(args.teacher, args.student, args.batch_size, args.size,
-                  args.precision, args.rank, device=device)
+                  precision, args.rank, device=device)
     pipeline = load_config(RECIPE).train_dataloader.dataset.pipeline
     with ImageLoading(pipeline, args.size) as loading:
         steps = chosen_steps(args, bench, loading)
@@ -87,18 +109,14 @@ def main():
         times = interleaved(steps, args.rounds, device)
     settings = {key: value for key, value in vars(args).items()
                 if key not in ('out', 'levers', 'compile', 'steps')}
-    result = dict(
-        machine=describe_machine(device), settings=settings,
+    return dict(
+        machine=describe_machine(device),
+        settings=dict(settings, precision=precision),
         seconds={name: statistics.median(t) for name, t in times.items()},
         rounds=times, flops=flops, memory_bytes=memory,
         weight_bytes=bench.weight_bytes,
         ratios=ratios(times, flops, memory, bench.weight_bytes),
         quartiles=quartiles(times))
-    print(report(result))
-    if args.out:
-        with open(args.out, 'w') as file:
-            json.dump(result, file, indent=1)
-        print(f'\n{args.out}')
 
 
 def chosen_steps(args, bench, loading):
@@ -121,7 +139,7 @@ def chosen_steps(args, bench, loading):
 
 
 def quartiles(times):
-    """Of the ratios to FitNet, round by round: half of them lie between."""
+    """Quartiles of the ratios to FitNet, round by round."""
     if len(times['FitNet']) < 2:
         return {}
     return {f'{name} over FitNet': statistics.quantiles(

@@ -11,11 +11,11 @@ import argparse
 import sys
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
-from mmengine.config import DictAction
 
 from mmsinger.datasets.check import check_config, check_known
 from mmsinger.datasets.known import KNOWN
-from mmsinger.engine.config import load_config
+from mmsinger.engine.options import ConfigOptions
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, readable_errors
 
 
@@ -32,7 +32,7 @@ def parse_args():
     parser.add_argument(
         '--all', action='store_true', help='read every image')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+        '--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
         help='override settings of CONFIG')
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Convert a checkpoint of timm, DINOv2, UNIC or SiNGER for mmpretrain.
+"""Convert timm's, transformers', DINOv2's … checkpoints for mmpretrain.
 
     python tools/convert_checkpoint.py SOURCE OUT [--img-size N] [--report]
 
@@ -12,7 +12,7 @@ from mmengine.registry import init_default_scope
 
 from mmsinger.converters import LAYOUTS, convert_checkpoint
 from mmsinger.converters.describe import ACTIVATIONS
-from mmsinger.engine.config import load_config
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, readable_errors
 
 # Where a config may have its backbone, first come first served
@@ -28,6 +28,9 @@ def parse_args():
     parser.add_argument('--source', dest='family', default='auto',
                         choices=['auto', *LAYOUTS], help='whose layout SOURCE '
                         'has (default: from its keys)')
+    parser.add_argument('--key', help="which entry of SOURCE holds the "
+                        "weights, such as 'teacher' (default: the usual "
+                        'ones)')
     target = parser.add_mutually_exclusive_group()
     target.add_argument(
         '--arch', help="mmpretrain's name of the architecture, such as l or "
@@ -77,7 +80,8 @@ def main():
     backbone = read_backbone(args.config) if args.config else None
     size = args.img_size
     result = convert_checkpoint(
-        args.source, args.out, prefix=args.prefix, family=args.family,
+        args.source, args.out, prefix=args.prefix, key=args.key,
+        family=args.family,
         backbone=backbone, arch=args.arch, num_heads=args.num_heads,
         act=args.act, head=args.head,
         img_size=size and (size[0] if len(size) == 1 else tuple(size)))
@@ -85,13 +89,11 @@ def main():
     how = 'from its keys' if args.family == 'auto' else 'as you said'
     print(f'{args.source}: {LAYOUTS[result.family].title} layout '
           f'({result.family!r}, {how})')
-    for entry in result.entries:
-        if args.report:
-            continue
-        if not entry.target or entry.action not in ('kept', 'renamed'):
-            print(f'  {entry.source}: {entry.action}')
     if args.report:
         print(result.report())
+    for entry in [] if args.report else result.entries:
+        if entry.action not in ('kept', 'renamed', 'joined'):
+            print(f'  {entry.source}: {entry.action}')
     dropped = sum(not entry.target for entry in result.entries)
     print(f'{args.out}: {len(result.weights)} tensors, which load strictly '
           f'into {result.backbone["type"]}; {dropped} of '

@@ -26,10 +26,10 @@ from mmengine.runner import find_latest_checkpoint
 from mmsinger import paths
 from mmsinger.checkpoint import load_checkpoint, weights_of
 from mmsinger.datasets import make_digit_scenes
-from mmsinger.engine.config import load_config
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, TrainingError, readable_errors
 from mmsinger.registry import MODELS
-from mmsinger.figures import refined_norm_maps
+from mmsinger.figures import extract_features, norm_map
 
 TEACHER = 'mmsinger://digits_teacher.pth'
 
@@ -241,9 +241,10 @@ def draw(teacher, student, singer, path, scenes=(0, 1, 2, 3)):
     distiller.load_state_dict(weights_of(load_checkpoint(singer.checkpoint),
                                          singer.checkpoint))
     inputs = distiller.data_preprocessor(batch, False)['inputs']
-    maps = refined_norm_maps(distiller, inputs)
     last = distiller.layers[-1]
-    before, after = (m.numpy() for m in maps[last])
+    features = extract_features(distiller, inputs)[last]
+    before, after = (norm_map(tokens).numpy()
+                     for tokens in (features.teacher, features.refined))
 
     images = [x.permute(1, 2, 0).numpy()[..., ::-1] for x in batch['inputs']]
     columns = [

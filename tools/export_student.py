@@ -11,7 +11,7 @@ import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 from mmengine.registry import init_default_scope
 
 from mmsinger.checkpoint import load_checkpoint
-from mmsinger.engine.config import load_config
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import readable_errors
 from mmsinger.export import export_student
 

@@ -12,13 +12,12 @@ import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 import torch
-from mmengine.config import DictAction
 from mmengine.dist import is_main_process
-from mmengine.runner import Runner
 
 from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
-from mmsinger.engine.config import (load_config, prepare_training,
-                                    world_size)
+from mmsinger.engine.options import ConfigOptions
+from mmsinger.engine.prepare import (build_runner, load_config,
+                                     prepare_training, world_size)
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.linear_eval import evaluation_config
@@ -47,10 +46,10 @@ def parse_args():
         help='go on from the latest checkpoint in the work dir')
     parser.add_argument('--seed', type=int, help="(default: the task's)")
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+        '--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
         help='override settings of the task config')
     parser.add_argument(
-        '--source-options', nargs='+', action=DictAction,
+        '--source-options', nargs='+', action=ConfigOptions,
         metavar='KEY=VALUE', help='override settings of the source config')
     parser.add_argument(
         '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -126,7 +125,7 @@ def main():
     if args.resume:
         cfg.resume = True
     prepare_training(cfg)
-    runner = Runner.from_cfg(cfg)
+    runner = build_runner(cfg)
     if args.head:
         load_head(unwrap(runner.model), args)
     if cfg.get('train_cfg') is None:  # a trained head, or k-NN

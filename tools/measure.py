@@ -13,18 +13,19 @@ import math
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 import mmengine
 import torch
-from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
 
-from mmsinger.engine.config import load_config
+from mmsinger.analysis.measure import (METRICS, applicable_metrics,
+                                       check_metrics, measure)
+from mmsinger.analysis.table import format_results
+from mmsinger.engine.images import ImageBatches
+from mmsinger.engine.loading import load_distiller, prepare
+from mmsinger.engine.options import ConfigOptions
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import (ConfigError, check_output_file,
                              readable_errors)
-from mmsinger.engine.loading import ImageBatches, load_distiller, prepare
-from mmsinger.analysis.measure import (METRICS, applicable_metrics,
-                                         check_metrics, measure)
-from mmsinger.analysis.table import format_results
 
 
 def parse_args():
@@ -53,7 +54,7 @@ def parse_args():
                         help='deviation: Jacobian products for each layer '
                         'and image; fewer than the teacher has channels are '
                         'quicker and not exact (default: as many)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction,
+    parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions,
                         metavar='KEY=VALUE',
                         help='override settings of the config')
     return parser.parse_args()

@@ -21,10 +21,10 @@ from mmengine.registry import init_default_scope
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmsinger import paths
-from step_cost import AllocatedMemory, ImageLoading, flop_counter
-from mmsinger.engine.config import load_config
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.registry import MODELS
+from step_cost import AllocatedMemory, ImageLoading, flop_counter
 
 RECIPE = os.path.join(paths.configs(), 'singer_vitl_to_vits_in1k.py')
 # name: mmpretrain's VisionTransformer: arch, patch size; distilled blocks; FFN

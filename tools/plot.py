@@ -15,21 +15,19 @@ import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 import torch
-from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
-from mmsinger.engine.config import load_config
-from mmsinger.errors import readable_errors
+from mmsinger.engine.images import read_images
 from mmsinger.engine.loading import load_distiller
-from mmsinger.figures.curves import (choose_keys, draw_curves,
-                                           read_curves, run_names)
-from mmsinger.figures.features import extract_features
-from mmsinger.figures.images import pictures_of, read_images
-from mmsinger.figures.maps import (draw_norm_maps, draw_pca_maps,
-                                         draw_similarity_maps)
-from mmsinger.figures.style import check_output, save_figure
-from mmsinger.figures.tables import draw_radar, draw_sweep, read_table
+from mmsinger.engine.options import ConfigOptions
+from mmsinger.engine.prepare import load_config
+from mmsinger.errors import readable_errors
+from mmsinger.figures import (draw_curves, draw_maps, extract_features,
+                              pictures_of, read_curves, save_figure)
+from mmsinger.figures.curves import choose_keys, run_names
+from mmsinger.figures.style import check_output
+from reproduction.figures import draw_radar, draw_sweep, read_table
 
 
 def parse_args():
@@ -52,23 +50,26 @@ def parse_args():
     radar.add_argument('csv', help='table1.csv of tools/reproduce.py')
     radar.add_argument('--values', default='measured',
                        choices=('measured', 'published'))
-    for name, text in (
-            ('norms', 'figure 2: norm maps before and after refinement'),
-            ('similarity', 'figure 4: similarity to a marked patch'),
-            ('pca', 'main directions of patch tokens as colours')):
+    for name, kind, text in (
+            ('norms', 'norm',
+             'figure 2: norm maps before and after refinement'),
+            ('similarity', 'similarity',
+             'figure 4: similarity to a marked patch'),
+            ('pca', 'pca', 'main directions of patch tokens as colours')):
         maps = add(name, text, map_figure)
+        maps.set_defaults(kind=kind, patch=(0.5, 0.5))
         maps.add_argument('config', help='a distillation recipe')
         maps.add_argument('checkpoint', help='a training checkpoint of it')
         maps.add_argument('images', nargs='+', help='image files')
         maps.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'),
                           help="pixels to bring them to (default: the "
                           "student's own size)")
-        maps.add_argument('--cfg-options', nargs='+', action=DictAction,
+        maps.add_argument('--cfg-options', nargs='+', action=ConfigOptions,
                           metavar='KEY=VALUE',
                           help='override settings of the config')
         if name == 'similarity':
             maps.add_argument('--patch', type=float, nargs=2,
-                              default=(0.5, 0.5), metavar=('DOWN', 'RIGHT'),
+                              metavar=('DOWN', 'RIGHT'),
                               help='where the marked patch is, as shares of '
                               'height and width')
     sweep = add('sweep', 'figure 6: depth error by rank and quantile',
@@ -114,11 +115,7 @@ def map_figure(args):
     note = f'{os.path.basename(args.config)}, ' \
         f'{os.path.basename(args.checkpoint)}; images: ' \
         f'{", ".join(map(os.path.basename, args.images))}.'
-    if args.figure == 'norms':
-        return draw_norm_maps(images, features, note)
-    if args.figure == 'similarity':
-        return draw_similarity_maps(images, features, tuple(args.patch), note)
-    return draw_pca_maps(images, features, note)
+    return draw_maps(args.kind, images, features, note, tuple(args.patch))
 
 
 def main():

@@ -15,7 +15,8 @@ import torch
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
-from mmsinger.engine.config import check_data_folders, load_config
+from mmsinger.engine.checks import check_data_folders
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, readable_errors
 
 README = """\

@@ -7,6 +7,7 @@ Markdown, CSV, LaTeX and a plot. Runs are shared between tables.
 """
 import argparse
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -20,13 +21,14 @@ from mmsinger.datasets import make_digit_scenes
 from mmsinger.datasets.digit_scenes import MARKER
 from mmsinger.errors import (ConfigError, check_choice, near_paths,
                              readable_errors)
-from reproduction.execute import Resources, Workspace, run_jobs
-from reproduction.plan import all_jobs, ordered
+from reproduction.flow import Resources, run_jobs
+from reproduction.plan import all_jobs, wanted_metrics
 from reproduction.planted import planted_all, planted_core
 from reproduction.profiles import PROFILES
-from reproduction.report import write_report
-from reproduction.tables import (sweep, table1, table3, table4,
-                                          table5a, table5b, table7, table8)
+from reproduction.report import Report
+from reproduction.tables import (sweep, table1, table3, table4, table5a,
+                                 table5b, table7, table8)
+from reproduction.workspace import Workspace
 
 TABLES = {'1': table1, '3': table3, '4': table4, '5a': table5a,
           '5b': table5b, '7': table7, '8': table8, 'sweep': sweep}
@@ -65,9 +67,10 @@ def parse_args():
     parser.add_argument('--gpus-per-job', type=int, default=1, metavar='N',
                         help='(default: 1)')
     parser.add_argument(
-        '--srun', metavar='ARGS', help='run each job through slurm, for '
-        "instance --srun '-p gpu --gres=gpu:8 --ntasks=8 "
-        "--ntasks-per-node=8'; --jobs is then how many are queued at once")
+        '--slurm', nargs='*', metavar='NAME=VALUE', help='run each job '
+        "through slurm, with resources by Snakemake's names: "
+        'slurm_partition=gpu slurm_account=lab runtime=1440 mem_mb=64000; '
+        '--jobs is then how many are queued at once')
     return parser.parse_args()
 
 
@@ -95,19 +98,33 @@ def chosen_tables(args):
 
 
 def resources_of(args):
-    if args.srun and shutil.which('srun') is None:
-        raise ConfigError('--srun: there is no command srun on this machine. '
-                          'Start where slurm is, or leave --srun out.')
-    gpus = () if args.srun else chosen_gpus(args.gpus)
     if args.gpus_per_job < 1 or (args.jobs is not None and args.jobs < 1):
         raise ConfigError('--jobs and --gpus-per-job must be at least 1.')
-    if args.gpus_per_job > 1 and not gpus and not args.srun:
-        raise ConfigError(f'--gpus-per-job {args.gpus_per_job}: torch sees no '
-                          'GPU.')
-    jobs = args.jobs or len(gpus) // args.gpus_per_job
-    if not jobs:
-        jobs = len(os.sched_getaffinity(0)) if args.profile == 'digits' else 1
-    return Resources(jobs, gpus, args.gpus_per_job, args.srun)
+    if args.slurm is not None:
+        return slurm_resources(args)
+    gpus = chosen_gpus(args.gpus)
+    if args.gpus_per_job > max(1, len(gpus)):
+        raise ConfigError(
+            f'--gpus-per-job {args.gpus_per_job}: there are only {len(gpus)} '
+            f'GPUs ({", ".join(gpus)}).' if gpus else
+            f'--gpus-per-job {args.gpus_per_job}: torch sees no GPU.')
+    if gpus:
+        return Resources(args.jobs or len(gpus) // args.gpus_per_job, gpus,
+                         args.gpus_per_job)
+    return Resources(args.jobs or (len(os.sched_getaffinity(0))
+                                   if args.profile == 'digits' else 1))
+
+
+def slurm_resources(args):
+    if shutil.which('sbatch') is None:
+        raise ConfigError('--slurm: there is no command sbatch on this '
+                          'machine. Start where slurm is, or leave --slurm '
+                          'out.')
+    for setting in args.slurm:
+        if not re.fullmatch(r'\w+=.+', setting):
+            raise ConfigError(f'--slurm {setting!r}: NAME=VALUE is needed, '
+                              'such as slurm_partition=gpu.')
+    return Resources(args.jobs or 1, (), args.gpus_per_job, args.slurm)
 
 
 def chosen_gpus(wanted):
@@ -134,13 +151,34 @@ def make_data(quick):
     make_digit_scenes(root)
 
 
-def show_plan(jobs, workspace):
-    for job in ordered(jobs):
-        command = shlex.join([job.tool, *workspace.arguments(job)])
-        print(f'{workspace.state(job, jobs):<12}{job.name}\n'
-              f'{"":<12}{command}')
-    states = [workspace.state(job, jobs) for job in jobs.values()]
-    print(f'{len(states)} jobs, {states.count("finished")} finished')
+def show_plan(workspace):
+    found = workspace.states()
+    for name, job in workspace.jobs.items():
+        command = shlex.join([job.tool, *workspace.arguments(name)])
+        print(f'{found[name]:<12}{name}\n{"":<12}{command}')
+    finished = list(found.values()).count('finished')
+    print(f'{len(found)} jobs, {finished} finished')
+
+
+def found_records(workspace):
+    """What is there of the jobs, from this call or another."""
+    if not os.path.isdir(workspace.root):
+        raise ConfigError(f'--report-only: there is no folder '
+                          f'{workspace.root!r}.{near_paths(workspace.root)} '
+                          'Run the table first, or name another --root.')
+    records = {name: record for name in workspace.jobs
+               if (record := workspace.record(name)) is not None}
+    outdated = list(workspace.states().values()).count('outdated')
+    if outdated:
+        print(f'{outdated} of {len(records)} runs are of another command or '
+              "config than today's; --dry-run says which.")
+    return records
+
+
+def end_in_order():
+    """Let signals end what is running too."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
 
 
 def main():
@@ -148,39 +186,26 @@ def main():
     tables = chosen_tables(args)
     resources = resources_of(args)
     workspace = Workspace(args.root or os.path.join(
-        'work_dirs', 'reproduce', args.profile + '_quick' * args.quick))
-    jobs = all_jobs(tables)
+        'work_dirs', 'reproduce', args.profile + '_quick' * args.quick),
+        all_jobs(tables), wanted_metrics(tables))
     if args.dry_run:
-        show_plan(jobs, workspace)
+        show_plan(workspace)
         return
-    if args.report_only and not os.path.isdir(workspace.root):
-        raise ConfigError(f'--report-only: there is no folder '
-                          f'{workspace.root!r}.{near_paths(workspace.root)} '
-                          'Run the table first, or name another --root.')
-    # So that what is running is ended in an orderly way
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with workspace.lock():
-        if args.report_only:
-            records = {name: record for name in jobs
-                       if (record := workspace.record(name)) is not None}
-            outdated = sum(workspace.state(job, jobs) == 'outdated'
-                           for job in jobs.values())
-            if outdated:
-                print(f'{outdated} of {len(records)} runs are of another '
-                      'command or config than today\'s; --dry-run says which.')
-        else:
-            if args.profile == 'digits':
-                make_data(args.quick)
-            with resources.reserve():
-                records = run_jobs(jobs, workspace, resources)
-        for table in tables:
-            own = {n: r for n, r in records.items() if n in table.jobs}
-            paths = write_report(table, own, workspace.root)
-            print(f'\n{table.title}: {", ".join(paths)}')
+    if args.report_only:
+        records = found_records(workspace)
+    else:
+        end_in_order()
+        if args.profile == 'digits':
+            make_data(args.quick)
+        records = run_jobs(workspace, resources)
+    for table in tables:
+        own = {n: r for n, r in records.items() if n in table.jobs}
+        paths = Report(table, own).write(workspace.root)
+        print(f'\n{table.title}: {", ".join(paths)}')
     failed = sum(r.status == 'failed' for r in records.values())
     if failed:
-        sys.exit(f'{failed} of {len(jobs)} jobs failed; the reports say which '
-                 'and why.')
+        sys.exit(f'{failed} of {len(records)} jobs failed; the reports say '
+                 'which and why.')
 
 
 if __name__ == '__main__':

@@ -10,13 +10,14 @@ import inspect
 import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
-from mmengine.config import DictAction
 from mmengine.registry import METRICS, init_default_scope
 from mmengine.runner import Runner
 
 from mmsinger.checkpoint import load_strict
-from mmsinger.engine.config import (check_data_folders, check_work_dir,
-                                    load_config)
+from mmsinger.engine.checks import check_data_folders, check_work_dir
+from mmsinger.engine.logs import demote_details, import_datasets
+from mmsinger.engine.options import ConfigOptions
+from mmsinger.engine.prepare import fit_workers, load_config
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import (ConfigError, check_output_file,
                              readable_errors)
@@ -39,7 +40,7 @@ def parse_args():
         '--show-dir', help='where painted predictions are written, below the '
         'work dir')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+        '--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
         help='override settings of the config')
     parser.add_argument(
         '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -79,13 +80,25 @@ def keep_predictions(cfg, out):
         evaluators.keep_results = True
 
 
+class TestRunner(Runner):
+    """A runner that leaves the config which training has dumped as it is;
+    its own lies beside its log (``vis_data/config.py``)."""
+
+    def dump_config(self):
+        pass
+
+
 def main():
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     if args.work_dir:
         cfg.work_dir = args.work_dir
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    scope = cfg.get('default_scope') or 'mmengine'
+    init_default_scope(scope)
+    import_datasets(scope)
+    if not cfg.get('model'):
+        raise ConfigError(f'{args.config!r} has no model: give a recipe.')
     if cfg.get('test_dataloader') is None or cfg.get('test_evaluator') is None:
         raise ConfigError(
             f'{args.config!r} has no test_dataloader and test_evaluator: there '
@@ -99,6 +112,7 @@ def main():
                               'visualization hook that could paint.')
         cfg.default_hooks.visualization.draw = True
         cfg.visualizer.save_dir = args.show_dir
+    fit_workers(cfg)
     check_work_dir(cfg.work_dir)
     check_data_folders(cfg, ('test_dataloader', ))
 
@@ -107,7 +121,8 @@ def main():
     weights = load_student(args.checkpoint)['state_dict'] \
         if args.checkpoint else None
     cfg.load_from, cfg.resume = None, False
-    runner = Runner.from_cfg(cfg)
+    runner = TestRunner.from_cfg(cfg)
+    runner.logger.addFilter(demote_details)
     model = unwrap(runner.model)
     if weights is not None:
         load_strict(

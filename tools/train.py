@@ -6,13 +6,11 @@ import argparse
 import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
-from mmengine.config import DictAction
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
 
-from mmsinger.engine.config import (load_config, prepare_training,
-                                    scale_learning_rate)
-from mmsinger.errors import readable_errors
+from mmsinger.engine.options import ConfigOptions
+from mmsinger.engine.prepare import (build_runner, load_config,
+                                     prepare_training, scale_learning_rate)
+from mmsinger.errors import ConfigError, readable_errors
 
 
 def parse_args():
@@ -36,7 +34,7 @@ def parse_args():
         '--no-validate', action='store_true',
         help='do not evaluate during training')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+        '--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
         help='override settings, for instance model.adapter.rank=32 '
         'train_dataloader.batch_size=8')
     parser.add_argument(
@@ -51,6 +49,11 @@ def parse_args():
 def main():
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
+    missing = [key for key in ('model', 'train_dataloader', 'train_cfg',
+                               'optim_wrapper') if not cfg.get(key)]
+    if missing:
+        raise ConfigError(f'{args.config!r} has no {", ".join(missing)}: '
+                          'there is nothing to train. Give a recipe.')
     cfg.launcher = args.launcher
     if args.work_dir:
         cfg.work_dir = args.work_dir
@@ -66,11 +69,7 @@ def main():
         cfg.load_from = None if args.resume == 'auto' else args.resume
 
     prepare_training(cfg)
-    if 'runner_type' in cfg:
-        runner = RUNNERS.build(cfg)
-    else:
-        runner = Runner.from_cfg(cfg)
-    runner.train()
+    build_runner(cfg).train()
 
 
 if __name__ == '__main__':

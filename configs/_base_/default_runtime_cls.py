@@ -10,11 +10,3 @@ log_level = 'INFO'
 load_from = None
 resume = False
 randomness = dict(seed=0)
-custom_hooks = [
-    dict(type='mmsinger.SiNGERAdapterHook'),
-    dict(type='mmsinger.TargetNormHook'),
-    dict(type='mmsinger.StudentCheckpointHook'),
-    dict(type='mmsinger.RunGuardHook'),
-    dict(type='mmsinger.RandomStateHook'),
-    dict(type='mmsinger.DiagnosticsHook'),
-]

@@ -52,4 +52,3 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=500,
                     max_keep_ckpts=1),
     visualization=dict(type='SegVisualizationHook'))
-custom_hooks = [dict(type='mmsinger.RunGuardHook')]

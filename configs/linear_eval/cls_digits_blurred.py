@@ -9,4 +9,3 @@ val_dataloader = dict(dataset=dict(pipeline=[
 test_dataloader = val_dataloader
 # The transform draws a number even where it is certain, so features are not
 # stored
-custom_hooks = [dict(type='mmsinger.RunGuardHook')]

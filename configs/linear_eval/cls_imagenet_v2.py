@@ -6,4 +6,3 @@ _base_ = [
     '../_base_/default_runtime_cls.py',
 ]
 model = dict(head=dict(num_classes=_base_.num_classes))
-custom_hooks = [dict(type='mmsinger.RunGuardHook')]

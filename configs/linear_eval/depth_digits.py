@@ -14,6 +14,5 @@ train_dataloader = dict(
 val_dataloader = dict(num_workers=0, persistent_workers=False)
 test_dataloader = val_dataloader
 custom_hooks = [
-    dict(type='mmsinger.RunGuardHook'),
     dict(type='mmsinger.CacheFeaturesHook', folder='work_dirs/features'),
 ]

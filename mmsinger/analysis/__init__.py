@@ -1,20 +1,11 @@
 from mmsinger.analysis.analyse import Analysis, analyse
-from mmsinger.analysis.images import ImageFolder
 from mmsinger.analysis.report import render
-from mmsinger.analysis.separation import (TailGroup, far_outliers,
-                                          patch_contrast, ratio_histogram,
-                                          ratio_spread, spanned_dimensions,
-                                          subspace_overlap, tail_group,
-                                          within_image_rank)
-from mmsinger.analysis.subject import (Subject, check_size, load_subject,
-                                       natural_size)
-from mmsinger.analysis.verdict import (Evidence, Suggestion, Verdict, judge,
-                                       snippet, suggest)
+from mmsinger.analysis.verdict import Evidence, Suggestion, Verdict
+from mmsinger.engine.images import check_size, natural_size
+from mmsinger.engine.loading import Subject, load_subject
+from mmsinger.images import ImageFolder
 
 __all__ = [
-    'Analysis', 'Evidence', 'ImageFolder', 'Subject', 'Suggestion',
-    'TailGroup', 'Verdict', 'analyse', 'check_size', 'far_outliers', 'judge',
-    'load_subject', 'natural_size', 'patch_contrast', 'ratio_histogram',
-    'ratio_spread', 'render', 'snippet', 'spanned_dimensions',
-    'subspace_overlap', 'suggest', 'tail_group', 'within_image_rank'
+    'Analysis', 'Evidence', 'ImageFolder', 'Subject', 'Suggestion', 'Verdict',
+    'analyse', 'check_size', 'load_subject', 'natural_size', 'render'
 ]

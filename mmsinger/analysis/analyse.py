@@ -1,17 +1,18 @@
 """The whole analysis of a teacher, from images to verdict."""
+from itertools import zip_longest
 from typing import Any, Dict, List, NamedTuple, Optional
 
 import mmengine
 import torch
-from mmengine.utils import ProgressBar
+from mmengine.utils import ProgressBar, track_iter_progress
 
 from mmsinger.analysis.collect import Collection, collect
-from mmsinger.analysis.images import ImageFolder
 from mmsinger.analysis.nullspace import compare_with_jacobian, ffn_spectra
-from mmsinger.analysis.subject import Subject
-from mmsinger.analysis.verdict import (Suggestion, Verdict, judge, snippet,
-                                       suggest)
+from mmsinger.analysis.verdict import (Evidence, Suggestion, Verdict, judge,
+                                       snippet, suggest)
+from mmsinger.engine.loading import Subject
 from mmsinger.errors import ConfigError
+from mmsinger.images import ImageFolder
 from mmsinger.version import __version__
 
 
@@ -21,15 +22,17 @@ class Analysis(NamedTuple):
     Attributes:
         meta (dict): What was looked at, and how.
         collection (Collection): Norms of all blocks, and sample images.
+        evidence (list[Evidence]): For each block, of artifacts.
         spectra (list[dict]): See :func:`ffn_spectra`.
         jacobian (list[dict] | None): See :func:`compare_with_jacobian`; None
             if it was not asked for.
         verdict (Verdict): The judgement.
         suggestion (Suggestion): What to begin with.
-        snippet (str): The same as a config to paste.
+        snippet (str): The suggestion as a config to paste.
     """
     meta: Dict[str, Any]
     collection: Collection
+    evidence: List[Evidence]
     spectra: List[Dict[str, Any]]
     jacobian: Optional[List[Dict[str, Any]]]
     verdict: Verdict
@@ -41,17 +44,17 @@ class Analysis(NamedTuple):
         verdict = self.verdict._asdict()
         verdict['signs'] = [signs._asdict() for signs in self.verdict.signs]
         layers = []
-        for index, record in enumerate(self.collection.layers):
+        for index, (record, seen, ffn, jacobian) in enumerate(zip_longest(
+                self.collection.layers, self.evidence, self.spectra,
+                self.jacobian or ())):
             layers.append(dict(
-                layer=index, **record.numbers(),
-                ffn=self.spectra[index],
-                jacobian=self.jacobian[index] if self.jacobian and
-                index < len(self.jacobian) else None))
+                layer=index, **record.numbers(), busiest=seen.busiest,
+                group=seen.group and seen.group._asdict(),
+                dimensions=seen.dimensions or None, ffn=ffn,
+                jacobian=jacobian))
         return dict(
-            meta=self.meta, verdict=verdict,
-            suggestion=dict(**self.suggestion._asdict(),
-                            config=self.snippet),
-            layers=layers)
+            meta=self.meta, verdict=verdict, layers=layers,
+            suggestion=dict(**self.suggestion._asdict(), config=self.snippet))
 
 
 def analyse(subject: Subject, folder: ImageFolder, config: str,
@@ -70,7 +73,7 @@ def analyse(subject: Subject, folder: ImageFolder, config: str,
             to 0: the FFN is not compared with the Jacobian.
         jacobian_products (int): See :func:`compare_with_jacobian`. Defaults
             to 64.
-        seed (int): Of whatever is random. Defaults to 0.
+        seed (int): For whatever is random. Defaults to 0.
 
     Returns:
         Analysis: Everything for report and JSON.
@@ -85,23 +88,22 @@ def analyse(subject: Subject, folder: ImageFolder, config: str,
         if value < least:
             raise ConfigError(f'{option} {value}: at least {least} is '
                               'needed.')
-    bar = ProgressBar(len(folder))
-    collection = collect(subject, folder, batch_size, num_samples,
-                         jacobian_images, bar.update)
-    print()
+    teacher = subject.teacher
+    collection = collect(
+        subject, track_iter_progress((folder, len(folder))), batch_size,
+        num_samples, jacobian_images)
     evidence = [record.evidence() for record in collection.layers]
     verdict = judge(evidence, collection.count)
-    suggestion = suggest(verdict, evidence, subject.teacher.blocks.dim)
-    spectra = ffn_spectra(subject.teacher, [
+    suggestion = suggest(verdict, evidence, teacher.blocks.dim)
+    spectra = ffn_spectra(teacher, [
         record.excess.rows for record in collection.layers])
     jacobian = None
     if jacobian_images:
         bar = ProgressBar(len(collection.layers) - 1)
         jacobian = compare_with_jacobian(
-            subject.teacher, collection.inputs, subject.normalisation,
+            teacher, collection.inputs, subject.normalisation,
             suggestion.rank, jacobian_products, seed, bar.update)
         print()
-    teacher = subject.teacher
     meta = dict(
         config=config, part=subject.source,
         checkpoint=teacher.checkpoint,
@@ -116,5 +118,6 @@ def analyse(subject: Subject, folder: ImageFolder, config: str,
         notes=subject.notes,
         versions=dict(mmsinger=__version__, torch=torch.__version__,
                       mmengine=mmengine.__version__))
-    return Analysis(meta, collection, spectra, jacobian, verdict, suggestion,
+    return Analysis(meta, collection, evidence, spectra, jacobian, verdict,
+                    suggestion,
                     snippet(suggestion, config if subject.recipe else None))

@@ -3,8 +3,8 @@ from typing import Any, Dict, List, NamedTuple, Sequence
 
 from torch import Tensor, nn
 
-from mmsinger.metrics.norms import norm_gain, norm_growth, token_norms
-from mmsinger.models.features.anatomy import Blocks
+from mmsinger.metrics import token_norms
+from mmsinger.models.features.anatomy import Blocks, first_output
 
 
 class Inflation(NamedTuple):
@@ -20,7 +20,7 @@ class Inflation(NamedTuple):
             layer; ``g_ffn1 * g_ffn2`` is the gain of the whole FFN.
         delta_ffn (Tensor): Relative growth of the residual stream's norm over
             the FFN, LayerScale and skip connection included.
-        delta_sa (Tensor): The same over self-attention.
+        delta_sa (Tensor): Its relative growth over self-attention.
     """
     g_ffn1: Tensor
     g_ffn2: Tensor
@@ -32,16 +32,14 @@ class BlockNorms:
     """Record token norms at five places of transformer blocks.
 
     A context manager; its hooks live only inside it, and keep norms, not
-    tokens. Works on every kind of block that
-    :func:`mmsinger.models.features.taps.find_blocks` finds, whether its norms stand
-    before or after attention and FFN::
+    tokens. Norms of a block may stand before or after attention and FFN::
 
         with BlockNorms(blocks, [18]) as norms:
             backbone(images)
         norms.inflation(18).delta_ffn  # (B, N)
 
     Args:
-        blocks (Blocks): Of the backbone.
+        blocks (Blocks): The backbone's blocks.
         layers (Sequence[int]): Indices of the blocks to watch.
     """
 
@@ -67,39 +65,27 @@ class BlockNorms:
         norm = getattr(block, 'ln2', None) or getattr(block, 'norm2', None)
         last = [m for m in ffn.modules() if isinstance(m, nn.Linear)][-1]
 
-        def on_input(*names: str):
+        def at_input(module: nn.Module, name: str) -> None:
+            self._handles.append(module.register_forward_pre_hook(
+                lambda _, args: keep(name, args[0])))
 
-            def hook(module, args):
-                for name in names:
-                    # Whichever of norm and FFN is first has the sum in hand
-                    if name != 'middle' or name not in norms:
-                        norms[name] = token_norms(args[0])
+        def at_output(module: nn.Module, name: str) -> None:
+            self._handles.append(module.register_forward_hook(
+                lambda _, args, output: keep(name, first_output(output))))
 
-            return hook
+        def keep(name: str, tokens: Tensor) -> None:
+            if name == 'before':
+                norms.clear()
+            norms.setdefault(name, token_norms(tokens))
 
-        def on_output(name: str):
-
-            def hook(module, args, output):
-                if isinstance(output, (tuple, list)):
-                    output = output[0]
-                norms[name] = token_norms(output)
-
-            return hook
-
-        def on_start(module, args):
-            norms.clear()
-            norms['before'] = token_norms(args[0])
-
-        self._handles += [
-            block.register_forward_pre_hook(on_start),
-            ffn.register_forward_pre_hook(on_input('middle', 'ffn_input')),
-            last.register_forward_pre_hook(on_input('hidden')),
-            last.register_forward_hook(on_output('ffn_output')),
-            block.register_forward_hook(on_output('after')),
-        ]
+        at_input(block, 'before')
         if norm is not None:
-            self._handles.append(
-                norm.register_forward_pre_hook(on_input('middle')))
+            at_input(norm, 'middle')
+        at_input(ffn, 'middle')  # whichever runs first has the sum in hand
+        at_input(ffn, 'ffn_input')
+        at_input(last, 'hidden')
+        at_output(last, 'ffn_output')
+        at_output(block, 'after')
 
     def inflation(self, layer: int) -> Inflation:
         """Norm growth in a block during the last pass.
@@ -112,7 +98,7 @@ class BlockNorms:
         """
         norms = self._norms[layer]
         return Inflation(
-            g_ffn1=norm_gain(norms['ffn_input'], norms['hidden']),
-            g_ffn2=norm_gain(norms['hidden'], norms['ffn_output']),
-            delta_ffn=norm_growth(norms['middle'], norms['after']),
-            delta_sa=norm_growth(norms['before'], norms['middle']))
+            g_ffn1=norms['hidden'] / norms['ffn_input'],
+            g_ffn2=norms['ffn_output'] / norms['hidden'],
+            delta_ffn=norms['after'] / norms['middle'] - 1,
+            delta_sa=norms['middle'] / norms['before'] - 1)

@@ -1,189 +1,149 @@
-"""Pictures for a page without scripts: inline SVG, and PNG as data URIs.
-
-SVG takes its colours from the page's style sheet, so that it follows light
-and dark mode.
-"""
+"""Charts of the teacher report as inline SVG, pictures as data URIs."""
 import base64
-import math
-from html import escape
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+import io
+import re
+from typing import Any, Collection, Dict, List, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
+from markupsafe import Markup
 from torch import Tensor
 
 from mmsinger.analysis.separation import bin_ratios
+from mmsinger.figures.style import COLOURS, line_style, new_figure
 
-WIDTH, HEIGHT = 360, 220
-LEFT, RIGHT, TOP, BOTTOM = 40, 8, 10, 34
-
-
-class Line(NamedTuple):
-    """A line of a chart.
-
-    Attributes:
-        label (str): For the legend; empty for none.
-        values (Sequence[float | None]): One a position; None leaves a gap.
-        style (str): A class of the style sheet.
-    """
-    label: str
-    values: Sequence[Optional[float]]
-    style: str
+USUAL, ARTIFACT = COLOURS[:2]  # what has artifacts is set off by its colour
+FAINT = '#9aa1ad'
+FRAME = (255, 60, 40)  # red, seen on all of cividis
 
 
-def line_chart(title: str, lines: Sequence[Line], x_label: str, log: bool,
-               unit: str = '', marks: Sequence[Tuple[int, str]] = (),
-               dots: bool = True) -> str:
-    """Lines over equally spaced positions 0, 1, 2, …
+def block_chart(curves: Dict[str, Sequence[Optional[float]]], unit: str,
+                onset: Optional[int]) -> Markup:
+    """Draw values over the blocks of a teacher.
 
     Args:
-        title (str): Read out by screen readers.
-        lines (Sequence[Line]): All of one length.
-        x_label (str): Name of the positions.
-        log (bool): Whether the y axis is logarithmic; values are positive
-            then.
-        unit (str): Behind the numbers of the y axis. Defaults to ``''``.
-        marks (Sequence[tuple[int, str]]): Positions to mark, with a word.
-        dots (bool): Whether to mark each value. Defaults to True.
+        curves (dict[str, Sequence[float | None]]): By the name in the legend
+            one value for each block; None leaves a gap.
+        unit (str): Behind the numbers of the y axis.
+        onset (int | None): The first block with artifacts, to mark.
 
     Returns:
-        str: An svg element.
+        Markup: An svg element.
     """
-    count = max(len(line.values) for line in lines)
-    known = [v for line in lines for v in line.values if v is not None]
-    low, high, ticks = _axis(min(known), max(known), log)
-
-    def x(position: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (
-            position / (count - 1) if count > 1 else 0.5)
-
-    def y(value: float) -> float:
-        if log:
-            part = math.log(max(value, low) / low) / math.log(high / low)
-        else:
-            part = (value - low) / (high - low)
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * part
-
-    parts = []
-    for tick in ticks:
-        parts.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}H'
-                     f'{WIDTH - RIGHT}"/>')
-        parts.append(_text(LEFT - 4, y(tick) + 3, f'{tick:g}{unit}', 'end'))
-    for position in _positions(count):
-        parts.append(_text(x(position), HEIGHT - BOTTOM + 13, str(position)))
-    parts.append(_text((LEFT + WIDTH) / 2, HEIGHT - 5, x_label))
-    for position, word in marks:
-        parts.append(f'<path class="mark" d="M{x(position):.1f} {TOP}V'
-                     f'{HEIGHT - BOTTOM}"/>')
-        right = position > count / 2
-        parts.append(_text(x(position) + (-4 if right else 4), TOP + 8, word,
-                           'end' if right else 'start'))
-    for line in lines:
-        points, pen = [], 'M'
-        for i, value in enumerate(line.values):
-            if value is None:
-                pen = 'M'
-                continue
-            points.append(f'{pen}{x(i):.1f} {y(value):.1f}')
-            pen = 'L'
-            if dots:
-                parts.append(f'<circle class="{line.style}" cx="{x(i):.1f}" '
-                             f'cy="{y(value):.1f}" r="2.2"/>')
-        parts.append(f'<path class="line {line.style}" '
-                     f'd="{"".join(points)}"/>')
-    return _svg(title, HEIGHT, parts) + legend(lines)
+    figure, axis = _axes((5, 3.2), 'block')
+    for number, (label, values) in enumerate(curves.items()):
+        axis.plot(np.array(values, dtype=float), label=label, linewidth=1.6,
+                  markersize=4, **line_style(number))
+    if onset is not None:
+        axis.axvline(onset, color='black', linewidth=1, linestyle=':')
+        right = 2 * onset > axis.get_xlim()[1]
+        axis.annotate(
+            'artifacts begin', (onset, 1), (-4 if right else 4, 0),
+            xycoords=axis.get_xaxis_transform(), textcoords='offset points',
+            fontsize=9, va='top', ha='right' if right else 'left')
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.yaxis.set_major_formatter(f'{{x:g}}{unit}')
+    axis.set_ylim(bottom=0, top=1.1 * axis.get_ylim()[1])
+    return _svg(figure)
 
 
-def legend(lines: Sequence[Line]) -> str:
-    """What the lines of a chart stand for, as text below it."""
-    items = ''.join(
-        f'<span><svg class="key" viewBox="0 0 24 8" aria-hidden="true">'
-        f'<path class="line {line.style}" d="M0 4H24"/></svg>'
-        f'{escape(line.label)}</span>' for line in lines if line.label)
-    return f'<p class="legend">{items}</p>' if items else ''
-
-
-def ridge_chart(title: str, histograms: Sequence[Tensor],
-                marked: Sequence[int]) -> str:
-    """Distributions of norm / median, one above the other, the first on top.
+def ridge_chart(histograms: Sequence[Tensor], affected: Collection[int]
+                ) -> Markup:
+    """Draw distributions of norm / median one above the other.
 
     Args:
-        title (str): Read out by screen readers.
-        histograms (Sequence[Tensor]): Counts by bin, (NUM_BINS, ) each.
-        marked (Sequence[int]): Which to set off in colour.
+        histograms (Sequence[Tensor]): For each block, the first on top, the
+            counts by bin, (NUM_BINS, ).
+        affected (Collection[int]): Blocks to set off in colour.
 
     Returns:
-        str: An svg element.
+        Markup: An svg element.
     """
-    used = sum(histograms).nonzero().flatten()
-    first, last = int(used[0]), int(used[-1])
-    ratios = bin_ratios()
-    span = max(1, last - first)
-    step = 22 if len(histograms) <= 12 else 15
-    height = TOP + 14 + step * len(histograms) + BOTTOM
-
-    def x(index: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (index - first) / span
-
-    parts = []
-    for octave in range(-4, 9):
-        if ratios[first] <= 2.**octave <= ratios[last]:
-            at = x((octave + 4) * 16 - 0.5)
-            parts.append(f'<path class="grid" d="M{at:.1f} {TOP}V'
-                         f'{height - BOTTOM}"/>')
-            parts.append(_text(at, height - BOTTOM + 13, f'{2.**octave:g}x'))
-    parts.append(_text((LEFT + WIDTH) / 2, height - 5,
-                       'norm over the median of its image'))
-    for row, counts in enumerate(histograms):
-        base = TOP + 14 + step * (row + 1)
+    count = len(histograms)
+    figure, axis = _axes((5, max(6.4, 0.22 * count)),
+                         'norm over the median of its image')
+    used = sum(histograms).nonzero()
+    bins = slice(int(used.min()), int(used.max()) + 1)
+    for block, counts in enumerate(histograms):
         # The logarithm shows a few tokens among many thousands
-        heights = (1 + counts).log2() / (1 + counts.max()).log2()
-        points = ''.join(
-            f'L{x(i):.1f} {base - 1.5 * step * float(heights[i]):.1f}'
-            for i in range(first, last + 1))
-        style = 'second' if row in marked else 'first'
-        parts.append(f'<path class="ridge {style}" d="M{x(first):.1f} {base}'
-                     f'{points}L{x(last):.1f} {base}Z"/>')
-        parts.append(_text(LEFT - 6, base, str(row), 'end'))
-    return _svg(title, height, parts)
+        heights = ((1 + counts).log2() / (1 + counts.max()).log2())[bins]
+        colour = ARTIFACT if block in affected else USUAL
+        axis.fill_between(bin_ratios()[bins], block, block - 1.5 * heights,
+                          facecolor=(colour, 0.4), edgecolor=colour)
+    axis.set_xscale('log', base=2)
+    axis.xaxis.set_major_formatter('{x:g}x')
+    axis.set_yticks(range(count))
+    axis.set_ylim(count - 0.8, -1.7)
+    axis.set_ylabel('block', fontsize=9)
+    return _svg(figure)
 
 
-def _axis(low: float, high: float, log: bool
-          ) -> Tuple[float, float, List[float]]:
-    """Limits and ticks."""
-    if log:
-        first, last = (math.floor(math.log10(low)),
-                       math.ceil(math.log10(high)))
-        last = max(last, first + 1)
-        skip = -(-(last - first) // 5)
-        return 10.**first, 10.**last, [
-            10.**e for e in range(first, last + 1, skip)]
-    size = 10.**math.floor(math.log10(high)) if high > 0 else 1.
-    step = next(s for s in (0.1 * size, 0.2 * size, 0.5 * size, size,
-                            2 * size, 5 * size) if high <= 5 * s)
-    count = max(1, math.ceil(high / step))
-    return 0., count * step, [round(i * step, 10) for i in range(count + 1)]
+def spectrum_chart(spectra: Sequence[List[float]], chosen: Collection[int]
+                   ) -> Markup:
+    """Draw singular values on a logarithmic scale.
+
+    Args:
+        spectra (Sequence[list[float]]): For each block, descending.
+        chosen (Collection[int]): Blocks to set off in colour.
+
+    Returns:
+        Markup: An svg element.
+    """
+    figure, axis = _axes((5, 3.2), 'directions, most visible first, % of all')
+    numbers = {block: number for number, block in enumerate(sorted(chosen))}
+    for block, spectrum in enumerate(spectra):
+        style = dict(color=FAINT, linewidth=0.8, zorder=1)
+        if block in numbers:
+            style = dict(line_style(numbers[block]), marker='', linewidth=1.6,
+                         label=f'block {block}')
+        values = np.array(spectrum)
+        axis.plot(np.linspace(0, 100, len(values)),
+                  values.clip(max(values[0] * 1e-6, 1e-12)), **style)
+    axis.set_yscale('log')
+    axis.yaxis.set_major_formatter('{x:g}')
+    return _svg(figure)
 
 
-def _positions(count: int) -> range:
-    return range(0, count, next(
-        s for s in (1, 2, 5, 10, 20, 50, 100) if count <= 12 * s))
+def _axes(size: Tuple[float, float], x_label: str) -> Tuple[Any, Any]:
+    figure = new_figure(size)
+    axis = figure.subplots()
+    axis.set_xlabel(x_label, fontsize=9)
+    axis.tick_params(labelsize=9)
+    axis.grid(alpha=0.3)
+    axis.spines[['top', 'right']].set_visible(False)
+    return figure, axis
 
 
-def _text(x: float, y: float, text: str, anchor: str = 'middle') -> str:
-    return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">'
-            f'{escape(text)}</text>')
-
-
-def _svg(title: str, height: float, parts: List[str]) -> str:
-    return (f'<svg class="chart" viewBox="0 0 {WIDTH} {height:g}" role="img">'
-            f'<title>{escape(title)}</title>{"".join(parts)}</svg>')
+def _svg(figure: Any) -> Markup:
+    """Turn a figure into an svg element that refers to nothing outside."""
+    import matplotlib
+    if figure.axes[0].get_legend_handles_labels()[0]:
+        figure.legend(loc='outside lower left', fontsize=9, frameon=False,
+                      ncols=2)
+    text = io.StringIO()
+    # Text stays text, and a report comes out the same each time
+    with matplotlib.rc_context({'svg.fonttype': 'none',
+                                'svg.hashsalt': 'report'}):
+        figure.savefig(text, format='svg', transparent=True, metadata=dict(
+            Creator=None, Date=None, Format=None, Type=None))
+    element = '<svg class="chart" ' + text.getvalue().partition('<svg ')[2]
+    # Namespaces are HTML's own; all charts would name their groups alike
+    return Markup(re.sub(r' xmlns(:\w+)?="[^"]*"|(?<=<g) id="[^"]*"', '',
+                         element))
 
 
 def photo_uri(image: Tensor, longest: int = 256) -> str:
-    """A data URI of an image (3, H, W), RGB, uint8, scaled down if needed."""
-    pixels = image.permute(1, 2, 0).numpy()[..., ::-1]
-    scale = longest / max(pixels.shape[:2])
+    """Encode an image as a data URI, scaled down where it is larger.
+
+    Args:
+        image (Tensor): RGB, uint8, shape (3, H, W).
+        longest (int): Pixels of its longer side at most. Defaults to 256.
+
+    Returns:
+        str: The URI of a PNG.
+    """
+    pixels = image.permute(1, 2, 0).numpy()
+    scale = longest / max(pixels.shape)
     if scale < 1:
         pixels = cv2.resize(pixels, None, fx=scale, fy=scale,
                             interpolation=cv2.INTER_AREA)
@@ -192,7 +152,7 @@ def photo_uri(image: Tensor, longest: int = 256) -> str:
 
 def map_uri(values: Tensor, top: float, marked: Optional[Tensor] = None
             ) -> str:
-    """A data URI of a map in colours from 0 (dark blue) to ``top`` (yellow).
+    """Encode a map in colours from 0 (dark blue) to ``top`` (yellow).
 
     Args:
         values (Tensor): Shape (h, w).
@@ -201,22 +161,21 @@ def map_uri(values: Tensor, top: float, marked: Optional[Tensor] = None
             Defaults to None.
 
     Returns:
-        str: Of a PNG.
+        str: The data URI of a PNG.
     """
-    cell = max(4, 160 // max(values.shape))
-    levels = (255 * values.float() / max(top, 1e-12)).clamp(0, 255)
-    pixels = cv2.applyColorMap(levels.round().byte().numpy(),
-                               cv2.COLORMAP_CIVIDIS)
-    pixels = pixels.repeat(cell, 0).repeat(cell, 1)
+    from matplotlib import colormaps
+    side = max(4, 160 // max(values.shape))
+    pixels = colormaps['cividis'](values.numpy() / max(top, 1e-12),
+                                  bytes=True)[..., :3]
+    pixels = pixels.repeat(side, 0).repeat(side, 1)
     if marked is not None:
-        for row, column in marked.nonzero().tolist():
-            corner = np.array((column, row)) * cell
-            cv2.rectangle(pixels, corner.tolist(),
-                          (corner + cell - 1).tolist(), (40, 60, 255),
-                          max(1, cell // 8))
+        border = np.ones((side, side), dtype=bool)
+        width = max(1, side // 8)
+        border[width:-width, width:-width] = False
+        pixels[np.kron(marked.numpy(), border)] = FRAME
     return _png_uri(pixels)
 
 
 def _png_uri(pixels: np.ndarray) -> str:
-    content = cv2.imencode('.png', pixels)[1].tobytes()
+    content = cv2.imencode('.png', pixels[..., ::-1])[1].tobytes()
     return 'data:image/png;base64,' + base64.b64encode(content).decode()

@@ -1,4 +1,5 @@
 """One pass over the images: what is known of every block afterwards."""
+from itertools import islice
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -8,8 +9,8 @@ from mmsinger.analysis.separation import (NUM_BINS, excess, far_outliers,
                                           patch_contrast, ratio_histogram,
                                           ratio_spread, spanned_dimensions,
                                           tail_group, within_image_rank)
-from mmsinger.analysis.subject import Subject
 from mmsinger.analysis.verdict import Evidence
+from mmsinger.engine.loading import Subject
 from mmsinger.errors import ConfigError
 from mmsinger.metrics.accumulators import Moments, Sample
 from mmsinger.metrics.norms import (norm_statistics, quantile_outliers,
@@ -39,19 +40,21 @@ class LayerRecord:
     """What one block's patch tokens were like, in constant memory.
 
     Attributes:
-        moments (dict[str, Moments]): Of one value an image each.
+        moments (dict[str, Moments]): By name, each of one value an image.
         histogram (Tensor): Counts of log2(norm / median), (NUM_BINS, ).
         positions (Tensor): How many images had a far outlier at each patch,
             shape (h, w).
-        excess (Sample): Of far outliers, rows (n, D).
+        excess (Sample): What far outliers have beyond the other tokens of
+            their image, rows (n, D).
+        far_shares (Sample): Share of far outliers in an image, rows (n, 1).
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self) -> None:
         self.moments: Dict[str, Moments] = {}
         self.histogram = torch.zeros(NUM_BINS, dtype=torch.float64)
-        self.positions: Optional[Tensor] = None
-        self.excess = Sample(512, seed)
-        self.far_shares = Sample(seed=seed)
+        self.positions = torch.zeros((), dtype=torch.int64)
+        self.excess = Sample(512)
+        self.far_shares = Sample()
         self._before = self._stayed = 0
 
     def add(self, layer: int, tokens: Tokens, ranks: Tensor,
@@ -61,13 +64,17 @@ class LayerRecord:
         Args:
             layer (int): Which block it is, for messages.
             tokens (Tokens): Its output, values of shape (B, N, D).
-            ranks (Tensor): Of each patch's contrast within its image, (B, P).
+            ranks (Tensor): Rank of each patch's contrast within its image,
+                (B, P).
             previous (Tensor | None): The far outliers after the block before,
                 shape (B, P), bool.
 
         Returns:
             tuple[Tensor, Tensor]: Norms over their median, and far outliers,
             both (B, P).
+
+        Raises:
+            ConfigError: If tokens are not finite, or most of them are zero.
         """
         norms = token_norms(tokens.patches)
         statistics = norm_statistics(norms)
@@ -79,39 +86,39 @@ class LayerRecord:
         # The histogram of all images so far: one pass is enough
         self.histogram += ratio_histogram(norms).cpu()
         far = far_outliers(norms, ratio_spread(self.histogram))
-        for name, values in statistics._asdict().items():
-            self._take(name, values)
-        self._take('p99_over_median', statistics.p99 / statistics.median)
-        for name, outliers in (
-                ('quantile', quantile_outliers(norms, QUANTILE)),
-                ('robust', robust_outliers(norms)), ('far', far)):
-            self._take(f'{name}_share', outliers.double().mean(dim=1))
-        self._take('far_images', far.any(dim=1).double())
-        self.far_shares.add(far.double().mean(dim=1, keepdim=True).cpu())
-        counts = far.sum(dim=0).unflatten(0, tuple(tokens.grid)).cpu()
-        self.positions = counts if self.positions is None \
-            else self.positions + counts
+        far_share = far.double().mean(dim=1)
+        self._take(
+            **statistics._asdict(),
+            p99_over_median=statistics.p99 / statistics.median,
+            quantile_share=quantile_outliers(norms, QUANTILE).double().mean(1),
+            robust_share=robust_outliers(norms).double().mean(1),
+            far_share=far_share, far_images=far.any(dim=1).double())
+        self.far_shares.add(far_share.unsqueeze(1).cpu())
+        self.positions = self.positions + far.sum(dim=0).unflatten(
+            0, tuple(tokens.grid)).cpu()
         if far.any():
             self.excess.add(excess(tokens.patches, far).cpu())
-            self._take('contrast_rank', ranks[far])
+            self._take(contrast_rank=ranks[far])
         if previous is not None:
             self._before += int(previous.sum())
             self._stayed += int((previous & far).sum())
         return norms / statistics.median[:, None], far
 
-    def _take(self, name: str, values: Tensor) -> None:
-        # NaN is the kurtosis of norms that are all the same
-        self.moments.setdefault(name, Moments()).add(
-            values[torch.isfinite(values)])
+    def _take(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            # NaN is the kurtosis of norms that are all the same
+            self.moments.setdefault(name, Moments()).add(
+                value[torch.isfinite(value)])
 
     @property
     def stayed(self) -> Optional[float]:
-        """Of the far outliers after the block before, the share that still
-        are; None if there were none."""
+        """The share of the far outliers after the block before that are still
+        far; None if there were none."""
         return self._stayed / self._before if self._before else None
 
     def mean(self, name: str) -> Optional[float]:
-        """Of one value an image; None if no image has it."""
+        """The mean over the images of one of :attr:`moments`; None if no
+        image has it."""
         moments = self.moments.get(name)
         return moments.summary()['mean'] if moments and moments.count \
             else None
@@ -128,25 +135,19 @@ class LayerRecord:
             dimensions=0 if rows is None else spanned_dimensions(rows))
 
     def numbers(self) -> Dict[str, Any]:
-        """Everything for JSON."""
-        group = tail_group(self.histogram)
-        rows = self.excess.rows
+        """What was measured, for JSON, with :meth:`evidence` left out."""
         return dict(
             norms={name: moments.summary() if moments.count else None
                    for name, moments in self.moments.items()},
-            histogram=[int(count) for count in self.histogram],
-            group=None if group is None else group._asdict(),
-            positions=self.positions.tolist(),
-            stayed=self.stayed,
-            busiest=float(self.far_shares.rows.quantile(0.95)),
-            dimensions=None if rows is None else spanned_dimensions(rows))
+            histogram=self.histogram.long().tolist(),
+            positions=self.positions.tolist(), stayed=self.stayed)
 
 
 class Collection(NamedTuple):
     """What one pass found.
 
     Attributes:
-        layers (list[LayerRecord]): Of every block.
+        layers (list[LayerRecord]): For each block.
         samples (list[SampleImage]): The first images, to show.
         inputs (list[Tensor]): Some images as they were fed, (1, 3, H, W).
         count (int): Images seen.
@@ -161,8 +162,8 @@ class Collection(NamedTuple):
 
 @torch.no_grad()
 def collect(subject: Subject, images: Iterable[Tuple[str, Tensor]],
-            batch_size: int = 8, num_samples: int = 4, num_inputs: int = 0,
-            progress=lambda count: None) -> Collection:
+            batch_size: int = 8, num_samples: int = 4, num_inputs: int = 0
+            ) -> Collection:
     """Run the teacher over images, once, in constant memory.
 
     Args:
@@ -172,7 +173,6 @@ def collect(subject: Subject, images: Iterable[Tuple[str, Tensor]],
         batch_size (int): Images at a time. Defaults to 8.
         num_samples (int): Images to keep for showing. Defaults to 4.
         num_inputs (int): Images to keep as they were fed. Defaults to 0.
-        progress (Callable): Called with the number of images just seen.
 
     Returns:
         Collection: All that was found.
@@ -186,38 +186,26 @@ def collect(subject: Subject, images: Iterable[Tuple[str, Tensor]],
     records = [LayerRecord() for _ in range(depth)]
     samples: List[SampleImage] = []
     inputs: List[Tensor] = []
-    count, grid = 0, None
-    for names, batch in _batches(images, batch_size):
-        batch = batch.to(device)
+    count, images = 0, iter(images)
+    while chunk := list(islice(images, batch_size)):
+        names, pictures = zip(*chunk)
+        batch = torch.stack(pictures).to(device)
         fed = subject.feed(batch)
         taps = teacher(fed, range(depth), subject.normalisation)
-        grid = taps.tokens(0).grid
+        grid = tuple(taps.tokens(0).grid)
         ranks = within_image_rank(patch_contrast(batch, grid))
         ratios, fars, far = [], [], None
         for layer, record in enumerate(records):
             ratio, far = record.add(layer, taps.tokens(layer), ranks, far)
-            ratios.append(ratio.unflatten(1, tuple(grid)).cpu())
-            fars.append(far.unflatten(1, tuple(grid)).cpu())
+            ratios.append(ratio.unflatten(1, grid).cpu())
+            fars.append(far.unflatten(1, grid).cpu())
         for i in range(min(len(names), num_samples - len(samples))):
-            samples.append(SampleImage(names[i], batch[i].cpu(),
+            samples.append(SampleImage(names[i], pictures[i],
                                        [r[i] for r in ratios],
                                        [f[i] for f in fars]))
-        inputs += fed[:num_inputs - len(inputs)].split(1) \
-            if len(inputs) < num_inputs else ()
+        inputs += [image[None] for image in
+                   fed[:max(0, num_inputs - len(inputs))]]
         count += len(names)
-        progress(len(names))
     if not count:
         raise ConfigError('There are no images to look at.')
     return Collection(records, samples, inputs, count, grid)
-
-
-def _batches(images: Iterable[Tuple[str, Tensor]], size: int):
-    names, batch = [], []
-    for name, image in images:
-        names.append(name)
-        batch.append(image)
-        if len(batch) == size:
-            yield names, torch.stack(batch)
-            names, batch = [], []
-    if batch:
-        yield names, torch.stack(batch)

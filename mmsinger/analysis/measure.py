@@ -8,28 +8,28 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 import torch
 from torch import Tensor
 
-from mmsinger.analysis.null_directions import (intermediate_layers,
-                                               null_directions,
-                                               nullspace_energies)
+from mmsinger.analysis.nullspace import (STRENGTH, distilled_null_directions,
+                                         intermediate_layers,
+                                         nullspace_energies)
 from mmsinger.analysis.streams import (CosineStream, DeviationStream,
                                        GramStream, InflationStream, Stream)
 from mmsinger.errors import ConfigError, check_choice
-from mmsinger.models.distillers import FeatureDistiller, SiNGERDistiller
-from mmsinger.models.features.anatomy import find_blocks
-from mmsinger.models.features.taps import BlockTaps
-from mmsinger.models.features.tokens import Tokens
+from mmsinger.models.distillers import FeatureDistiller
+from mmsinger.models.targets import TeacherOutputs
 
-SINGER_METRICS = ('nullspace', 'cosine', 'deviation')
+REFINEMENT_METRICS = ('nullspace', 'cosine', 'deviation')
 METRICS = ('nullspace', 'cosine', 'gram', 'inflation', 'deviation')
+STREAMS = dict(cosine=CosineStream, gram=GramStream,
+               inflation=InflationStream)
 
 Batches = Callable[[], Iterable[Tensor]]
 Results = Dict[str, Dict[str, Any]]
 
 
 def applicable_metrics(distiller: FeatureDistiller) -> List[str]:
-    """The metrics that a method has: without adapters fewer."""
-    if not isinstance(distiller, SiNGERDistiller):
-        return [name for name in METRICS if name not in SINGER_METRICS]
+    """The metrics that a method has: without a refinement fewer."""
+    if not distiller.refinement:
+        return [name for name in METRICS if name not in REFINEMENT_METRICS]
     if not intermediate_layers(distiller):
         return [name for name in METRICS if name != 'deviation']
     return list(METRICS)
@@ -44,11 +44,12 @@ def check_metrics(distiller: FeatureDistiller, metrics: Sequence[str]) -> None:
         if name in possible:
             continue
         kind = type(distiller).__name__
-        if not isinstance(distiller, SiNGERDistiller):
+        if not distiller.refinement:
             raise ConfigError(
-                f'--metrics {name}: {kind} has no adapters, which it '
+                f'--metrics {name}: {kind} refines nothing, which it '
                 f'measures. Choose from {", ".join(possible)}, or give a '
-                'recipe whose model is a mmsinger.SiNGERDistiller.')
+                'recipe with a refinement, such as a '
+                'mmsinger.SiNGERDistiller.')
         raise ConfigError(
             f'--metrics {name}: it perturbs the input of the block after a '
             f'distilled one, but layers={distiller.layers} has only the '
@@ -60,19 +61,19 @@ def measure(distiller: FeatureDistiller,
             batches: Batches,
             metrics: Sequence[str],
             seed: int = 0,
-            strength: float = 0.3,
+            strength: float = STRENGTH,
             jacobian_images: int = 8,
             jacobian_products: Optional[int] = None) -> Results:
     """Measure a distiller on images, in constant memory.
 
     Args:
-        distiller (FeatureDistiller): Ready to train: teacher and student loaded,
-            adapters and target norms set.
+        distiller (FeatureDistiller): Ready to train: teacher and student
+            loaded, adapters and target norms set.
         batches (Callable): Returns an iterable of preprocessed images
             (B, 3, H, W), the same each time; called once more for
             ``'deviation'``.
         metrics (Sequence[str]): From :func:`applicable_metrics`.
-        seed (int): Of whatever is random. Defaults to 0.
+        seed (int): Seeds all that is random. Defaults to 0.
         strength (float): ``'deviation'``: length of the steps over the
             tokens' norms. Defaults to 0.3, about what refinement does in the
             paper (a cosine of 0.9566, Table 3).
@@ -92,14 +93,12 @@ def measure(distiller: FeatureDistiller,
     distiller.eval()
     if 'nullspace' in metrics:
         results['nullspace'] = nullspace_energies(distiller, seed)
-    streams: Dict[str, Stream] = {}
-    for name, stream in (('cosine', CosineStream), ('gram', GramStream),
-                         ('inflation', InflationStream)):
-        if name in metrics:
-            streams[name] = stream(distiller, seed)
+    streams: Dict[str, Stream] = {
+        name: stream(distiller, seed) for name, stream in STREAMS.items()
+        if name in metrics}
     if 'deviation' in metrics:
         streams['deviation'] = DeviationStream(
-            distiller, seed, strength, null_directions(
+            distiller, seed, strength, distilled_null_directions(
                 distiller, batches(), jacobian_images, jacobian_products,
                 seed))
     if streams:
@@ -122,28 +121,11 @@ def _run(distiller: FeatureDistiller, batches: Iterable[Tensor],
                 stack.enter_context(stream.watching())
             taps = distiller.teacher(images, layers,
                                      distiller.student_normalisation)
+        outputs = TeacherOutputs(taps, distiller.target_norms)
         student = {}
         if any(s.needs_student for s in streams):
-            student = student_tokens(distiller, images)
+            student = distiller.student_tokens(images)
         for stream in streams:
-            stream.update(taps, student)
+            stream.update(outputs, student)
     if not seen:
         raise ConfigError('There are no images to measure on.')
-
-
-def student_tokens(distiller: FeatureDistiller, images: Tensor
-                   ) -> Dict[int, Tokens]:
-    """Raw student tokens by teacher layer, without running its heads.
-
-    Args:
-        distiller (FeatureDistiller): In evaluation mode.
-        images (Tensor): Preprocessed, shape (B, 3, H, W).
-
-    Returns:
-        dict[int, Tokens]: Values of shape (B, n, C_S), on the student's grid.
-    """
-    blocks = find_blocks(distiller.student_backbone, 'student')
-    with BlockTaps(blocks, distiller.student_layers, stop=True) as taps:
-        taps.run(distiller.student_backbone, images)
-    return {layer: taps.tokens(student_layer) for layer, student_layer
-            in zip(distiller.layers, distiller.student_layers)}

@@ -1,26 +1,178 @@
-"""What each block's FFN does not see, and whether artifacts lie there."""
-from typing import Any, Callable, Dict, List, Optional
+"""What blocks do not see: null directions of FFNs and of whole blocks."""
+from typing import (Any, Callable, Dict, Iterable, List, NamedTuple, Optional,
+                    Sequence)
 
 import torch
 from torch import Tensor
 
 from mmsinger.analysis.separation import subspace_overlap
 from mmsinger.errors import ConfigError
-from mmsinger.metrics.deviation import (Deviation, output_deviation,
-                                        perturb_along)
-from mmsinger.metrics.jacobian import (differentiable, gramian_product,
-                                       random_signs, smallest_directions)
-from mmsinger.metrics.subspaces import (orthonormal_rows, random_rows,
-                                        subspace_energy)
+from mmsinger.metrics import (Deviation, differentiable, gramian_product,
+                              orthonormal_rows, output_deviation,
+                              perturb_along, random_rows, random_signs,
+                              smallest_directions, subspace_energy)
 from mmsinger.models.adapters.nullspace import (left_nullspace,
                                                 left_singular_directions,
                                                 linearised_ffn)
+from mmsinger.models.distillers import FeatureDistiller
 from mmsinger.models.features.taps import BlockTaps
+from mmsinger.models.features.tokens import Tokens
 from mmsinger.models.teachers.frozen import FrozenTeacher, Normalisation
 
 ABSOLUTE = 0.05  # the official code's threshold
 RELATIVE = 0.05  # of the largest singular value
-STRENGTH = 0.3   # of tools/measure.py
+STRENGTH = 0.3   # of a step over the token's norm, see measure()
+
+
+class NullDirections(NamedTuple):
+    """What a block hardly sees, by three estimates: orthonormal rows (r, D).
+
+    Attributes:
+        ffn (Tensor): From its linearised FFN, as adapters start.
+        jacobian (Tensor): From the whole block, see
+            :mod:`mmsinger.metrics.jacobian`; float64.
+        random (Tensor): For comparison; float64.
+    """
+    ffn: Tensor
+    jacobian: Tensor
+    random: Tensor
+
+
+def null_directions(passes: Sequence[BlockTaps], layer: int, ffn: Tensor,
+                    products: Optional[int] = None, seed: int = 0
+                    ) -> NullDirections:
+    """Directions that the block after a layer hardly sees.
+
+    Args:
+        passes (Sequence[BlockTaps]): The teacher's, one for each image at
+            which to linearise the block; they hold the layer's output.
+        layer (int): The layer, not the last one.
+        ffn (Tensor): The FFN's null directions, orthonormal rows (r, D).
+        products (int, optional): See :func:`smallest_directions`.
+        seed (int): Seeds signs, starts and random directions. Defaults to 0.
+
+    Returns:
+        NullDirections: Each of shape (r, D).
+    """
+    rank, dim = ffn.shape
+
+    def product(rows: Tensor) -> Tensor:
+        total = 0.
+        for index, taps in enumerate(passes):
+            tokens = taps.tokens(layer)
+            signs, = random_signs(1, tokens.patches.shape[1], seed + index)
+            total = total + gramian_product(
+                lambda values: taps.rerun(layer + 1, values), tokens.values,
+                signs, rows)
+        return total / len(passes)
+
+    with differentiable(passes[0].blocks.modules[layer + 1]):
+        jacobian, _ = smallest_directions(product, dim, rank, products, seed)
+    return NullDirections(
+        ffn, jacobian, orthonormal_rows(random_rows(rank, dim, seed)))
+
+
+def deviation_along(tokens: Tokens, following: Tensor, directions: Tensor,
+                    coefficients: Tensor, strength: float,
+                    next_block: Callable[[Tokens], Tensor]) -> Deviation:
+    """How the next block's output changes when its input moves (Table 8).
+
+    Args:
+        tokens (Tokens): Its input, values of shape (B, N, D).
+        following (Tensor): Patch tokens of its output, (B, P, D).
+        directions (Tensor): Orthonormal rows (r, D).
+        coefficients (Tensor): Each patch's direction, shape (B, P, r).
+        strength (float): Length of the steps over the tokens' norms.
+        next_block (Callable): Runs it: tokens to patch tokens (B, P, D).
+
+    Returns:
+        Deviation: Its fields have shape (B, ).
+    """
+    moved = tokens.with_patches(perturb_along(
+        tokens.patches, directions, coefficients, strength))
+    return output_deviation(following, next_block(moved))
+
+
+# -- of a distiller ----------------------------------------------------------
+
+
+def intermediate_layers(distiller: FeatureDistiller) -> List[int]:
+    """The distilled layers whose next block refinement is to spare."""
+    return [layer for layer in distiller.layers
+            if layer != distiller.refinement.last_layer]
+
+
+def nullspace_energies(distiller: FeatureDistiller, seed: int = 0
+                       ) -> Dict[str, Any]:
+    """E_prob and E_safe of each adapter's matrices, and of random ones of
+    their shape (Table 5a).
+
+    Args:
+        distiller (FeatureDistiller): With its teacher and adapters loaded.
+        seed (int): Seeds the random ones. Defaults to 0.
+
+    Returns:
+        dict[str, dict]: By layer: ``block``, ``rank``, and ``up``, ``down``,
+        ``random``, each with ``e_prob`` and ``e_safe``.
+    """
+    energies = {}
+    for layer in distiller.layers:
+        block, directions, _ = distiller.refinement.ffn_directions[layer]
+        adapter = distiller.adapters[str(layer)]
+        energies[str(layer)] = dict(block=block, rank=adapter.rank)
+        for name, rows in (
+                ('up', adapter.up), ('down', adapter.down.T),
+                ('random', random_rows(adapter.rank, len(directions), seed))):
+            e_safe, e_prob = subspace_energy(rows, directions)
+            energies[str(layer)][name] = dict(e_prob=e_prob, e_safe=e_safe)
+    return energies
+
+
+def distilled_null_directions(
+        distiller: FeatureDistiller, batches: Iterable[Tensor],
+        num_images: int, products: Optional[int] = None, seed: int = 0
+) -> Dict[int, NullDirections]:
+    """Null directions of the block after each distilled layer.
+
+    Args:
+        distiller (FeatureDistiller): With its teacher loaded.
+        batches (Iterable[Tensor]): Preprocessed images (B, 3, H, W).
+        num_images (int): How many of them to linearise the blocks at.
+        products (int, optional): See :func:`smallest_directions`.
+        seed (int): Seeds all that is random. Defaults to 0.
+
+    Returns:
+        dict[int, NullDirections]: For each layer but the last; the FFN's by
+        the recipe's ``adapter.selection``.
+    """
+    if num_images < 1:
+        raise ConfigError(
+            f'--jacobian-images={num_images}: at least 1 is needed.')
+    passes: List[BlockTaps] = []
+    for images in batches:
+        passes += [distiller.teacher(
+            image, distiller.tapped_teacher_layers,
+            distiller.student_normalisation)
+            for image in images[:num_images - len(passes)].split(1)]
+        if len(passes) == num_images:
+            break
+    if not passes:
+        raise ConfigError('There are no images to measure on.')
+    refinement = distiller.refinement
+    options = {key: refinement.adapter_cfg[key]
+               for key in ('selection', 'threshold', 'seed')
+               if key in refinement.adapter_cfg}
+    directions = {}
+    for layer in intermediate_layers(distiller):
+        ffn = left_nullspace(
+            None, distiller.adapters[str(layer)].rank, **options,
+            decomposition=refinement.ffn_directions[layer][1:])
+        directions[layer] = null_directions(
+            passes, layer, orthonormal_rows(ffn.basis), products, seed)
+    return directions
+
+
+# -- of a teacher ------------------------------------------------------------
 
 
 def nullspace_dimensions(values: Tensor) -> Dict[str, int]:
@@ -43,8 +195,8 @@ def ffn_spectra(teacher: FrozenTeacher, excess: List[Optional[Tensor]]
 
     Args:
         teacher (FrozenTeacher): With its weights.
-        excess (list[Tensor | None]): Of each block's output the artifacts'
-            excess as rows (n, D), None if it has none.
+        excess (list[Tensor | None]): The artifacts' excess in each block's
+            output, rows (n, D); None if it has none.
 
     Returns:
         list[dict]: For each block: ``singular_values`` (descending),
@@ -83,7 +235,7 @@ def compare_with_jacobian(teacher: FrozenTeacher, inputs: List[Tensor],
         rank (int): Directions to compare. Defaults to 16.
         products (int): Jacobian products for each block and image, see
             :func:`smallest_directions`. Defaults to 64.
-        seed (int): Of signs, starts and steps. Defaults to 0.
+        seed (int): Seeds signs, starts and steps. Defaults to 0.
         progress (Callable): Called with 1 after each block.
 
     Returns:
@@ -99,58 +251,39 @@ def compare_with_jacobian(teacher: FrozenTeacher, inputs: List[Tensor],
     results = []
     for layer in range(depth - 1):
         try:
-            results.append(_compare_block(teacher, passes, layer, rank,
-                                          products, seed))
+            results.append(_compare_block(
+                passes, layer, min(rank, teacher.blocks.dim), products, seed))
         except ConfigError as error:
             results.append(dict(skipped=str(error)))
         progress(1)
     return results
 
 
-def _compare_block(teacher: FrozenTeacher, passes: List[BlockTaps],
-                   layer: int, rank: int, products: int, seed: int
-                   ) -> Dict[str, Any]:
-    block = layer + 1
-    module = teacher.blocks.modules[block]
-    dim = teacher.blocks.dim
-    rank = min(rank, dim)
-    signs = [random_signs(1, taps.tokens(layer).patches.shape[1], seed + i)[0]
-             for i, taps in enumerate(passes)]
-
-    def product(rows: Tensor) -> Tensor:
-        return sum(
-            gramian_product(lambda tokens, taps=taps: taps.rerun(
-                block, tokens), taps.tokens(layer).values, sign, rows)
-            for taps, sign in zip(passes, signs)) / len(passes)
-
-    with differentiable(module):
-        jacobian, _ = smallest_directions(product, dim, rank, products, seed)
-    directions = dict(
-        ffn=left_nullspace(linearised_ffn(module), rank).basis,
-        jacobian=jacobian,
-        random=orthonormal_rows(random_rows(rank, dim, seed)))
-    result: Dict[str, Any] = dict(
-        block=block, rank=rank, chance=rank / dim,
-        overlap=subspace_overlap(directions['ffn'], jacobian))
-    for name, rows in directions.items():
-        result[name] = _deviation(passes, layer, rows, seed)
-    return result
+def _compare_block(passes: List[BlockTaps], layer: int, rank: int,
+                   products: int, seed: int) -> Dict[str, Any]:
+    ffn = left_nullspace(linearised_ffn(
+        passes[0].blocks.modules[layer + 1]), rank).basis
+    found = null_directions(passes, layer, ffn, products, seed)
+    return dict(
+        block=layer + 1, rank=rank, chance=rank / ffn.shape[1],
+        overlap=subspace_overlap(found.ffn, found.jacobian),
+        **{name: _mean_deviation(passes, layer, rows, seed)
+           for name, rows in found._asdict().items()})
 
 
 @torch.no_grad()
-def _deviation(passes: List[BlockTaps], layer: int, rows: Tensor, seed: int
-               ) -> Dict[str, float]:
+def _mean_deviation(passes: List[BlockTaps], layer: int, rows: Tensor,
+                    seed: int) -> Dict[str, float]:
     """Means over images; every subspace gets the same coefficients."""
     generator = torch.Generator().manual_seed(seed)
     values = []
     for taps in passes:
-        tokens = taps.tokens(layer)
+        tokens, following = taps.tokens(layer), taps.tokens(layer + 1)
         coefficients = torch.randn((1, tokens.patches.shape[1], len(rows)),
                                    generator=generator)
-        moved = tokens.with_patches(perturb_along(
-            tokens.patches, rows, coefficients, STRENGTH))
-        changed = tokens._replace(values=taps.rerun(layer + 1, moved.values))
-        values.append(torch.stack(output_deviation(
-            taps.tokens(layer + 1).patches, changed.patches)))
+        values.append(torch.stack(deviation_along(
+            tokens, following.patches, rows, coefficients, STRENGTH,
+            lambda moved: moved._replace(
+                values=taps.rerun(layer + 1, moved.values)).patches)))
     mean = torch.cat(values, dim=1).mean(dim=1)
     return dict(zip(Deviation._fields, mean.tolist()))

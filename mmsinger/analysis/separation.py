@@ -7,6 +7,8 @@ scale can be put together.
 from typing import NamedTuple, Optional
 
 import torch
+from scipy.ndimage import gaussian_filter1d
+from scipy.stats import rankdata
 from torch import Tensor
 
 from mmsinger.metrics.norms import (MAD_TO_STD, outlier_threshold,
@@ -17,8 +19,12 @@ from mmsinger.models.features.tokens import Grid
 BINS_PER_OCTAVE = 16
 LOWEST, HIGHEST = -4, 8
 NUM_BINS = (HIGHEST - LOWEST) * BINS_PER_OCTAVE
-
 SMOOTHING = 2.  # bins, standard deviation
+
+# A group of artifacts
+MIN_SHARE, MAX_SHARE = 0.001, 0.15  # of all tokens; more is content
+MIN_RATIO = 2.  # median of the group in medians of the images
+SIGNIFICANCE = 4.  # standard deviations of the difference of two counts
 
 
 class TailGroup(NamedTuple):
@@ -39,7 +45,7 @@ class TailGroup(NamedTuple):
 
 def far_outliers(norms: Tensor, spread: float, k: float = 10.,
                  ratio: float = 2.) -> Tensor:
-    """Tokens that are far from the rest of their image by three measures:
+    """Find tokens that are far from the rest of their image by three measures:
     more than ``k`` robust standard deviations of their image above its
     median, as many of a usual image, and more than ``ratio`` times the median.
 
@@ -79,6 +85,13 @@ def ratio_histogram(norms: Tensor) -> Tensor:
     return torch.bincount(bins.flatten(), minlength=NUM_BINS).double()
 
 
+def bin_ratios() -> Tensor:
+    """Norm over median at the centre of each bin, shape (NUM_BINS, )."""
+    centres = (torch.arange(NUM_BINS, dtype=torch.float64) + 0.5
+               ) / BINS_PER_OCTAVE + LOWEST
+    return 2**centres
+
+
 def ratio_spread(counts: Tensor) -> float:
     """Robust standard deviation of norm over median, of all images together.
 
@@ -89,54 +102,38 @@ def ratio_spread(counts: Tensor) -> float:
         float: 1.4826 times the median absolute deviation from 1, as exact as
         the bins are.
     """
-    deviations, order = (bin_ratios() - 1).abs().sort()
-    cumulated = counts[order].cumsum(0)
-    middle = int((cumulated < cumulated[-1] / 2).sum())
-    return MAD_TO_STD * float(deviations[middle])
+    return MAD_TO_STD * _median((bin_ratios() - 1).abs(), counts)
 
 
-def bin_ratios() -> Tensor:
-    """Norm over median at the centre of each bin, shape (NUM_BINS, )."""
-    centres = (torch.arange(NUM_BINS, dtype=torch.float64) + 0.5
-               ) / BINS_PER_OCTAVE + LOWEST
-    return 2**centres
-
-
-def tail_group(counts: Tensor, min_share: float = 0.001,
-               max_share: float = 0.15, min_ratio: float = 2.,
-               significance: float = 4.) -> Optional[TailGroup]:
+def tail_group(counts: Tensor) -> Optional[TailGroup]:
     """Look for a second, small group of tokens above the bulk.
 
     The histogram is smoothed; of all valleys to the right of its highest
     peak the deepest one counts. What lies above it has to be a small share of
-    the tokens, far enough up, and more than chance: its peak has to exceed
-    the valley by ``significance`` standard deviations of the difference of
-    two counts.
+    the tokens (0.1 to 15 %), far enough up (2 medians), and more than chance:
+    its peak has to exceed the valley by 4 standard deviations of the
+    difference of two counts.
 
     Args:
         counts (Tensor): From :func:`ratio_histogram`, shape (NUM_BINS, ).
-        min_share (float): Of all tokens. Defaults to 0.001.
-        max_share (float): What is more frequent is content. Defaults to 0.15.
-        min_ratio (float): Least median of the group. Defaults to 2.
-        significance (float): Defaults to 4.
 
     Returns:
         TailGroup | None: The group, None if there is none.
     """
     total = counts.sum()
-    density = _smooth(counts)
+    density = torch.from_numpy(gaussian_filter1d(
+        counts.numpy(), SMOOTHING, mode='constant'))
     # What the counts under a peak of the smoothed histogram are worth
     window = 2 * torch.pi**0.5 * SMOOTHING
-    top = int(density.argmax())
     best = None
-    for valley in range(top + 1, NUM_BINS - 1):
+    for valley in range(int(density.argmax()) + 1, NUM_BINS - 1):
         share = float(counts[valley:].sum() / total)
-        if not min_share <= share <= max_share:
+        if not MIN_SHARE <= share <= MAX_SHARE:
             continue
         peak, low = density[valley:].max(), density[valley]
-        ratio = _median_ratio(counts, valley)
+        ratio = _median(bin_ratios()[valley:], counts[valley:])
         chance = (window * (peak + low)).sqrt()
-        if ratio < min_ratio or window * (peak - low) < significance * chance:
+        if ratio < MIN_RATIO or window * (peak - low) < SIGNIFICANCE * chance:
             continue
         depth = float(1 - low / peak)
         if best is None or depth > best.depth:
@@ -145,19 +142,11 @@ def tail_group(counts: Tensor, min_share: float = 0.001,
     return best
 
 
-def _smooth(counts: Tensor) -> Tensor:
-    reach = int(4 * SMOOTHING)
-    steps = torch.arange(-reach, reach + 1, dtype=counts.dtype)
-    kernel = torch.exp(-0.5 * (steps / SMOOTHING)**2)
-    return torch.nn.functional.conv1d(
-        counts[None, None], (kernel / kernel.sum())[None, None],
-        padding=reach)[0, 0]
-
-
-def _median_ratio(counts: Tensor, start: int) -> float:
-    cumulated = counts[start:].cumsum(0)
-    middle = int((cumulated < cumulated[-1] / 2).sum())
-    return float(bin_ratios()[start + middle])
+def _median(values: Tensor, counts: Tensor) -> float:
+    """The lower median of values that occur several times each."""
+    values, order = values.sort()
+    cumulated = counts[order].cumsum(0)
+    return float(values[int((cumulated < cumulated[-1] / 2).sum())])
 
 
 def patch_contrast(images: Tensor, grid: Grid) -> Tensor:
@@ -187,11 +176,8 @@ def within_image_rank(values: Tensor) -> Tensor:
     Returns:
         Tensor: Shape (B, P), float64, in (0, 1).
     """
-    ordered = values.sort(dim=1).values
-    values = values.contiguous()
-    below = torch.searchsorted(ordered, values)
-    up_to = torch.searchsorted(ordered, values, right=True)
-    return (below + up_to).double() / (2 * values.shape[1])
+    ranks = torch.from_numpy(rankdata(values.cpu().numpy(), axis=1))
+    return ((ranks - 0.5) / values.shape[1]).to(values.device)
 
 
 def excess(patches: Tensor, outliers: Tensor) -> Tensor:

@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from mmsinger.analysis.block_norms import BlockNorms, Inflation
-from mmsinger.metrics.accumulators import Moments, Sample
-from mmsinger.metrics.deviation import (Deviation, output_deviation,
-                                        perturb_along)
-from mmsinger.metrics.geometry import gram_distance, token_cosine
-from mmsinger.models.distillers import FeatureDistiller, SiNGERDistiller
-from mmsinger.models.features.taps import BlockTaps
+from mmsinger.analysis.nullspace import NullDirections, deviation_along
+from mmsinger.metrics import (Deviation, Moments, Sample, gram_distance,
+                              token_cosine)
+from mmsinger.models.distillers import FeatureDistiller
 from mmsinger.models.features.tokens import Tokens, align_tokens
+from mmsinger.models.targets import TeacherOutputs
 
 
 class Stream:
@@ -20,7 +19,7 @@ class Stream:
 
     Args:
         distiller (FeatureDistiller): What is measured.
-        seed (int): Of whatever is random.
+        seed (int): Seeds all that is random.
     """
 
     needs_student = False
@@ -39,13 +38,15 @@ class Stream:
         """A context for the teacher's pass."""
         return contextlib.nullcontext()
 
-    def update(self, taps: BlockTaps, student: Dict[int, Tokens]) -> None:
+    def update(self, outputs: TeacherOutputs, student: Dict[int, Tokens]
+               ) -> None:
         """Take in one batch."""
         raise NotImplementedError
 
     def result(self) -> Dict[str, Any]:
         """Numbers by layer."""
-        raise NotImplementedError
+        return {str(layer): self.summaries(layer)
+                for layer in self.distiller.layers}
 
     def add(self, layer: int, name: str, values: Tensor) -> None:
         """Take in one value an image, (B, )."""
@@ -56,48 +57,35 @@ class Stream:
         return {name: moments.summary() for (at, name), moments
                 in self.moments.items() if at == layer}
 
-    def next_block(self, taps: BlockTaps, layer: int, tokens: Tokens
-                   ) -> Tensor:
-        """Normalised patch tokens (B, P, D) that the next block makes of
-        normalised tokens."""
-        norms = self.distiller.target_norms
-        values = taps.rerun(
-            layer + 1, norms[str(layer)].restore(tokens.values))
-        return Tokens(norms[str(layer + 1)].normalise(values),
-                      tokens.grid).patches
-
 
 class CosineStream(Stream):
-    """Table 3."""
+    """Cosines before and after refinement (Table 3)."""
 
-    def update(self, taps, student):
+    def update(self, outputs, student):
+        refinement = self.distiller.refinement
         for layer in self.distiller.layers:
-            tokens = self.distiller.teacher_tokens(taps, layer)
-            refined = self.distiller.refine(layer, tokens)[0]
+            tokens = outputs.tokens(layer)
+            refined = refinement.refine(layer, tokens).tokens
             self.add(layer, 'refined', token_cosine(
                 tokens.patches, refined.patches))
-            if layer != self.distiller.last_layer:
-                following = self.distiller.teacher_tokens(taps, layer + 1)
+            if layer != refinement.last_layer:
                 self.add(layer, 'next_block', token_cosine(
-                    following.patches, self.next_block(taps, layer, refined)))
-
-    def result(self):
-        return {str(layer): self.summaries(layer)
-                for layer in self.distiller.layers}
+                    outputs.tokens(layer + 1).patches,
+                    outputs.next_block(layer, refined).patches))
 
 
 class GramStream(Stream):
-    """Table 5b."""
+    """How patches lie to each other (Table 5b)."""
 
     needs_student = True
 
-    def update(self, taps, student):
+    def update(self, outputs, student):
         for layer in self.distiller.layers:
-            tokens = self.distiller.teacher_tokens(taps, layer)
-            if isinstance(self.distiller, SiNGERDistiller):
+            tokens = outputs.tokens(layer)
+            if self.distiller.refinement:
+                refined = self.distiller.refinement.refine(layer, tokens)
                 self.add(layer, 'teacher_refined', gram_distance(
-                    tokens.patches,
-                    self.distiller.refine(layer, tokens)[0].patches))
+                    tokens.patches, refined.tokens.patches))
             own, tokens = align_tokens(student[layer], tokens)
             self.add(layer, 'teacher_student', gram_distance(
                 tokens.patches, own.patches))
@@ -105,13 +93,9 @@ class GramStream(Stream):
             self.add(layer, 'teacher_projected', gram_distance(
                 tokens.patches, projected))
 
-    def result(self):
-        return {str(layer): self.summaries(layer)
-                for layer in self.distiller.layers}
-
 
 class InflationStream(Stream):
-    """Table 7, of every block of the teacher."""
+    """Growth of norms in every block of the teacher (Table 7)."""
 
     def __init__(self, distiller, seed):
         super().__init__(distiller, seed)
@@ -126,8 +110,8 @@ class InflationStream(Stream):
     def watching(self):
         return self.norms
 
-    def update(self, taps, student):
-        num_prefix = taps.tokens(self.blocks[-1]).num_prefix
+    def update(self, outputs, student):
+        num_prefix = outputs.taps.tokens(self.blocks[-1]).num_prefix
         for block in self.blocks:
             values = torch.stack(self.norms.inflation(block), dim=-1)
             self.samples[block].add(values[:, num_prefix:].flatten(0, 1))
@@ -145,25 +129,36 @@ class InflationStream(Stream):
 
 
 class DeviationStream(Stream):
-    """Table 8."""
+    """What the next block sees of steps along null directions (Table 8).
 
-    def __init__(self, distiller, seed, strength, directions):
+    Args:
+        distiller (FeatureDistiller): What is measured.
+        seed (int): Seeds the steps.
+        strength (float): Their length over the tokens' norms.
+        directions (dict[int, NullDirections]): By layer.
+    """
+
+    def __init__(self, distiller: FeatureDistiller, seed: int,
+                 strength: float, directions: Dict[int, NullDirections]
+                 ) -> None:
         super().__init__(distiller, seed)
         self.strength = strength
-        self.directions = directions
+        self.directions = {
+            layer: dict(zip(('ours', 'jacobian', 'random'), rows))
+            for layer, rows in directions.items()}
         self.generator = torch.Generator().manual_seed(seed)
 
-    def update(self, taps, student):
+    def update(self, outputs, student):
         for layer, estimates in self.directions.items():
-            tokens = self.distiller.teacher_tokens(taps, layer)
-            original = self.distiller.teacher_tokens(taps, layer + 1).patches
+            tokens = outputs.tokens(layer)
+            following = outputs.tokens(layer + 1)
             shape = (*tokens.patches.shape[:2], len(estimates['ours']))
             coefficients = torch.randn(shape, generator=self.generator)
-            for name, directions in estimates.items():
-                moved = tokens.with_patches(perturb_along(
-                    tokens.patches, directions, coefficients, self.strength))
-                deviation = output_deviation(
-                    original, self.next_block(taps, layer, moved))
+            for name, rows in estimates.items():
+                deviation = deviation_along(
+                    tokens, following.patches, rows, coefficients,
+                    self.strength, lambda moved: outputs.next_block(
+                        layer, moved).patches)
                 for field, values in deviation._asdict().items():
                     self.add(layer, f'{name}.{field}', values)
 

@@ -2,10 +2,9 @@
 import os
 from typing import List, NamedTuple, Optional, Sequence
 
-from mmsinger.analysis.separation import TailGroup
+from mmsinger.analysis.separation import MIN_SHARE, TailGroup
 
 # The criteria; docs/analysis.md gives the reasons.
-MIN_SHARE = 0.001    # of all tokens
 MIN_IMAGES = 0.1     # share of the images that have some
 MIN_DEPTH = 0.5      # of the valley below a separate group
 MIN_GROWTH = 1.5     # of max / median over one block
@@ -19,14 +18,16 @@ class Evidence(NamedTuple):
     """What was seen in the norms of one block's patch tokens.
 
     Attributes:
-        far_share (float): Of all tokens, see
-            :func:`mmsinger.analysis.far_outliers`.
+        far_share (float): Share of all tokens that are far, see
+            :func:`mmsinger.analysis.separation.far_outliers`.
         far_images (float): Share of the images that have such tokens.
-        max_over_median (float): Mean over the images.
-        group (TailGroup | None): See :func:`mmsinger.analysis.tail_group`.
+        max_over_median (float): Largest norm of an image over its median,
+            mean over the images.
+        group (TailGroup | None): The separate group, if there is one.
         busiest (float): Share of far tokens in an image, 95th percentile
             over the images.
-        dimensions (int): That the far tokens' excess spans; 0 without any.
+        dimensions (int): Directions that hold 90 % of what far tokens have
+            beyond the others; 0 without any.
     """
     far_share: float
     far_images: float
@@ -50,7 +51,7 @@ class Verdict(NamedTuple):
         status (str): ``'artifacts'``, ``'unclear'`` or ``'clean'``.
         onset (int | None): The first block with artifacts.
         affected (list[int]): That block and the later ones that show them.
-        signs (list[Signs]): Of every block.
+        signs (list[Signs]): For each block.
         headline (str): The verdict in one sentence.
         reasons (list[str]): The evidence in plain words.
     """
@@ -63,7 +64,13 @@ class Verdict(NamedTuple):
 
 
 class Suggestion(NamedTuple):
-    """Settings to begin with."""
+    """Settings of a ``SiNGERDistiller`` to begin with.
+
+    Attributes:
+        layers (list[int]): Teacher blocks to distil.
+        rank (int): Rank of the adapters.
+        quantile (float): Quantile of the outlier loss.
+    """
     layers: List[int]
     rank: int
     quantile: float
@@ -78,7 +85,7 @@ def judge(evidence: Sequence[Evidence], num_images: int) -> Verdict:
     stream, need one of the first two.
 
     Args:
-        evidence (Sequence[Evidence]): Of all blocks, in order.
+        evidence (Sequence[Evidence]): For each block, in order.
         num_images (int): How many images were seen.
 
     Returns:
@@ -87,17 +94,24 @@ def judge(evidence: Sequence[Evidence], num_images: int) -> Verdict:
     signs = [_signs(seen, evidence[i - 1] if i else None)
              for i, seen in enumerate(evidence)]
     onset = next((i for i, s in enumerate(signs) if sum(s) >= 2), None)
-    if onset is not None:
-        affected = [i for i, s in enumerate(signs)
-                    if i == onset or (i > onset and (s.far or s.separate))]
-        status, headline = 'artifacts', _artifact_headline(
-            onset, affected, len(evidence))
-        reasons = _artifact_reasons(evidence, signs, onset, affected)
+    lasting = [i for i, s in enumerate(signs) if s.far or s.separate]
+    affected = [] if onset is None else [
+        onset, *(i for i in lasting if i > onset)]
+    if affected:
+        status, headline = 'artifacts', f'Artifacts from block {onset} on'
+        if affected != list(range(onset, len(evidence))):
+            headline += f', in blocks {_ranges(affected)} of {len(evidence)}'
+        headline += '.'
+        reasons = _artifact_reasons(evidence, signs, affected)
+    elif lasting:
+        status, headline = 'unclear', (
+            'Unclear: norms have a long tail, but no block makes artifacts '
+            'of the known kind.')
+        reasons = _unclear_reasons(evidence, lasting)
     else:
-        affected = []
-        hints = [i for i, s in enumerate(signs) if s.far or s.separate]
-        status, headline, reasons = _unclear(evidence, hints) if hints \
-            else _clean(evidence)
+        status, headline = 'clean', (
+            'Clean: no artifacts found. There is nothing to suppress.')
+        reasons = _clean_reasons(evidence)
     if num_images < ENOUGH_IMAGES:
         reasons.append(
             f'Only {num_images} image{"s were" if num_images > 1 else " was"}'
@@ -113,16 +127,10 @@ def _signs(seen: Evidence, previous: Optional[Evidence]) -> Signs:
         seen.max_over_median >= MIN_GROWTH * previous.max_over_median)
 
 
-def _artifact_headline(onset: int, affected: List[int], depth: int) -> str:
-    if affected == list(range(onset, depth)):
-        return f'Artifacts from block {onset} on.'
-    return (f'Artifacts from block {onset} on, in blocks '
-            f'{_ranges(affected)} of {depth}.')
-
-
 def _artifact_reasons(evidence: Sequence[Evidence], signs: List[Signs],
-                      onset: int, affected: List[int]) -> List[str]:
-    seen, reasons = evidence[onset], []
+                      affected: List[int]) -> List[str]:
+    onset, last = affected[0], len(evidence) - 1
+    seen, end, reasons = evidence[onset], evidence[last], []
     if signs[onset].far:
         reasons.append(
             f'Block {onset}: {percent(seen.far_share)} of the patch tokens, '
@@ -144,25 +152,22 @@ def _artifact_reasons(evidence: Sequence[Evidence], signs: List[Signs],
     if onset:
         reasons.append(f'No block before {onset} shows two of the three '
                        'signs (far, separate, sudden).')
-    last = len(evidence) - 1
     if last not in affected:
         reasons.append(
             f'The last block, {last}, hardly shows them any more: its far '
-            f'tokens are {percent(evidence[last].far_share)} of all.')
+            f'tokens are {percent(end.far_share)} of all.')
     elif last != onset:
         reasons.append(
             f'They last: after the last block, {last}, '
-            f'{percent(evidence[last].far_share)} of the tokens are far '
-            'above the rest, the largest at '
-            f'{evidence[last].max_over_median:.1f} times the median.')
+            f'{percent(end.far_share)} of the tokens are far above the rest, '
+            f'the largest at {end.max_over_median:.1f} times the median.')
     return reasons
 
 
-def _unclear(evidence: Sequence[Evidence], hints: List[int]):
+def _unclear_reasons(evidence: Sequence[Evidence], hints: List[int]
+                     ) -> List[str]:
     worst = max(hints, key=lambda i: evidence[i].far_share)
-    return 'unclear', (
-        'Unclear: norms have a long tail, but no block makes artifacts of '
-        'the known kind.'), [
+    return [
         f'{"Blocks" if len(hints) > 1 else "Block"} {_ranges(hints)}: '
         'tokens far above the rest or a separate group of them, most in block '
         f'{worst}: {percent(evidence[worst].far_share)} of the tokens, up to '
@@ -175,12 +180,11 @@ def _unclear(evidence: Sequence[Evidence], hints: List[int]):
         'FitNet in a short run.']
 
 
-def _clean(evidence: Sequence[Evidence]):
+def _clean_reasons(evidence: Sequence[Evidence]) -> List[str]:
     worst = max(range(len(evidence)),
                 key=lambda i: evidence[i].max_over_median)
     most = max(seen.far_share for seen in evidence)
-    return 'clean', (
-        'Clean: no artifacts found. There is nothing to suppress.'), [
+    return [
         f'The largest norm of an image is at most '
         f'{evidence[worst].max_over_median:.1f} times the median (mean over '
         f'images, block {worst}).',
@@ -197,18 +201,16 @@ def suggest(verdict: Verdict, evidence: Sequence[Evidence], dim: int
 
     - ``layers``: the block at three quarters of the depth (the paper's 17 of
       24), or the first one with artifacts if that comes later, and the last.
-    - ``rank``: the smallest of 16, 32, 64 that is no less than the number of
-      directions which hold 90 % of the artifacts' energy in these blocks: an
-      adapter cannot remove what spans more.
+    - ``rank``: the smallest of 16, 32, 64 that holds 90 % of the artifacts'
+      energy in these blocks.
     - ``quantile``: the largest of 0.99, 0.97, 0.95, 0.9 that leaves room for
-      the artifacts of 95 % of the images: with more of them than that, the
-      quantile itself would be the norm of an artifact.
+      the artifacts of 95 % of the images.
 
     Without artifacts the paper's rank 16 and quantile 0.95.
 
     Args:
         verdict (Verdict): From :func:`judge`.
-        evidence (Sequence[Evidence]): Of all blocks.
+        evidence (Sequence[Evidence]): For each block, in order.
         dim (int): Channels of the tokens.
 
     Returns:
@@ -219,7 +221,7 @@ def suggest(verdict: Verdict, evidence: Sequence[Evidence], dim: int
     layers = sorted({min(middle, last), last})
     if verdict.status != 'artifacts':
         return Suggestion(layers, min(16, dim), 0.95)
-    needed = max((evidence[i].dimensions for i in layers), default=0)
+    needed = max(evidence[i].dimensions for i in layers)
     rank = next((r for r in RANKS if r >= needed), RANKS[-1])
     busiest = max(evidence[i].busiest for i in verdict.affected)
     quantile = next((q for q in QUANTILES if 1 - q >= busiest),
@@ -252,7 +254,7 @@ def percent(share: float) -> str:
 
 
 def _ranges(numbers: List[int]) -> str:
-    parts = []
+    parts: List[List[int]] = []
     for number in numbers:
         if parts and parts[-1][1] == number - 1:
             parts[-1][1] = number

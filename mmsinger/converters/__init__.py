@@ -1,8 +1,7 @@
 """Checkpoints of other libraries in mmpretrain's key layout."""
 from mmsinger.converters.convert import (Conversion, Entry, convert,
                                          convert_checkpoint)
-from mmsinger.converters.layouts import LAYOUTS, detect
-from mmsinger.converters.timm import timm_to_mmpretrain
+from mmsinger.converters.layouts import LAYOUTS, detect, timm_to_mmpretrain
 
 __all__ = [
     'Conversion', 'Entry', 'LAYOUTS', 'convert', 'convert_checkpoint',

@@ -1,5 +1,6 @@
 """A checkpoint of another library, for mmpretrain's VisionTransformer."""
 import argparse
+import collections
 import contextlib
 import copy
 import hashlib
@@ -14,7 +15,7 @@ from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
 from mmsinger.converters.describe import describe
 from mmsinger.converters.layouts import LAYOUTS, Renamed, detect, rename
 from mmsinger.converters.positions import place
-from mmsinger.errors import ConfigError
+from mmsinger.errors import ConfigError, check_choice
 from mmsinger.files import whole_file
 from mmsinger.models.backbones.registers import VisionTransformerWithRegisters
 from mmsinger.models.features.tokens import Grid
@@ -102,12 +103,22 @@ def convert(weights: Dict[str, Tensor],
     """
     if family == 'auto':
         family = detect(weights, path)
-    renamed = rename(weights, family)
+    check_choice('--source', family, LAYOUTS)
+    layout = LAYOUTS[family]
+    if head:
+        _check_head(weights, family, path)
+    renamed = rename(weights, family, head)
     named = _by_target(renamed, weights)
-    head_weights = _head(weights, family, path) if head else {}
-    prefix = _prefix_rows(named, family)
+    head_weights = {key: named.pop(key) for key in list(named)
+                    if key.startswith('layers.head.')}
+    cls = int('cls_token' in named)
+    prefix = (cls, )  # how many rows of pos_embed are not patches'
+    if layout.registers_have_positions:
+        prefix = 0, cls + (named['register_tokens'].shape[1]
+                           if 'register_tokens' in named else 0)
     if backbone is None:
-        backbone = describe(named, prefix, arch, num_heads, act, img_size)
+        backbone = describe(named, prefix, arch, num_heads, act, img_size,
+                            layout.backbone)
     else:
         if (arch, num_heads, act) != (None, None, None):
             raise ConfigError('--arch, --num-heads and --act describe the '
@@ -130,60 +141,71 @@ def convert(weights: Dict[str, Tensor],
             named['pos_embed'], prefix, model.num_extra_tokens,
             model.patch_embed.init_out_size, family, registers)
     load_strict(
-        model, named, what=f'{path}, converted from {LAYOUTS[family].title} '
+        model, named, what=f'{path}, converted from {layout.title} '
         f'layout, does not fit {backbone["type"]}',
         fix='The file is incomplete, or --source or the backbone (--config) '
         'is not what it was saved from.')
-    entries = [_entry(r, weights, named, actions) for r in renamed]
-    if head:
-        entries = [
-            Entry(e.source, _HEAD[e.source], e.shape, "the classifier's")
-            if e.source in _HEAD else e for e in entries]
+    shapes = {key: tuple(value.shape)
+              for key, value in {**named, **head_weights}.items()}
+    parts = collections.Counter(r.target for r in renamed)
+    entries = []
+    for source, target, _, why in renamed:
+        if target is None:
+            shape, action = tuple(weights[source].shape), f'dropped: {why}'
+        else:
+            action = actions.get(target) or (
+                "the classifier's" if target in head_weights else
+                'joined' if parts[target] > 1 else
+                'kept' if target == source else 'renamed')
+            target = target.replace('register_tokens', 'cls_token')
+            shape = shapes[target]
+        entries.append(Entry(source, target or '', shape, action))
     return Conversion(family, named, backbone, entries, head_weights)
 
 
-# Of mmpretrain's VisionTransformerClsHead
-_HEAD = {f'head.{leaf}': f'layers.head.{leaf}' for leaf in ('weight', 'bias')}
-
-
-def _head(weights: Dict[str, Tensor], family: str, path: str
-          ) -> Dict[str, Tensor]:
-    """A linear head on the normalised class token."""
-    lacking = [key for key in ('cls_token', *_HEAD) if key not in weights]
+def _check_head(weights: Dict[str, Tensor], family: str, path: str) -> None:
+    """Raise ConfigError unless there is a linear head on the normalised class
+    token."""
+    name = LAYOUTS[family].head
+    lacking = [key for key in ('cls_token', f'{name}.weight', f'{name}.bias')
+               if not any(have.endswith(key) for have in weights)]
     between = [key for key in weights if key.startswith(
         ('fc_norm.', 'pre_logits.', 'head_dist.'))]
-    if family != 'timm' or lacking or between:
-        reason = f'is of the family {family!r}' if family != 'timm' else \
+    if not name or lacking or between:
+        reason = f'is of the family {family!r}' if not name else \
             f'has no {", ".join(lacking)}' if lacking else \
             f'has {", ".join(between)}'
         raise ConfigError(
-            f'--head: {path} {reason}. What can be kept is the linear head of '
-            "a timm model on the class token, for mmpretrain's "
-            'VisionTransformerClsHead.')
-    return {target: weights[source] for source, target in _HEAD.items()}
+            f'--head: {path} {reason}. What can be kept is the linear head on '
+            "the class token of a timm model or of transformers' ViT, for "
+            "mmpretrain's VisionTransformerClsHead.")
 
 
 def _by_target(renamed: List[Renamed], weights: Dict[str, Tensor]
                ) -> Dict[str, Tensor]:
-    named, sources = {}, {}
-    for source, target, _ in renamed:
-        if target in named:
-            raise ConfigError(f'{sources[target]!r} and {source!r} are both '
+    parts: Dict[str, Dict[int, str]] = {}
+    for source, target, part, _ in renamed:
+        if target is None:
+            continue
+        found = parts.setdefault(target, {})
+        if part in found:
+            raise ConfigError(f'{found[part]!r} and {source!r} are both '
                               f'{target!r} in mmpretrain: which one counts '
                               'is not certain.')
-        if target is not None:
-            named[target], sources[target] = weights[source], source
+        found[part] = source
+    named = {}
+    for target, found in parts.items():
+        tensors = [weights[found[part]] for part in sorted(found)]
+        shapes = {tuple(tensor.shape) for tensor in tensors}
+        if len(shapes) > 1:
+            raise ConfigError(f'{", ".join(map(repr, found.values()))} make '
+                              f'one tensor in mmpretrain, {target!r}, but '
+                              f'their shapes differ: {sorted(shapes)}.')
+        named[target] = tensors[0] if len(found) == 1 else torch.cat(tensors)
+    for key, value in named.items():
+        if key in ('cls_token', 'pos_embed') and 0 < value.dim() < 3:
+            named[key] = value.reshape(1, -1, value.shape[-1])
     return named
-
-
-def _prefix_rows(named: Dict[str, Tensor], family: str) -> Tuple[int, ...]:
-    """How many rows of pos_embed may belong to class and register tokens."""
-    cls = int('cls_token' in named)
-    if family in ('dinov2', 'unic'):
-        return (cls, )
-    registers = named['register_tokens'].shape[1] \
-        if 'register_tokens' in named else 0
-    return (0, cls + registers)
 
 
 def _build(backbone: dict) -> VisionTransformer:
@@ -204,22 +226,9 @@ def _build(backbone: dict) -> VisionTransformer:
     return model
 
 
-def _entry(renamed: Renamed, weights: Dict[str, Tensor],
-           named: Dict[str, Tensor], actions: Dict[str, Optional[str]]
-           ) -> Entry:
-    source, target, why = renamed
-    if target is None:
-        return Entry(source, '', tuple(weights[source].shape),
-                     f'dropped: {why}')
-    action = actions.get(target) or (
-        'kept' if target == source else 'renamed')
-    if target == 'register_tokens':
-        target = 'cls_token'
-    return Entry(source, target, tuple(named[target].shape), action)
-
-
 def convert_checkpoint(source: str, out: str, prefix: str = 'backbone.',
-                       **kwargs: Any) -> Conversion:
+                       key: Optional[str] = None, **kwargs: Any
+                       ) -> Conversion:
     """Convert a file; see :func:`convert`.
 
     Args:
@@ -227,6 +236,9 @@ def convert_checkpoint(source: str, out: str, prefix: str = 'backbone.',
         out (str): Where to write; complete or not at all.
         prefix (str): What the backbone's keys in it begin with; a head's
             begin with ``'head.'``. Defaults to ``'backbone.'``.
+        key (str, optional): Which of a checkpoint's entries holds the
+            weights, ``'teacher'`` for instance. Defaults to None, the usual
+            ones.
         **kwargs: Of :func:`convert`.
 
     Returns:
@@ -246,8 +258,8 @@ def convert_checkpoint(source: str, out: str, prefix: str = 'backbone.',
         checkpoint = load_checkpoint(source, 'SOURCE')
     if os.path.exists(out) and os.path.samefile(source, out):
         raise ConfigError(f'OUT={out!r} is SOURCE, which would be lost.')
-    result = convert(weights_of(checkpoint, source), path=repr(source),
-                     **kwargs)
+    result = convert(_chosen_weights(checkpoint, source, key),
+                     path=repr(source), **kwargs)
     if prefix and not prefix.endswith('.'):
         prefix += '.'
     meta = dict(source=os.path.basename(source), sha256=_sha256(source),
@@ -259,6 +271,25 @@ def convert_checkpoint(source: str, out: str, prefix: str = 'backbone.',
         # a copy: what was cut out of a larger tensor would bring it along
         key: value.detach().clone() for key, value in state.items()}), out)
     return result
+
+
+def _chosen_weights(checkpoint: dict, source: str, key: Optional[str]
+                    ) -> Dict[str, Tensor]:
+    """The weights under a key, or where writers usually put them."""
+    holding = [name for name, value in checkpoint.items()
+               if isinstance(value, dict) and any(
+                   map(torch.is_tensor, value.values()))]
+    if key is not None:
+        check_choice('--key', key, holding)
+        return weights_of(checkpoint[key], source)
+    try:
+        return weights_of(checkpoint, source)
+    except ConfigError:
+        if not holding:
+            raise
+        raise ConfigError(
+            f'{source!r} has weights under {", ".join(map(repr, holding))}. '
+            f'Choose with --key, for instance --key {holding[0]}.') from None
 
 
 def _namespaces() -> contextlib.AbstractContextManager:

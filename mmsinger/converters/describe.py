@@ -21,7 +21,8 @@ HEADS = {
 def describe(named: Dict[str, Tensor], prefix: Tuple[int, ...],
              arch: Optional[str] = None, num_heads: Optional[int] = None,
              act: Optional[str] = None,
-             img_size: Union[int, Grid, None] = None) -> dict:
+             img_size: Union[int, Grid, None] = None,
+             known: Optional[dict] = None) -> dict:
     """Config of the backbone, from the names and shapes of its weights.
 
     Args:
@@ -37,6 +38,8 @@ def describe(named: Dict[str, Tensor], prefix: Tuple[int, ...],
             GELU, but CLIP's towers need an answer.
         img_size (int | tuple[int, int], optional): (H, W) to make it for.
             Defaults to None, the source's.
+        known (dict, optional): What the config has in any case. Defaults to
+            None.
 
     Returns:
         dict: For ``teacher.backbone``.
@@ -45,7 +48,8 @@ def describe(named: Dict[str, Tensor], prefix: Tuple[int, ...],
         ConfigError: If the weights are no complete vision transformer, or
             an argument is missing or does not fit them.
     """
-    if 'cls_token' not in named:
+    known = known or {}
+    if 'cls_token' not in named and known.get('with_cls_token', True):
         raise ConfigError(
             'The file has no class token. Models without one differ in more '
             'than weights tell: attention heads, activation, post-norm. If '
@@ -92,7 +96,7 @@ def describe(named: Dict[str, Tensor], prefix: Tuple[int, ...],
         layer['act_cfg'] = dict(type=ACTIVATIONS[act])
     if layer:
         cfg['layer_cfgs'] = layer
-    return dict(cfg, out_type='raw')
+    return dict(cfg, out_type='raw', **known)
 
 
 def _need(named: Dict[str, Tensor], key: str) -> Tensor:

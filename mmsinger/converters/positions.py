@@ -5,11 +5,9 @@ from typing import Iterable, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
+from mmsinger.converters.layouts import LAYOUTS
 from mmsinger.errors import ConfigError
 from mmsinger.models.features.tokens import Grid
-
-# Families whose code interpolates as DINOv2 does without registers
-_OFFSET = ('dinov2', 'unic')
 
 
 def split_positions(pos_embed: Tensor, prefix: Iterable[int]
@@ -48,10 +46,10 @@ def resample(patches: Tensor, grid: Grid, target: Grid, family: str,
     """Position embeddings for another image size, as the family's own code
     computes them.
 
-    timm: bicubic with antialiasing. DINOv2 and UNIC: bicubic without, with
-    0.1 patches added to the size that the scale comes from (a workaround of
-    theirs, which the weights have been used with ever since); DINOv2 with
-    registers: as timm.
+    timm, and DINOv2 with registers: bicubic with antialiasing. DINOv2 and
+    UNIC: bicubic without, with 0.1 patches added to the size that the scale
+    comes from (a workaround of theirs, which the weights have been used with
+    ever since). transformers' ViT, CLIP and SigLIP: bicubic without either.
 
     Args:
         patches (Tensor): Shape (1, h * w, C).
@@ -67,13 +65,13 @@ def resample(patches: Tensor, grid: Grid, target: Grid, family: str,
     if tuple(grid) == tuple(target):
         return patches
     image = patches.float().transpose(1, 2).reshape(1, -1, *grid)
-    if family in _OFFSET and not registers:
-        scale = [(new + 0.1) / old for new, old in zip(target, grid)]
-        image = nn.functional.interpolate(
-            image, scale_factor=scale, mode='bicubic', antialias=False)
-    else:
-        image = nn.functional.interpolate(
-            image, size=target, mode='bicubic', antialias=True)
+    how = 'antialias' if registers else LAYOUTS[family].interpolation
+    size = dict(size=target)
+    if how == 'offset':
+        size = dict(scale_factor=[(new + 0.1) / old
+                                  for new, old in zip(target, grid)])
+    image = nn.functional.interpolate(
+        image, mode='bicubic', antialias=how == 'antialias', **size)
     return image.flatten(2).transpose(1, 2).to(patches.dtype)
 
 

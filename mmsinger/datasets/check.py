@@ -4,9 +4,10 @@
 :func:`check_config` find.
 """
 import copy
+import dataclasses
 import io
 import os
-from typing import Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 import cv2
 import numpy as np
@@ -17,25 +18,24 @@ from PIL import Image
 
 from mmsinger import paths
 from mmsinger.datasets.known import KNOWN, TEST, TRAIN, VAL, Known
-from mmsinger.engine.config import load_config
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, check_choice
 
 SHOWN = 5  # files or values that a message lists
 
 
+@dataclasses.dataclass
 class Report:
     """What was found, in the order of the checks.
 
-    Attributes:
+    Args:
         title (str): What was checked.
         facts (list[str]): What is there.
         problems (list[tuple[str, str]]): What is wrong, and how to fix it.
     """
-
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self.facts: List[str] = []
-        self.problems: List[Tuple[str, str]] = []
+    title: str
+    facts: List[str] = dataclasses.field(default_factory=list)
+    problems: List[Tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def problem(self, what: str, fix: str) -> None:
         """Note something wrong."""
@@ -94,63 +94,52 @@ def check_config(cfg: Config, title: str, root: Optional[str] = None,
     """
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     report = Report(title)
-    loaders = _loaders(cfg, known)
+    source = f'Get it from {known.source}.' if known else ''
+    loaders = {}  # equal ones once
+    for name in known.images if known else (TRAIN, VAL, TEST):
+        found = (cfg.get(name) or {}).get('dataset')
+        if found and found not in loaders.values():
+            loaders[name] = found
     if not loaders:
         raise ConfigError(f'{title}: no {TRAIN}, {VAL} or {TEST} with a '
                           'dataset. Give a config of a whole recipe.')
-    for loader, dataset_cfg in loaders:
+    for loader, dataset_cfg in copy.deepcopy(loaders).items():
         if root is not None:
             _replace_root(dataset_cfg, root)
-        place = dataset_cfg.get('data_root')
-        if known is not None and not _files_are_there(report, known, place):
+        missing = _missing_files(known, dataset_cfg) if known else []
+        for path in missing:
+            report.problem(f'{path!r} is missing (working directory '
+                           f'{os.getcwd()})', f'{source} Or say where it is '
+                           'with --root.')
+        if missing:
             break
         try:
             built = DATASETS.build(dataset_cfg)
         except Exception as error:  # whatever a dataset class does not expect
             report.problem(f'{loader}: cannot be built: {_said(error)}',
-                           _source(known) or 'Make the folders as the class '
+                           source or 'Make the folders as the class '
                            f'{dataset_cfg.type} documents them.')
             continue
         for dataset in _innermost(built):
-            _Check(report, cfg, loader.split('_')[0], dataset, samples,
-                   known).run(known.images[loader] if known else ())
+            _Check(report, cfg, loader.split('_')[0], dataset, samples, known,
+                   source).run(known.images[loader] if known else ())
     return report
-
-
-def _loaders(cfg: Config, known: Optional[Known]) -> List[Tuple[str, dict]]:
-    """Names and (copied) dataset configs; equal ones once."""
-    found: List[Tuple[str, dict]] = []
-    for loader in known.images if known else (TRAIN, VAL, TEST):
-        dataset = (cfg.get(loader) or {}).get('dataset')
-        if dataset and all(dataset != other for _, other in found):
-            found.append((loader, dataset))
-    return copy.deepcopy(found)
 
 
 def _replace_root(node, root: str) -> None:
     if isinstance(node, dict):
         if 'data_root' in node:
             node['data_root'] = root
-        for value in node.values():
-            _replace_root(value, root)
-    elif isinstance(node, (list, tuple)):
+        node = node.values()
+    if not isinstance(node, (str, bytes)) and isinstance(node, Iterable):
         for value in node:
             _replace_root(value, root)
 
 
-def _files_are_there(report: Report, known: Known, root: str) -> bool:
-    missing = [root] if not os.path.isdir(root) else [
-        path for path in (os.path.join(root, f) for f in known.files)
-        if not os.path.exists(path)]
-    for path in missing:
-        report.problem(f'{path!r} is missing (working directory '
-                       f'{os.getcwd()})', f'{_source(known)} Or say where it '
-                       'is with --root.')
-    return not missing
-
-
-def _source(known: Optional[Known]) -> str:
-    return f'Get it from {known.source}.' if known else ''
+def _missing_files(known: Known, dataset: dict) -> List[str]:
+    root = dataset.get('data_root')
+    return [path for path in (os.path.join(root, f) for f in known.files)
+            if not os.path.exists(path)] if os.path.isdir(root) else [root]
 
 
 def _said(error: Exception) -> str:
@@ -159,15 +148,16 @@ def _said(error: Exception) -> str:
 
 def _innermost(dataset) -> Iterator:
     """The data sets inside RepeatDataset, ConcatDataset, …"""
-    if hasattr(dataset, 'datasets'):
-        for one in dataset.datasets:
-            yield from _innermost(one)
-    elif hasattr(dataset, 'dataset'):
-        yield from _innermost(dataset.dataset)
-    else:
+    inner = getattr(dataset, 'datasets', None) or [
+        getattr(dataset, 'dataset', None)]
+    if inner == [None]:
         yield dataset
+        return
+    for one in inner:
+        yield from _innermost(one)
 
 
+@dataclasses.dataclass
 class _Check:
     """The checks of one data set.
 
@@ -178,16 +168,21 @@ class _Check:
         dataset: As built.
         samples (int, optional): How many items to read; None reads all.
         known (Known, optional): What a complete copy has.
+        source (str): What to do for a complete copy.
     """
+    report: Report
+    cfg: Config
+    split: str
+    dataset: Any
+    samples: Optional[int]
+    known: Optional[Known]
+    source: str
 
-    def __init__(self, report: Report, cfg: Config, split: str, dataset,
-                 samples: Optional[int], known: Optional[Known]) -> None:
-        self.report, self.cfg, self.split = report, cfg, split
-        self.dataset, self.known = dataset, known
-        self.classes = dataset.metainfo.get('classes') or ()
-        count = len(dataset)
-        wanted = count if samples is None else min(count, samples)
-        self.chosen = np.linspace(0, max(count - 1, 0), wanted, dtype=int)
+    def __post_init__(self) -> None:
+        self.classes = self.dataset.metainfo.get('classes') or ()
+        count = len(self.dataset)
+        self.chosen = np.linspace(0, max(count - 1, 0), min(
+            count, self.samples or count), dtype=int)
         self.faults: Dict[str, List[str]] = {}  # what is wrong: with which
         self.mask_values: Set[int] = set()
         self.depths: List[float] = []  # medians in metres
@@ -197,8 +192,8 @@ class _Check:
 
     def problem(self, what: str, fix: str = '') -> None:
         self.report.problem(
-            f'{self.split}: {what}', fix or _source(self.known)
-            or 'Mend these files, or remove them.')
+            f'{self.split}: {what}',
+            fix or self.source or 'Mend these files, or remove them.')
 
     def run(self, counts: Tuple[int, ...]) -> None:
         """Make all checks.
@@ -207,20 +202,24 @@ class _Check:
             counts (tuple[int]): Numbers of images that a complete copy may
                 have; none if that is not known.
         """
-        count = len(self.dataset)
+        count, name = len(self.dataset), type(self.dataset).__name__
         self.fact(f'{count:,} images, {len(self.chosen):,} of them read, '
-                  f'{type(self.dataset).__name__}')
+                  f'{name}')
         if counts and count not in counts:
-            self.problem(
-                f'{count:,} images, but a complete copy has '
-                f'{" or ".join(f"{c:,}" for c in counts)}')
+            self.problem(f'{count:,} images, but a complete copy has '
+                         + ' or '.join(f'{c:,}' for c in counts))
         elif not count:
             self.problem('no images', 'Point data_root and data_prefix to '
                          'the images, and check img_suffix.')
         if not count:
             return
         self.check_folder_names()
-        self.check_head()
+        for key, number in _heads(self.cfg.get('model'), 'model') \
+                if self.classes else ():
+            if number != len(self.classes):
+                self.problem(f'{key}={number}, but {name} has '
+                             f'{len(self.classes)} classes',
+                             f'Set {key}={len(self.classes)}.')
         try:
             self.check_labels()
             for index in self.chosen:
@@ -250,17 +249,6 @@ class _Check:
                 'the class folders are not the 1,000 WordNet ids of '
                 f'ImageNet-1K; missing or left over: {_some(wrong)}')
 
-    def check_head(self) -> None:
-        """The model tells as many classes apart as there are."""
-        if not self.classes:
-            return
-        for key, number in _heads(self.cfg.get('model'), 'model'):
-            if number != len(self.classes):
-                self.problem(
-                    f'{key}={number}, but {type(self.dataset).__name__} has '
-                    f'{len(self.classes)} classes',
-                    f'Set {key}={len(self.classes)}.')
-
     def check_labels(self) -> None:
         """Class indices of all images: in range, and each class there."""
         if 'gt_label' not in self.dataset.get_data_info(0):
@@ -268,21 +256,18 @@ class _Check:
         present = np.unique(np.concatenate([
             np.atleast_1d(self.dataset.get_data_info(i)['gt_label'])
             for i in range(len(self.dataset))]))
-        self.fact(f'labels {present[0]} to {present[-1]}, '
-                  f'{len(present):,} classes')
+        found = f'labels {present[0]} to {present[-1]}'
+        self.fact(f'{found}, {len(present):,} classes')
         number = len(self.classes) or self.cfg.get('num_classes')
         if number and not 0 <= present[0] <= present[-1] < number:
             self.problem(
-                f'labels {present[0]} to {present[-1]}, but there are '
-                f'{number} classes, 0 to {number - 1}', 'Count labels from '
-                '0, or set metainfo.classes to the right list.')
+                f'{found}, but there are {number} classes, 0 to {number - 1}',
+                'Count labels from 0, or set metainfo.classes to the right '
+                'list.')
         expected = self.known.classes if self.known else 0
         if expected and len(present) != expected:
             self.problem(f'images of {len(present):,} classes, but a '
                          f'complete copy has {expected:,}')
-
-    def fault(self, what: str, path: str) -> None:
-        self.faults.setdefault(what, []).append(path)
 
     def check_item(self, info: dict) -> None:
         """Read an image, and the mask or depth map that goes with it."""
@@ -294,23 +279,38 @@ class _Check:
             return
         if 'seg_map_path' in info:
             self.check_mask(info['seg_map_path'], size)
-        if 'depth_map_path' in info or 'gt_depth_map' in info:
-            self.check_depth(info, size)
+        if 'gt_depth_map' in info:  # in metres
+            self.check_depth(path, info['gt_depth_map'], size, 1.)
+        elif 'depth_map_path' in info:
+            path = info['depth_map_path']
+            self.check_depth(path, _read_map(path), size, self.depth_factor)
+
+    def fault(self, what: str, path: str) -> None:
+        self.faults.setdefault(what, []).append(path)
 
     def check_mask(self, path: str, size: Tuple[int, int]) -> None:
         """8 bits, one channel, as large as the image."""
         mask = _read_map(path)
-        if mask is None:
-            self.fault('masks are missing or cannot be read', path)
-        elif mask.ndim != 2:
-            self.fault(f'masks have {mask.shape[2]} channels instead of one',
-                       path)
+        fault = _fault_of_map(mask, size)
+        if fault:
+            self.fault(f'masks {fault}', path)
         elif mask.dtype != np.uint8:
             self.fault(f'masks are {mask.dtype} instead of uint8', path)
-        elif mask.shape != size:
-            self.fault('masks are not as large as their image', path)
         else:
             self.mask_values.update(np.unique(mask).tolist())
+
+    def check_depth(self, path: str, depth: Optional[np.ndarray],
+                    size: Tuple[int, int], factor: float) -> None:
+        """One channel, as large as the image, with finite depths."""
+        fault = _fault_of_map(depth, size)
+        if fault:
+            self.fault(f'depth maps {fault}', path)
+        elif depth.dtype == np.uint8:
+            self.fault('depth maps have 8 bits, too few for metres', path)
+        elif not (np.isfinite(depth).all() and (depth > 0).any()):
+            self.fault('depth maps hold no depth, or no finite one', path)
+        else:
+            self.depths.append(float(np.median(depth[depth > 0])) * factor)
 
     def check_mask_values(self) -> None:
         """Class indices are in range, and 0 means what the config says."""
@@ -324,15 +324,13 @@ class _Check:
         if not labels or not number:
             return
         highest = labels[-1]
+        too_high = f'masks go up to {highest}, but there are {number} classes'
         if highest > number:
-            self.problem(
-                f'masks go up to {highest}, but there are {number} classes',
-                _source(self.known) or 'Set metainfo.classes to the list of '
-                'the masks.')
+            self.problem(too_high, self.source or 'Set metainfo.classes to '
+                         'the list of the masks.')
         elif highest == number and not reduce:
             self.problem(
-                f'masks go up to {highest}, but there are {number} classes, '
-                f'0 to {number - 1}', 'If 0 means unlabelled, set '
+                f'{too_high}, 0 to {number - 1}', 'If 0 means unlabelled, set '
                 'reduce_zero_label=True in the dataset; if it is a class, '
                 'add it to metainfo.classes.')
         elif highest < number and reduce and 255 in self.mask_values:
@@ -343,33 +341,12 @@ class _Check:
                 f'1 to {number}), or set reduce_zero_label=False in the '
                 'dataset.')
 
-    def check_depth(self, info: dict, size: Tuple[int, int]) -> None:
-        """One channel, as large as the image, with finite depths."""
-        path = info.get('depth_map_path', info.get('img_path'))
-        depth = info['gt_depth_map'] if 'gt_depth_map' in info \
-            else _read_map(path)
-        if depth is None:
-            self.fault('depth maps are missing or cannot be read', path)
-        elif depth.ndim != 2:
-            self.fault(f'depth maps have {depth.shape[2]} channels instead '
-                       'of one', path)
-        elif depth.dtype == np.uint8:
-            self.fault('depth maps have 8 bits, too few for metres', path)
-        elif depth.shape != size:
-            self.fault('depth maps are not as large as their image', path)
-        elif not (np.isfinite(depth).all() and (depth > 0).any()):
-            self.fault('depth maps hold no depth, or no finite one', path)
-        else:
-            factor = 1. if 'gt_depth_map' in info else self.depth_factor
-            self.depths.append(float(np.median(depth[depth > 0])) * factor)
-
     @property
     def depth_factor(self) -> float:
         """``depth_rescale_factor`` of the pipeline."""
-        for transform in self.dataset.pipeline.transforms:
-            if hasattr(transform, 'depth_rescale_factor'):
-                return transform.depth_rescale_factor
-        return 1.
+        return next((t.depth_rescale_factor
+                     for t in self.dataset.pipeline.transforms
+                     if hasattr(t, 'depth_rescale_factor')), 1.)
 
     def check_depth_unit(self) -> None:
         """Metres, after the pipeline's factor."""
@@ -402,6 +379,15 @@ class _Check:
                              'with PackInputs (mmpretrain) or PackSegInputs '
                              '(mmseg).')
                 return
+
+
+def _fault_of_map(values: Optional[np.ndarray], size: Tuple[int, int]) -> str:
+    """What no mask and no depth map may be; ``''`` if it is not."""
+    if values is None:
+        return 'are missing or cannot be read'
+    if values.ndim != 2:
+        return f'have {values.shape[2]} channels instead of one'
+    return '' if values.shape == size else 'are not as large as their image'
 
 
 def _some(values) -> str:

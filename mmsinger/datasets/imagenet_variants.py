@@ -1,6 +1,6 @@
 """ImageNet-R and ImageNet-v2: other images, ImageNet-1K's class indices."""
 import os
-from typing import Dict, List, Tuple
+from typing import Callable, Iterable, List, Tuple
 
 from mmpretrain.datasets import CustomDataset
 from mmpretrain.datasets.categories import IMAGENET_CATEGORIES
@@ -34,24 +34,19 @@ class _LabelledByFolder(CustomDataset):
 
     METAINFO = {'classes': IMAGENET_CATEGORIES}
     expected: str
-
-    def label(self, folder: str) -> int:
-        """The class index of a folder; KeyError or ValueError if it has
-        none."""
-        raise NotImplementedError
+    folder_names: Callable[[], Iterable[str]]  # in the order of the indices
 
     def _find_samples(self) -> List[Tuple[str, int]]:
         folders, _ = find_folders(self.img_prefix)
-        self.folder_to_idx: Dict[str, int] = {}
-        for folder in folders:
-            try:
-                self.folder_to_idx[folder] = self.label(folder)
-            except (KeyError, ValueError) as error:
-                raise ConfigError(
-                    f'{type(self).__name__}: the folder {folder!r} in '
-                    f'{self.img_prefix!r} names no class. Expected '
-                    f'{self.expected}. Set data_root to the folder that '
-                    'holds the class folders, and nothing else.') from error
+        indices = {name: i for i, name in enumerate(self.folder_names())}
+        unknown = [folder for folder in folders if folder not in indices]
+        if unknown:
+            raise ConfigError(
+                f'{type(self).__name__}: the folder {unknown[0]!r} in '
+                f'{self.img_prefix!r} names no class. Expected '
+                f'{self.expected}. Set data_root to the folder that holds '
+                'the class folders, and nothing else.')
+        self.folder_to_idx = {folder: indices[folder] for folder in folders}
         samples, _ = get_samples(
             self.img_prefix, self.folder_to_idx, self.is_valid_file)
         if not samples:
@@ -80,14 +75,7 @@ class ImageNetR(_LabelledByFolder):
     """
 
     expected = "folders named by WordNet ids of ImageNet-1K, 'n01443537'"
-
-    def __init__(self, *args, **kwargs) -> None:
-        self._index = {wnid: i for i, wnid in enumerate(imagenet_wnids())}
-        super().__init__(*args, **kwargs)
-
-    def label(self, folder: str) -> int:
-        """ImageNet-1K's index of a WordNet id."""
-        return self._index[folder]
+    folder_names = staticmethod(imagenet_wnids)
 
 
 @DATASETS.register_module()
@@ -111,10 +99,4 @@ class ImageNetV2(_LabelledByFolder):
     """
 
     expected = "folders named '0' to '999'"
-
-    def label(self, folder: str) -> int:
-        """The number that the folder is named by."""
-        label = int(folder)
-        if folder != str(label) or not 0 <= label < 1000:
-            raise ValueError(folder)
-        return label
+    folder_names = staticmethod(lambda: map(str, range(1000)))

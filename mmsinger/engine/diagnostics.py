@@ -7,9 +7,8 @@ from typing import Dict
 import torch
 from torch import Tensor
 
-from mmsinger.metrics.geometry import gram_distance, token_cosine
-from mmsinger.metrics.norms import robust_outliers, token_norms
-from mmsinger.metrics.subspaces import subspace_energy
+from mmsinger.metrics import (gram_distance, robust_outliers, subspace_energy,
+                              token_cosine, token_norms)
 from mmsinger.models.adapters import SiNGERAdapter
 from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.models.features.tokens import Tokens, align_tokens
@@ -20,7 +19,7 @@ def step_diagnostics(record: StepRecord) -> Dict[int, Dict[str, Tensor]]:
     """Describe a step by teacher layer, without a wait for the device.
 
     Args:
-        record (StepRecord): Of a step; what it does not hold is left out.
+        record (StepRecord): The step; what it does not hold is left out.
 
     Returns:
         dict[int, dict[str, Tensor]]: Scalars, means over images:
@@ -35,16 +34,11 @@ def step_diagnostics(record: StepRecord) -> Dict[int, Dict[str, Tensor]]:
 
 def _layer_diagnostics(values: Dict[str, Tokens]) -> Dict[str, Tensor]:
     teacher = values['teacher']
-    norms = token_norms(teacher.patches)
-    outliers = robust_outliers(norms)
-    numbers = dict(outlier_share=outliers.float().mean(), **_norms(norms))
+    numbers = _norm_numbers(teacher.patches)
     if 'refined' in values:
         refined = values['refined'].patches
-        norms = token_norms(refined)
-        after = dict(outlier_share=robust_outliers(norms).float().mean(),
-                     **_norms(norms))
-        numbers.update({f'{name}_refined': value
-                        for name, value in after.items()})
+        numbers.update({f'{name}_refined': value for name, value
+                        in _norm_numbers(refined).items()})
         numbers['cosine'] = token_cosine(teacher.patches, refined).mean()
         numbers['gram'] = gram_distance(teacher.patches, refined).mean()
     if 'student' in values:
@@ -53,14 +47,17 @@ def _layer_diagnostics(values: Dict[str, Tokens]) -> Dict[str, Tensor]:
             aligned.patches, student.patches).mean()
     if 'kd_gradient' in values:
         numbers['gradient_share'] = gradient_share(
-            values['kd_gradient'], outliers)
+            values['kd_gradient'],
+            robust_outliers(token_norms(teacher.patches)))
     return numbers
 
 
-def _norms(norms: Tensor) -> Dict[str, Tensor]:
+def _norm_numbers(patches: Tensor) -> Dict[str, Tensor]:
+    norms = token_norms(patches)
     median, p99 = (torch.quantile(norms, level, dim=1).mean()
                    for level in (0.5, 0.99))
-    return dict(norm_median=median, norm_p99=p99,
+    return dict(outlier_share=robust_outliers(norms).float().mean(),
+                norm_median=median, norm_p99=p99,
                 norm_max=norms.amax(dim=1).mean())
 
 

@@ -1,22 +1,24 @@
-"""A distiller and images to measure it on, from a recipe."""
+"""Teachers and distillers that are looked at, not trained: from a config."""
 import itertools
 import math
-from typing import Iterator, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-import torch
 from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS
 from torch import Tensor
 
 from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
-from mmsinger.engine.config import check_checkpoint_files, check_data_folders
-from mmsinger.engine.hooks.target_norm_hook import (NUM_IMAGES,
-                                                    preserved_random_states)
-from mmsinger.errors import ConfigError
+from mmsinger.engine.resume import check_checkpoint_files
+from mmsinger.engine.hooks.target_norm_hook import NUM_IMAGES
+from mmsinger.engine.images import ImageBatches
+from mmsinger.errors import ConfigError, check_keys
 from mmsinger.export import is_distiller
 from mmsinger.models.distillers import FeatureDistiller
-from mmsinger.registry import MODELS
+from mmsinger.models.teachers.frozen import (FrozenTeacher, Normalisation,
+                                             feature_settings)
+from mmsinger.registry import MODELS, argument_names
+
+NOT_NORMALISED = Normalisation(None, None)
+IMAGENET = Normalisation((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
 
 def load_distiller(cfg: Config, checkpoint: Optional[str] = None
@@ -52,11 +54,10 @@ def load_distiller(cfg: Config, checkpoint: Optional[str] = None
     if cfg.get('data_preprocessor') is not None:  # as a Runner does
         model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
     distiller = MODELS.build(model_cfg)
-    distiller.teacher.remember = 0  # some measures watch its blocks
+    distiller.teacher.feature_cache = 0  # some measures watch its blocks
+    distiller.init_weights()
     if checkpoint is None:
-        distiller.init_weights()
         return distiller
-    distiller.load_teacher()
     load_strict(
         distiller, weights_of(load_checkpoint(checkpoint), checkpoint),
         what=f'{type(distiller).__name__} of {cfg.filename!r} and checkpoint '
@@ -68,70 +69,177 @@ def load_distiller(cfg: Config, checkpoint: Optional[str] = None
     return distiller
 
 
-class ImageBatches:
-    """Preprocessed images of a recipe, the same ones each time.
-
-    From ``val_dataloader`` if the recipe has one, else from
-    ``train_dataloader`` with its training transforms. They are a random
-    choice, and random transforms are seeded too.
-
-    Args:
-        cfg (Config): The recipe.
-        distiller (FeatureDistiller): Its data preprocessor is used.
-        count (int): How many images; all if there are fewer.
-        seed (int): Of choice and transforms. Defaults to 0.
-
-    Raises:
-        ConfigError: If there are no images.
-    """
-
-    def __init__(self, cfg: Config, distiller: FeatureDistiller, count: int,
-                 seed: int = 0) -> None:
-        if count < 1:
-            raise ConfigError(f'--images={count}: at least 1 is needed.')
-        self.source = next(
-            (name for name in ('val_dataloader', 'train_dataloader')
-             if cfg.get(name)), None)
-        if self.source is None:
-            raise ConfigError(
-                f'{cfg.filename!r} has no val_dataloader and no '
-                'train_dataloader, so there are no images to measure on. Add '
-                'one of them.')
-        check_data_folders(cfg, (self.source, ))
-        loader = cfg[self.source]
-        self.dataset = DATASETS.build(loader['dataset'])
-        total = len(self.dataset)
-        if not total:
-            raise ConfigError(
-                f'{self.source}.dataset has no images. Point its data_root '
-                '(and ann_file, if it has one) to your data set.')
-        self.batch_size = loader.get('batch_size', 1)
-        self.seed = seed
-        self._preprocess = distiller.data_preprocessor
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(total, generator=generator)[:count]
-        self.indices = chosen.tolist()  # any part of them is a fair sample
-
-    def __len__(self) -> int:
-        """The number of images."""
-        return len(self.indices)
-
-    def __call__(self) -> Iterator[Tensor]:
-        """Yield images (B, 3, H, W)."""
-        for start in range(0, len(self), self.batch_size):
-            chosen = self.indices[start:start + self.batch_size]
-            with preserved_random_states(self.seed + start):
-                batch = pseudo_collate([self.dataset[i] for i in chosen])
-                batch = self._preprocess(
-                    batch, self.source == 'train_dataloader')
-            yield batch['inputs']
-
-
 def prepare(distiller: FeatureDistiller, batches: ImageBatches) -> None:
-    """Do what a training run does before its first step, where no checkpoint
-    has: start the adapters, calibrate ``target_norm`` (on these images)."""
-    if getattr(distiller, 'needs_adapters', False):
-        distiller.initialise_adapters()
+    """Calibrate ``target_norm`` on these images, as a training run does
+    before its first step, where no checkpoint has."""
     if distiller.needs_calibration:
         count = math.ceil(NUM_IMAGES / batches.batch_size)
         distiller.calibrate_target_norms(itertools.islice(batches(), count))
+
+
+class Subject(NamedTuple):
+    """A teacher and how it is to be fed.
+
+    Attributes:
+        teacher (FrozenTeacher): With its weights, on the CPU.
+        normalisation (Normalisation): What images get before the teacher.
+        channels (str): ``'rgb'`` or ``'bgr'``, their channel order.
+        source (str): Which part of the config it is.
+        notes (list[str]): What had to be assumed.
+        recipe (bool): Whether the config is a SiNGER recipe.
+        layers (list, optional): The blocks that the config distils, where it
+            says so.
+    """
+    teacher: FrozenTeacher
+    normalisation: Normalisation
+    channels: str
+    source: str
+    notes: List[str]
+    recipe: bool
+    layers: Optional[list] = None
+
+    def feed(self, images: Tensor) -> Tensor:
+        """Images as the teacher's data pipeline would hand them over.
+
+        Args:
+            images (Tensor): RGB, 0 to 255, shape (B, 3, H, W).
+
+        Returns:
+            Tensor: Shape (B, 3, H, W), float32.
+        """
+        images = images.float()
+        if self.channels == 'bgr':
+            images = images.flip(1)
+        if self.normalisation.mean is None:
+            return images
+        mean, std = (images.new_tensor(values)[:, None, None]
+                     for values in self.normalisation)
+        return (images - mean) / std
+
+
+def load_subject(cfg: Config, checkpoint: Optional[str] = None,
+                 mean: Optional[Sequence[float]] = None,
+                 std: Optional[Sequence[float]] = None) -> Subject:
+    """Build the teacher of a config and load its weights.
+
+    Args:
+        cfg (Config): A distillation recipe (``model.teacher``), a file of
+            ``configs/_base_/teachers`` (``teacher``), or a plain model
+            (``model.backbone``).
+        checkpoint (str, optional): Instead of the config's own. Defaults to
+            None.
+        mean (Sequence[float], optional): RGB, 0 to 255, instead of what the
+            config says. Defaults to None.
+        std (Sequence[float], optional): See ``mean``.
+
+    Returns:
+        Subject: Ready to look at images.
+
+    Raises:
+        ConfigError: If the config has no teacher, it is no vision
+            transformer, or the checkpoint does not fit.
+    """
+    if (mean is None) != (std is None):
+        raise ConfigError('--mean and --std belong together: got '
+                          f'--mean {mean}, --std {std}.')
+    source, settings = _teacher_settings(cfg)
+    if checkpoint is not None:
+        settings['checkpoint'] = checkpoint
+    if source == 'model.backbone' and _prefixed(settings, cfg):
+        settings['prefix'] = 'backbone.'
+    if mean is not None:
+        settings.update(mean=mean, std=std, swap_channels=False)
+    check_keys(source, settings, argument_names(FrozenTeacher))
+    teacher = FrozenTeacher(**settings)
+    teacher.feature_cache = 0  # constant memory
+    teacher.load_weights()
+
+    notes = []
+    if teacher.checkpoint is None:
+        notes.append('No checkpoint was given: the weights are random, and '
+                     'the report says nothing about a trained teacher.')
+    normalisation, channels = (NOT_NORMALISED, 'rgb') \
+        if mean is not None else _feeding(cfg, source, teacher)
+    if normalisation.mean is None and teacher.normalisation is None:
+        normalisation = IMAGENET
+        notes.append(
+            'The config does not say how images are normalised: ImageNet\'s '
+            'mean and std were taken. Set them with --mean and --std, or '
+            'give a recipe.')
+    kind = str((cfg.get('model') or {}).get('type', '')).split('.')[-1]
+    return Subject(teacher, normalisation, channels, source, notes,
+                   source == 'model.teacher' and 'SiNGER' in kind,
+                   distilled_layers(cfg, source))
+
+
+def _teacher_settings(cfg: Config) -> Tuple[str, Dict[str, Any]]:
+    """Where a config has its teacher, and :class:`FrozenTeacher`'s arguments
+    there."""
+    model = cfg.get('model') or {}
+    if isinstance(model.get('teacher'), dict):
+        return 'model.teacher', feature_settings(model.teacher)
+    if isinstance(cfg.get('teacher'), dict):
+        return 'teacher', feature_settings(cfg.teacher)
+    if isinstance(model.get('backbone'), dict):
+        return 'model.backbone', dict(backbone=model.backbone)
+    raise ConfigError(
+        f'{cfg.filename!r} has no teacher to look at: no model.teacher, no '
+        'teacher and no model.backbone. Give a recipe such as '
+        'configs/singer_vitl_to_vits_in1k.py, a file of '
+        'configs/_base_/teachers, or a model whose backbone is a vision '
+        'transformer.')
+
+
+def distilled_layers(cfg: Config, source: str) -> Optional[list]:
+    """``layers`` in a config; None for what does not read them.
+
+    Args:
+        cfg (Config): The config.
+        source (str): Which part of it the teacher is, see :class:`Subject`.
+    """
+    owners = []
+    if source == 'teacher':
+        owners = [cfg.teacher]
+    elif source == 'model.teacher' and \
+            'ViTKD' not in str(cfg.model.get('type')):
+        owners = [cfg.model, cfg.model.teacher]
+    return next((list(owner['layers']) for owner in owners
+                 if owner.get('layers') is not None), None)
+
+
+def _prefixed(settings: Dict[str, Any], cfg: Config) -> bool:
+    """Whether a plain model's checkpoint holds more than the backbone."""
+    settings.setdefault('checkpoint', cfg.get('load_from'))
+    path = settings['checkpoint']
+    return path is not None and any(
+        key.startswith('backbone.')
+        for key in weights_of(load_checkpoint(path), path))
+
+
+def _feeding(cfg: Config, source: str, teacher: FrozenTeacher
+             ) -> Tuple[Normalisation, str]:
+    """The normalisation and channel order of the images in the config's own
+    data pipeline."""
+    preprocessor = preprocessor_settings(cfg) if source != 'teacher' else None
+    if preprocessor is None:  # as the teacher is meant to be fed
+        return NOT_NORMALISED, 'bgr' if teacher.swap_channels else 'rgb'
+    channels = 'rgb' if converts_to_rgb(preprocessor) else 'bgr'
+    if preprocessor.get('mean') is None:
+        return NOT_NORMALISED, channels
+    return Normalisation(tuple(preprocessor['mean']),
+                         tuple(preprocessor['std'])), channels
+
+
+def preprocessor_settings(cfg: Config) -> Optional[dict]:
+    """The config of the data preprocessor: the student's in a recipe, else
+    the model's or the whole config's; None if there is none."""
+    model = cfg.get('model') or {}
+    return next((owner['data_preprocessor'] for owner in (
+        model.get('student') or {}, model, cfg)
+        if owner.get('data_preprocessor')), None)
+
+
+def converts_to_rgb(preprocessor: dict) -> bool:
+    """Whether a data preprocessor's config turns images, which are read as
+    BGR, into RGB: mmpretrain's key for it, or mmseg's."""
+    return bool(preprocessor.get('to_rgb') or preprocessor.get('bgr_to_rgb'))

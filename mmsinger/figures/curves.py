@@ -4,6 +4,7 @@ import glob
 import json
 import math
 import os
+from collections import defaultdict
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from mmsinger.errors import ConfigError, near_matches, near_paths
@@ -19,7 +20,7 @@ class Curve(NamedTuple):
     Attributes:
         steps (list[int]): Ascending.
         values (list[float]): At each.
-        unit (str): Of the steps, ``'iteration'`` or ``'epoch'``.
+        unit (str): What the steps count, ``'iteration'`` or ``'epoch'``.
     """
     steps: List[int]
     values: List[float]
@@ -32,8 +33,8 @@ def read_curves(work_dir: str) -> Dict[str, Curve]:
     Of runs that were resumed the later one counts where both have a value.
 
     Args:
-        work_dir (str): As given to ``tools/train.py``; or one of the folders
-            in it that are named by a time.
+        work_dir (str): What ``tools/train.py`` was given; or one of the
+            folders in it that are named by a time.
 
     Returns:
         dict[str, Curve]: By the name in the log.
@@ -48,27 +49,26 @@ def read_curves(work_dir: str) -> Dict[str, Curve]:
                           'was in training.')
     logs = sorted(path for pattern in ('', '*') for path in glob.glob(
         os.path.join(glob.escape(work_dir), pattern, 'vis_data', LOG)))
-    points: Dict[str, Dict[int, float]] = {}
-    units: Dict[str, str] = {}
+    points: Dict[str, Dict[str, Dict[int, float]]] = dict(
+        iteration=defaultdict(dict), epoch=defaultdict(dict))
     for log in logs:
         begun = set()
         for line in _lines(log):
-            unit = 'iteration'
-            if 'iter' not in line and _counts_epochs(points):
-                unit = 'epoch'
-            if unit not in begun:
+            # Runs in epochs log them in training, and metrics by them
+            unit = 'epoch' if 'iter' not in line and \
+                'epoch' in points['iteration'] else 'iteration'
+            if unit not in begun:  # resumed or anew: replaces what follows
                 begun.add(unit)
-                _forget(points, units, unit, line['step'])
+                for values in points[unit].values():
+                    for step in [s for s in values if s >= line['step']]:
+                        del values[step]
             for key, value in line.items():
                 if isinstance(value, (int, float)):
-                    points.setdefault(key, {})[line['step']] = value
-                    units[key] = unit
-    curves = {}
-    for key in points.keys() - _NO_CURVES:
-        steps = sorted(points[key])
-        if steps:
-            curves[key] = Curve(steps, [points[key][step] for step in steps],
-                                units[key])
+                    points[unit][key][line['step']] = value
+    curves = {
+        key: Curve(sorted(values), [values[s] for s in sorted(values)], unit)
+        for unit, found in points.items() for key, values in found.items()
+        if values and key not in _NO_CURVES}
     if not curves:
         raise ConfigError(
             f'work dir {work_dir!r} holds no logs: there is no '
@@ -87,21 +87,6 @@ def _lines(path: str):
                 continue
             if isinstance(line, dict) and 'step' in line:
                 yield line
-
-
-def _forget(points: Dict[str, Dict[int, float]], units: Dict[str, str],
-            unit: str, step: int) -> None:
-    """Leave out what an earlier run logged from a step on: a later one began
-    there, resumed or anew."""
-    for key, values in points.items():
-        if units[key] == unit:
-            for later in [s for s in values if s >= step]:
-                del values[later]
-
-
-def _counts_epochs(points: Dict[str, Dict[int, float]]) -> bool:
-    """Runs in epochs log ``epoch`` in training, and metrics by it."""
-    return 'epoch' in points
 
 
 def choose_keys(curves: Dict[str, Curve], patterns: Optional[Sequence[str]]

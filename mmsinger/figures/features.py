@@ -1,16 +1,16 @@
-"""Tokens of teacher, refined teacher and student for the same images."""
-from typing import Dict, NamedTuple, Optional
+"""What figures show of a batch: its images, and their tokens."""
+from typing import Any, Dict, NamedTuple, Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mmsinger.analysis.measure import student_tokens
-from mmsinger.models import FeatureDistiller, SiNGERDistiller
+from mmsinger.models import FeatureDistiller
 from mmsinger.models.features.tokens import Tokens
 
 
 class Features(NamedTuple):
-    """Of one distilled layer, for a batch.
+    """Tokens of a batch at one distilled layer.
 
     Attributes:
         teacher (Tokens): F, in the space that ``target_norm`` makes.
@@ -29,25 +29,45 @@ def extract_features(distiller: FeatureDistiller, inputs: Tensor
 
     Args:
         distiller (FeatureDistiller): With its teacher and adapters loaded.
-            The student's mode (training or evaluation) is left as it was.
         inputs (Tensor): Preprocessed images, shape (B, 3, H, W).
 
     Returns:
         dict[int, Features]: By teacher layer.
     """
-    taps = distiller.teacher(inputs, distiller.layers,
-                             distiller.student_normalisation)
-    training = distiller.training
-    distiller.eval()
-    try:
-        student = student_tokens(distiller, inputs)
-    finally:
-        distiller.train(training)
+    outputs = distiller.run_teacher(inputs)
+    student = distiller.student_tokens(inputs)
     features = {}
     for layer in distiller.layers:
-        teacher = distiller.teacher_tokens(taps, layer)
+        teacher = outputs.tokens(layer)
         refined = None
-        if isinstance(distiller, SiNGERDistiller):
-            refined = distiller.refine(layer, teacher)[0]
+        if distiller.refinement:
+            refined = distiller.refinement.refine(layer, teacher).tokens
         features[layer] = Features(teacher, refined, student[layer])
     return features
+
+
+def pictures_of(distiller: FeatureDistiller, inputs: Tensor) -> np.ndarray:
+    """Preprocessed images as one sees them.
+
+    Args:
+        distiller (FeatureDistiller): Whose data preprocessor made them.
+        inputs (Tensor): Shape (B, 3, H, W).
+
+    Returns:
+        np.ndarray: RGB, (B, H, W, 3), uint8.
+    """
+    images = inputs.detach().float().cpu()
+    mean, std = distiller.student_normalisation
+    if mean is not None:
+        images = images * torch.tensor(std).view(-1, 1, 1) + \
+            torch.tensor(mean).view(-1, 1, 1)
+    if not _is_rgb(distiller.data_preprocessor):
+        images = images.flip(1)
+    return images.clamp(0, 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def _is_rgb(preprocessor: Any) -> bool:
+    """Whether it turns images, which are read as BGR, into RGB: mmpretrain's
+    names for it, OneDL's mmseg's and the original mmseg's."""
+    return any(getattr(preprocessor, name, False) for name in (
+        'to_rgb', '_channel_conversion', 'channel_conversion'))

@@ -1,17 +1,16 @@
 """Norm, similarity and PCA maps of several images side by side."""
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 from torch import Tensor
 
 from mmsinger.figures.features import Features
-from mmsinger.figures.norm_maps import norm_map
-from mmsinger.figures.pca import pca_map, principal_components
-from mmsinger.figures.similarity import patch_at, similarity_map
 from mmsinger.figures.style import add_caption, new_figure
+from mmsinger.figures.token_maps import (norm_map, patch_at, pca_map,
+                                         principal_components, similarity_map)
 from mmsinger.models.features.tokens import Grid, Tokens
 
-NAMES = dict(teacher='teacher', refined='refined', student='student')
+Point = Tuple[float, float]
 
 
 class Column(NamedTuple):
@@ -20,113 +19,87 @@ class Column(NamedTuple):
     Attributes:
         title (str): Above it.
         maps (np.ndarray): (B, h, w), or (B, h, w, 3) in [0, 1].
-        limits (tuple[float, float], optional): Of the colour scale; columns
-            next to each other with equal limits share a colour bar. None for
-            colours.
+        limits (tuple[float, float], optional): Ends of the colour scale;
+            columns next to each other with equal limits share a colour bar.
+            None for colours.
     """
     title: str
     maps: np.ndarray
     limits: Optional[Tuple[float, float]] = None
 
 
-def draw_norm_maps(images: np.ndarray, features: Dict[int, Features],
-                   note: str = '') -> Any:
-    """Patch norms before and after refinement (Figure 2), and the student's.
+def draw_maps(kind: str, images: np.ndarray, features: Dict[int, Features],
+              note: str = '', point: Point = (0.5, 0.5)) -> Any:
+    """Teacher, refined teacher and student side by side.
 
     Args:
+        kind (str): ``'norm'``: norms of patch tokens, before and after
+            refinement (Figure 2). ``'similarity'``: cosine similarity of all
+            patches to a marked one (Figure 4). ``'pca'``: the three main
+            directions of patch tokens as colours.
         images (np.ndarray): RGB, (B, H, W, 3), uint8.
-        features (dict[int, Features]): Of these images, see
+        features (dict[int, Features]): Their tokens, see
             :func:`extract_features`.
         note (str): What the data are, for the caption. Defaults to ``''``.
-
-    Returns:
-        matplotlib.figure.Figure: A row an image.
-    """
-    columns = []
-    for layer, views in features.items():
-        maps = {name: _numpy(norm_map(tokens))
-                for name, tokens in _present(views)}
-        top = max(maps[name].max() for name in maps if name != 'student')
-        columns += [
-            Column(_title(layer, name), values,
-                   (0., float(values.max() if name == 'student' else top)))
-            for name, values in maps.items()]
-    return _draw(
-        images, columns, 'norm',
-        'Norms of patch tokens by distilled teacher block'
-        f'{_before_after(features)}. Teacher and refined teacher share a '
-        f'scale, the student has its own. {note}')
-
-
-def draw_similarity_maps(images: np.ndarray, features: Dict[int, Features],
-                         point: Tuple[float, float] = (0.5, 0.5),
-                         note: str = '') -> Any:
-    """Cosine similarity of all patches to a marked one (Figure 4).
-
-    Args:
-        images (np.ndarray): RGB, (B, H, W, 3), uint8.
-        features (dict[int, Features]): Of these images.
         point (tuple[float, float]): Where the marked patch is, as shares of
             height and width, see :func:`patch_at`. Defaults to the middle.
-        note (str): What the data are, for the caption. Defaults to ``''``.
 
     Returns:
         matplotlib.figure.Figure: A row an image.
     """
-    columns = []
-    for layer, views in features.items():
-        maps = {name: _numpy(similarity_map(
-            tokens, patch_at(tokens.grid, point)))
+    columns_of, label, caption = KINDS[kind]
+    columns = [column for layer, views in features.items()
+               for column in columns_of(layer, views, point)]
+    return _draw(images, columns, label, f'{caption} {note}',
+                 point if kind == 'similarity' else None)
+
+
+def _norm_columns(layer: int, views: Features, point: Point) -> List[Column]:
+    maps = {name: _numpy(norm_map(tokens)) for name, tokens in _present(views)}
+    top = max(maps[name].max() for name in maps if name != 'student')
+    return [Column(_title(layer, name), values, (0., float(
+        values.max() if name == 'student' else top)))
+        for name, values in maps.items()]
+
+
+def _similarity_columns(layer: int, views: Features, point: Point
+                        ) -> List[Column]:
+    maps = {name: _numpy(similarity_map(tokens, patch_at(tokens.grid, point)))
             for name, tokens in _present(views)}
-        low = min(float(values.min()) for values in maps.values())
-        columns += [Column(_title(layer, name), values, (low, 1.))
-                    for name, values in maps.items()]
-    return _draw(
-        images, columns, 'cosine',
-        'Cosine similarity of patch tokens to the marked one, by distilled '
-        f'teacher block. {note}', point)
+    low = min(float(values.min()) for values in maps.values())
+    return [Column(_title(layer, name), values, (low, 1.))
+            for name, values in maps.items()]
 
 
-def draw_pca_maps(images: np.ndarray, features: Dict[int, Features],
-                  note: str = '') -> Any:
-    """The three main directions of patch tokens as colours.
+def _pca_columns(layer: int, views: Features, point: Point) -> List[Column]:
+    shared = principal_components(views.teacher)
+    return [Column(_title(layer, name), _numpy(pca_map(
+        tokens, principal_components(tokens) if name == 'student'
+        else shared))) for name, tokens in _present(views)]
 
-    Args:
-        images (np.ndarray): RGB, (B, H, W, 3), uint8.
-        features (dict[int, Features]): Of these images.
-        note (str): What the data are, for the caption. Defaults to ``''``.
 
-    Returns:
-        matplotlib.figure.Figure: A row an image.
-    """
-    columns = []
-    for layer, views in features.items():
-        basis = principal_components(views.teacher)
-        for name, tokens in _present(views):
-            own = principal_components(tokens) if name == 'student' else basis
-            columns.append(Column(_title(layer, name),
-                                  _numpy(pca_map(tokens, own))))
-    return _draw(
-        images, columns, '',
-        "Three principal components of each image's patch tokens as red, "
-        'green and blue. Teacher and refined teacher share components, so '
-        "that equal colours are equal tokens; the student's are its own. "
-        f'{note}')
+# By kind: its columns, the label of its colour scale, its caption
+KINDS = dict(
+    norm=(_norm_columns, 'norm',
+          'Norms of patch tokens by distilled teacher block, before and after '
+          'refinement where there is any. Teacher and refined teacher share a '
+          'scale, the student has its own.'),
+    similarity=(_similarity_columns, 'cosine',
+                'Cosine similarity of patch tokens to the marked one, by '
+                'distilled teacher block.'),
+    pca=(_pca_columns, '',
+         "Three principal components of each image's patch tokens as red, "
+         'green and blue. Teacher and refined teacher share components, so '
+         "that equal colours are equal tokens; the student's are its own."))
 
 
 def _present(views: Features) -> List[Tuple[str, Tokens]]:
-    return [(name, tokens) for name, tokens in zip(NAMES, views)
+    return [(name, tokens) for name, tokens in views._asdict().items()
             if tokens is not None]
 
 
 def _title(layer: int, name: str) -> str:
-    return f'{NAMES[name]}\nblock {layer}' if name != 'student' else \
-        f'student\nfor block {layer}'
-
-
-def _before_after(features: Dict[int, Features]) -> str:
-    return ', before and after refinement' if any(
-        views.refined is not None for views in features.values()) else ''
+    return f'{name}\n{"for " if name == "student" else ""}block {layer}'
 
 
 def _numpy(maps: Tensor) -> np.ndarray:
@@ -134,7 +107,7 @@ def _numpy(maps: Tensor) -> np.ndarray:
 
 
 def _draw(images: np.ndarray, columns: List[Column], label: str,
-          caption: str, point: Optional[Tuple[float, float]] = None) -> Any:
+          caption: str, point: Optional[Point]) -> Any:
     rows, width = len(images), len(columns) + 1
     figure = new_figure((max(4., 1.35 * width), 1.35 * rows + 1.2))
     cells = figure.add_gridspec(rows + 1, width,
@@ -175,8 +148,7 @@ def _draw(images: np.ndarray, columns: List[Column], label: str,
     return figure
 
 
-def _mark(axis: Any, shape: Grid, grid: Grid, point: Tuple[float, float]
-          ) -> None:
+def _mark(axis: Any, shape: Grid, grid: Grid, point: Point) -> None:
     """Frame the patch of a point: shape is what is drawn, in pixels."""
     from matplotlib.patches import Rectangle
     height, width = (length / count for length, count in zip(shape, grid))

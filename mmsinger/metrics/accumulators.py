@@ -36,7 +36,7 @@ class Sample:
 
     Args:
         size (int): The most rows to hold. Defaults to 65536.
-        seed (int): Of the random numbers. Defaults to 0.
+        seed (int): Seeds the random numbers. Defaults to 0.
     """
 
     def __init__(self, size: int = 65536, seed: int = 0) -> None:

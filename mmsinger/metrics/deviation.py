@@ -9,7 +9,7 @@ from mmsinger.metrics.geometry import linear_cka, relative_l2, token_cosine
 
 
 class Deviation(NamedTuple):
-    """Of a block's output; every field has shape (B, ).
+    """How far a block's output moved; every field has shape (B, ).
 
     Attributes:
         relative_l2 (Tensor): See :func:`relative_l2`; 0 for no change.

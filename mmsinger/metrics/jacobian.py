@@ -27,13 +27,22 @@ from typing import Callable, Iterator, Optional, Tuple
 import torch
 from torch import Tensor, nn
 from torch.func import jvp, vjp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BlockFunction = Callable[[Tensor], Tensor]
 
 
 def random_signs(count: int, num_patches: int, seed: int = 0) -> Tensor:
-    """Signs of the Gramian's estimate, shape (count, num_patches), on the
-    CPU."""
+    """Signs for the Gramian's estimate.
+
+    Args:
+        count (int): How many images.
+        num_patches (int): P.
+        seed (int): Seeds the draw. Defaults to 0.
+
+    Returns:
+        Tensor: +1 and -1, shape (count, P), float32, on the CPU.
+    """
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(0, 2, (count, num_patches), generator=generator)
     return 2. * bits - 1
@@ -50,7 +59,7 @@ def gramian_product(block: BlockFunction, values: Tensor, signs: Tensor,
         values (Tensor): Its input for one image, (1, N, D), the patch tokens
             last.
         signs (Tensor): One for each patch token, shape (P, ).
-        directions (Tensor): As rows, shape (k, D).
+        directions (Tensor): The u, rows (k, D).
         chunk (int, optional): Directions at a time: a batch of the block.
             Defaults to None: at most 2^22 attention weights a head.
 
@@ -84,21 +93,12 @@ def differentiable(module: nn.Module) -> Iterator[None]:
         part.with_cp = False
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with _plain_attention():
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for part in checkpointed:
             part.with_cp = True
-
-
-def _plain_attention():
-    try:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-    except ImportError:  # torch < 2.3
-        return torch.backends.cuda.sdp_kernel(
-            enable_flash=False, enable_mem_efficient=False)
-    return sdpa_kernel(SDPBackend.MATH)
 
 
 def smallest_directions(product: Callable[[Tensor], Tensor],
@@ -120,7 +120,7 @@ def smallest_directions(product: Callable[[Tensor], Tensor],
         products (int, optional): The most products to take, at least rank.
             Defaults to None: D, with which the result is exact (the basis
             fills the space). With fewer the eigenvalues are too large.
-        seed (int): Of the start. Defaults to 0.
+        seed (int): Seeds the start. Defaults to 0.
 
     Returns:
         tuple[Tensor, Tensor]: Orthonormal rows (rank, D), and their

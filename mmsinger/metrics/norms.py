@@ -14,7 +14,7 @@ MAD_TO_STD = 1.4826
 
 
 class NormStatistics(NamedTuple):
-    """Of the patch norms of each image; every field has shape (B, ).
+    """What each image's patch norms are like; every field has shape (B, ).
 
     Attributes:
         median (Tensor): Median.
@@ -158,44 +158,3 @@ def robust_outliers(norms: Tensor, k: float = 5.) -> Tensor:
         Tensor: Shape (B, P), bool. Its mean over P is the share.
     """
     return norms.float() > robust_threshold(norms, k, per_image=True)[1]
-
-
-def outlier_positions(outliers: Tensor, grid: Tuple[int, int]) -> Tensor:
-    """Where outliers lie. Waits for the device: their number is data.
-
-    Args:
-        outliers (Tensor): Shape (B, P), bool.
-        grid (tuple[int, int]): Rows h and columns w of patches, P = h w.
-
-    Returns:
-        Tensor: One row (image, patch row, patch column) an outlier, shape
-        (n, 3), int64.
-    """
-    return outliers.unflatten(1, tuple(grid)).nonzero()
-
-
-def norm_gain(before: Tensor, after: Tensor) -> Tensor:
-    """``G = ||after|| / ||before||`` of token norms (appendix A, Table 7).
-
-    Args:
-        before (Tensor): Norms of what goes in, any shape.
-        after (Tensor): Norms of what comes out, the same shape.
-
-    Returns:
-        Tensor: The same shape.
-    """
-    return after / before
-
-
-def norm_growth(before: Tensor, after: Tensor) -> Tensor:
-    """``delta = (||after|| - ||before||) / ||before||`` of token norms
-    (appendix A, Table 7).
-
-    Args:
-        before (Tensor): Norms of what goes in, any shape.
-        after (Tensor): Norms of what comes out, the same shape.
-
-    Returns:
-        Tensor: The same shape; negative where norms shrink.
-    """
-    return (after - before) / before

@@ -11,7 +11,7 @@ def random_rows(rank: int, dim: int, seed: int) -> Tensor:
     Args:
         rank (int): How many.
         dim (int): Their length D.
-        seed (int): Of the draw.
+        seed (int): Seeds the draw.
 
     Returns:
         Tensor: Shape (rank, D), float64, on the CPU.

@@ -14,7 +14,7 @@ from mmengine.visualization import BaseVisBackend
 from yapf.yapflib import yapf_api
 
 import tiny
-from mmsinger.engine.config import load_config, prepare_training
+from mmsinger.engine.prepare import load_config, prepare_training
 from mmsinger.engine.diagnostics import (adapter_energies, gradient_share,
                                          step_diagnostics)
 from mmsinger.engine.hooks import DiagnosticsHook
@@ -284,12 +284,8 @@ def run(place, tmp_path, monkeypatch):
         cfg.experiment_name = cfg.visualizer.name = uuid.uuid4().hex
         cfg.visualizer.vis_backends = [
             dict(type='LocalVisBackend'), dict(type='MemoryVisBackend')]
-        # Whatever the recipe's bases list
-        cfg.custom_hooks = [
-            h for h in cfg.custom_hooks if 'Diagnostics' not in h.type]
-        if hook is not None:
-            cfg.custom_hooks.append(dict(type='mmsinger.DiagnosticsHook',
-                                         **hook))
+        cfg.custom_hooks = [dict(type='mmsinger.DiagnosticsHook',
+                                 **hook or dict(interval=0))]
         if model is not None:
             model(cfg)
         if not validate:

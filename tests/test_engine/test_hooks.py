@@ -17,11 +17,15 @@ from mmengine.runner import Runner
 from yapf.yapflib import yapf_api
 
 from mmsinger.checkpoint import load_checkpoint
-from mmsinger.engine.config import load_config, prepare_training
-from mmsinger.engine.hooks import (RandomStateHook, RunGuardHook,
-                                   SiNGERAdapterHook, StudentCheckpointHook,
-                                   TargetNormHook, target_norm_hook)
+from mmsinger.engine.hooks import (DiagnosticsHook, RandomStateHook,
+                                   RunGuardHook, SiNGERAdapterHook,
+                                   StudentCheckpointHook, TargetNormHook,
+                                   target_norm_hook)
+from mmsinger.engine.prepare import (add_required_hooks, fit_workers,
+                                     load_config, prepare_training)
 from mmsinger.errors import ConfigError, TrainingError
+from mmsinger.export import student_config
+from mmsinger.models.distillers import SiNGERDistiller
 from mmsinger.registry import MODELS
 from tiny import SEG_CONFIG, workplace
 
@@ -573,6 +577,74 @@ def test_testing_does_not_read_the_training_data(make):
 
 
 def test_all_hooks_are_added_to_a_config_without_them(make):
-    runner = make(custom_hooks=[])
-    names = {type(hook).__name__ for hook in runner.hooks}
-    assert {name.split('.')[1] for name in ALL_HOOKS} <= names
+    runner = make()
+    names = [type(hook).__name__ for hook in runner.hooks]
+    assert {name.split('.')[1] for name in ALL_HOOKS} <= set(names)
+    hook, = (h for h in runner.hooks if type(h).__name__ == 'DiagnosticsHook')
+    assert hook.interval == 100
+    assert len(names) == len(set(names))
+
+
+def test_a_hook_that_the_config_lists_keeps_its_arguments(tiny_config):
+    """However its type is written."""
+    for kind in ('mmsinger.DiagnosticsHook', 'DiagnosticsHook',
+                 DiagnosticsHook):
+        cfg = copy.deepcopy(tiny_config)
+        cfg.custom_hooks = [dict(type=kind, interval=7), Spy()]
+        add_required_hooks(cfg)
+        hooks = cfg.custom_hooks
+        assert hooks[0].interval == 7 and isinstance(hooks[1], Spy)
+        assert [h.type for h in hooks[2:]] == [
+            f'mmsinger.{name}' for name in SiNGERDistiller.required_hooks
+            if name != 'DiagnosticsHook']
+
+
+def test_a_plain_model_gets_what_every_run_needs(tiny_config):
+    cfg = copy.deepcopy(tiny_config)
+    cfg.model = cfg.model.student
+    add_required_hooks(cfg)
+    assert [h.type for h in cfg.custom_hooks] == [
+        'mmsinger.RunGuardHook', 'mmsinger.RandomStateHook']
+
+
+def test_hooks_of_a_pure_python_config(place, tiny_config, tmp_path):
+    """Given as classes, they run once, and the student's config is free of
+    mmsinger."""
+    tiny_config.dump(str(tmp_path / 'base.py'))
+    (tmp_path / 'lazy.py').write_text('''\
+from mmengine.config import read_base
+from mmengine.hooks import EMAHook
+
+from mmsinger.engine.hooks import DiagnosticsHook, SiNGERAdapterHook
+
+with read_base():
+    from .base import *
+
+custom_hooks = [dict(type=EMAHook), dict(type=DiagnosticsHook, interval=2),
+                dict(type=SiNGERAdapterHook)]
+''')
+    cfg = load_config(str(tmp_path / 'lazy.py'), {'model.adapter.rank': 3})
+    init_default_scope('mmseg')
+    add_required_hooks(cfg)
+    names = [getattr(hook.type, '__name__', hook.type).split('.')[-1]
+             for hook in cfg.custom_hooks]
+    assert names[:3] == ['EMAHook', 'DiagnosticsHook', 'SiNGERAdapterHook']
+    assert len(names) == len(set(names)) == 7
+    plain = student_config(cfg)
+    assert len(plain.custom_hooks) == 1
+    plain.dump(str(tmp_path / 'student.py'))
+    assert 'mmsinger' not in (tmp_path / 'student.py').read_text()
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_data_workers(tiny_config, workers):
+    """What torch refuses without workers is dropped."""
+    cfg = copy.deepcopy(tiny_config)
+    cfg.train_dataloader.update(num_workers=workers, prefetch_factor=3)
+    cfg.train_dataloader.pop('persistent_workers')
+    cfg.val_dataloader.update(num_workers=workers, persistent_workers=True)
+    fit_workers(cfg)
+    assert cfg.val_dataloader.get('persistent_workers', False) == bool(workers)
+    assert cfg.train_dataloader.get('persistent_workers', False) == \
+        bool(workers)
+    assert ('prefetch_factor' in cfg.train_dataloader) == bool(workers)

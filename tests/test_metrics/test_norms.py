@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmsinger.analysis.block_norms import BlockNorms
-from mmsinger.metrics import (norm_gain, norm_growth, norm_statistics,
-                              outlier_positions, quantile_outliers,
+from mmsinger.metrics import (norm_statistics, quantile_outliers,
                               robust_outliers, token_norms)
 from mmsinger.models.features.anatomy import find_blocks, fixed_input_size
 from mmsinger.models.features.taps import BlockTaps
@@ -90,21 +89,6 @@ def test_robust_outliers_are_those_planted(seed, planted):
     expected = torch.arange(40)[None] < planted
     assert torch.equal(robust_outliers(norms, 6.), expected)
     assert quantile_outliers(norms, 0.95).sum() <= 2
-
-
-def test_outlier_positions():
-    outliers = torch.zeros(2, 6, dtype=torch.bool)
-    outliers[0, 4] = outliers[1, 0] = outliers[1, 5] = True
-    assert outlier_positions(outliers, (2, 3)).tolist() == [
-        [0, 1, 1], [1, 0, 0], [1, 1, 2]]
-    assert outlier_positions(outliers[:1], (3, 2)).tolist() == [[0, 2, 0]]
-    assert outlier_positions(~outliers & outliers, (2, 3)).shape == (0, 3)
-
-
-def test_gain_and_growth():
-    before, after = torch.tensor([2., 4.]), torch.tensor([3., 1.])
-    assert norm_gain(before, after).tolist() == [1.5, 0.25]
-    assert norm_growth(before, after).tolist() == [0.5, -0.75]
 
 
 # -- inside blocks -----------------------------------------------------------

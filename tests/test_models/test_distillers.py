@@ -757,7 +757,7 @@ def test_adapters_start_with_the_weights(tmp_path):
         assert not adapter.up.any()
     model.init_weights()
     for layer, block in ((1, 2), (3, 3)):
-        null = model.refinement.null_directions[layer]
+        null = model.refinement.ffn_directions[layer]
         assert null.block == block
         # from the full weights, whatever the teacher is cast to
         expected = null.directions[:, -4:].flip(1).T.float()

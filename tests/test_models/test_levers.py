@@ -6,7 +6,7 @@ import torch
 from mmengine.config import Config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmsinger.engine.config import compile_blocks_alone
+from mmsinger.engine.prepare import compile_blocks_alone
 from mmsinger.errors import ConfigError
 from mmsinger.engine.loading import load_distiller
 from mmsinger.models import FitNetDistiller, SiNGERDistiller

@@ -17,7 +17,8 @@ from mmsinger.errors import ConfigError
 from mmsinger.metrics import cosine_gram, outlier_threshold
 from mmsinger.models.adapters import SiNGERAdapter
 from mmsinger.models.targets.refine import inlier_variance_ratio
-from mmsinger.models.losses import (FeatureMSELoss, GramInformationLoss,
+from mmsinger.models.losses import (FeatureCosineLoss, FeatureMSELoss,
+                                    FeatureSmoothL1Loss, GramInformationLoss,
                                     OutlierSuppressionLoss, gram_difference)
 
 seeds = st.integers(0, 2**31 - 1)
@@ -339,6 +340,38 @@ def test_feature_loss_by_hand(batch, count, dim, seed):
     torch.testing.assert_close(grad, 2 * (pred - target) / pred.numel())
 
 
+@given(batches, st.integers(1, 9), dims, st.sampled_from([0.1, 1., 3.]),
+       seeds)
+def test_smooth_l1_loss_by_hand(batch, count, dim, beta, seed):
+    pred = randn(batch, count, dim, seed=seed)
+    target = 3 * randn(batch, count, dim, seed=seed + 1)
+    value, grad = gradient(lambda p: FeatureSmoothL1Loss(beta)(p, target),
+                           pred)
+    gaps = [abs(a - b) for a, b in zip(
+        pred.flatten().tolist(), target.flatten().tolist())]
+    expected = sum(gap**2 / (2 * beta) if gap < beta else gap - beta / 2
+                   for gap in gaps) / len(gaps)
+    assert value.item() == pytest.approx(expected, rel=1e-4)
+    # however far a target is, it pulls no harder than beta away
+    assert grad.abs().max() <= (1 + 1e-5) / pred.numel()
+
+
+@given(batches, st.integers(1, 9), st.integers(2, 8), seeds)
+def test_cosine_loss_by_hand(batch, count, dim, seed):
+    pred = randn(batch, count, dim, seed=seed)
+    target = randn(batch, count, dim, seed=seed + 1)
+    loss = FeatureCosineLoss()
+    value, _ = gradient(lambda p: loss(p, target), pred)
+    terms = [1 - (a @ b / a.norm() / b.norm()).item() for a, b in zip(
+        pred.double().flatten(0, 1), target.double().flatten(0, 1))]
+    assert value.item() == pytest.approx(sum(terms) / len(terms), rel=1e-4)
+    lengths = 10 * torch.rand(
+        batch, count, 1, generator=torch.Generator().manual_seed(seed)) + 0.1
+    for other in (loss(pred, lengths * target), loss(lengths * pred, target)):
+        assert other.item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6)
+    assert loss(target, target).item() == pytest.approx(0, abs=1e-6)
+
+
 def test_feature_loss_reaches_both_sides():
     """In SiNGER the target depends on the adapter."""
     pred, target = randn(2, 9, 4).requires_grad_(), \
@@ -352,6 +385,8 @@ def test_feature_loss_reaches_both_sides():
 
 LOSSES = {
     'kd': (FeatureMSELoss, 2),
+    'kd-smooth-l1': (FeatureSmoothL1Loss, 2),
+    'kd-cosine': (FeatureCosineLoss, 2),
     'outlier': (OutlierSuppressionLoss, 1),
     'info': (GramInformationLoss, 2),
     'info-official': (lambda **kw: GramInformationLoss('mse', **kw), 2),

@@ -285,7 +285,7 @@ def test_adapters_start_with_the_weights_in_any_method():
     assert not any(a.up.any() for a in model.adapters.values())
     model.init_weights()
     assert all(a.up.any() for a in model.adapters.values())
-    assert sorted(model.refinement.null_directions) == [1, 3]
+    assert sorted(model.refinement.ffn_directions) == [1, 3]
     assert 'SiNGERAdapterHook' in model.required_hooks
 
 

@@ -1,36 +1,20 @@
 """What a table consists of: jobs to run, and cells that read their results."""
+import re
 from dataclasses import dataclass, field
-from typing import Callable, Dict, Iterable, List, Optional, Tuple, Union
+from typing import Callable, Dict, Iterable, List, Optional, Tuple
 
-from mmsinger.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Stands in a job's arguments for the last checkpoint of another job.
-
-    Attributes:
-        job (str): The job's name.
-        student (bool): The student-only file instead. Defaults to False.
-        key (str): Put in front of the path, such as
-            ``'model.teacher.checkpoint='``. Defaults to nothing.
-    """
-    job: str
-    student: bool = False
-    key: str = ''
+WORK_DIR = '{work_dir}'  # in a job's arguments: its own work dir
+_CHECKPOINT = re.compile(r'\{(checkpoint|student):(.+?)\}')
 
 
-@dataclass(frozen=True)
-class InWorkDir:
-    """Stands in a job's arguments for a path in its own work dir.
-
-    Attributes:
-        path (str): Below the work dir; empty: the work dir itself.
-    """
-    path: str = ''
+def checkpoint(job: str) -> str:
+    """In a job's arguments: the last checkpoint of another job."""
+    return f'{{checkpoint:{job}}}'
 
 
-Argument = Union[str, Checkpoint, InWorkDir]
+def student(job: str) -> str:
+    """In a job's arguments: another job's last student-only checkpoint."""
+    return f'{{student:{job}}}'
 
 
 @dataclass(frozen=True)
@@ -40,24 +24,42 @@ class Job:
     Attributes:
         name (str): Unique; also the work dir below the root.
         tool (str): Script in tools/, such as ``'train.py'``.
-        args (tuple[str | Checkpoint | InWorkDir]): Its arguments.
+        args (tuple[str]): Its arguments, in which :data:`WORK_DIR`,
+            :func:`checkpoint` and :func:`student` stand for paths.
         config (str): The config that it is about.
         seed (int): Its seed.
-        options (tuple[str | Checkpoint]): Of ``--cfg-options``. Defaults to
-            none.
+        options (tuple[str]): Of ``--cfg-options``. Defaults to none.
     """
     name: str
     tool: str
-    args: Tuple[Argument, ...]
+    args: Tuple[str, ...]
     config: str
     seed: int
-    options: Tuple[Argument, ...] = ()
+    options: Tuple[str, ...] = ()
 
     @property
     def needs(self) -> List[str]:
         """Names of the jobs that have to be finished before."""
-        return sorted({a.job for a in self.args + self.options
-                       if isinstance(a, Checkpoint)})
+        return sorted({job for argument in (*self.args, *self.options)
+                       for _, job in _CHECKPOINT.findall(argument)})
+
+    def arguments(self, work_dir: str, path: Callable[[str, bool], str]
+                  ) -> List[str]:
+        """Arguments of the command, with paths filled in.
+
+        Args:
+            work_dir (str): The job's work dir.
+            path (Callable): From a job's name, and whether the student alone
+                is meant, to the path of its last checkpoint.
+
+        Returns:
+            list[str]: The arguments.
+        """
+        options = ('--cfg-options', *self.options) if self.options else ()
+        return [_CHECKPOINT.sub(
+            lambda match: path(match[2], match[1] == 'student'),
+            argument.replace(WORK_DIR, work_dir))
+            for argument in (*self.args, *options)]
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ class Cell:
     sources: Tuple[Tuple[Source, ...], ...]
     published: Optional[float] = None
 
+    @property
+    def all_sources(self) -> List[Source]:
+        """Of all seeds, in order."""
+        return [source for members in self.sources for source in members]
+
 
 @dataclass(frozen=True)
 class Column:
@@ -105,7 +112,7 @@ class Table:
         caption (str): The data and settings.
         columns (list[Column]): Of the figures.
         rows (list[tuple[str, list[Cell]]]): Label and cells.
-        jobs (dict[str, Job]): All jobs by name, in a good order.
+        jobs (dict[str, Job]): All jobs by name, each after those it needs.
         conclude (Callable, optional): From the mean and std of each cell,
             ``{(row, column): Result}``, to lines of Markdown below the table.
     """
@@ -142,31 +149,11 @@ def all_jobs(tables: Iterable[Table]) -> Dict[str, Job]:
     return together.jobs
 
 
-def ordered(jobs: Dict[str, Job]) -> List[Job]:
-    """Jobs so that each comes after those it needs.
-
-    Args:
-        jobs (dict[str, Job]): By name.
-
-    Returns:
-        list[Job]: In order.
-
-    Raises:
-        ConfigError: If a job needs one that is not there, or itself.
-    """
-    done: Dict[str, Job] = {}
-
-    def visit(name: str, path: Tuple[str, ...]) -> None:
-        if name in path:
-            raise ConfigError(f'jobs need each other: {path + (name, )}')
-        if name not in jobs:
-            raise ConfigError(f'{path[-1]} needs {name}, which is not '
-                              'planned.')
-        if name not in done:
-            for needed in jobs[name].needs:
-                visit(needed, path + (name, ))
-            done[name] = jobs[name]
-
-    for name in jobs:
-        visit(name, ())
-    return list(done.values())
+def wanted_metrics(tables: Iterable[Table]) -> Dict[str, List[str]]:
+    """What the cells of tables read: names of metrics by job."""
+    wanted: Dict[str, Dict[str, None]] = {}
+    for table in tables:
+        for _, cells in table.rows:
+            for source in (s for cell in cells for s in cell.all_sources):
+                wanted.setdefault(source.job, {})[source.metric] = None
+    return {job: list(metrics) for job, metrics in wanted.items()}

@@ -1,7 +1,7 @@
 """The planted-artifact benchmark: does a method undo known artifacts?"""
 from typing import Dict, List, Sequence, Tuple
 
-from reproduction.plan import Cell, Column, InWorkDir, Job, Source, Table
+from reproduction.plan import WORK_DIR, Cell, Column, Job, Source, Table
 from reproduction.profiles import Profile, Task
 from reproduction.tables import ABLATIONS, Planner
 
@@ -33,15 +33,20 @@ METHODS: Dict[str, Tuple[str, str, Tuple[str, ...]]] = {
     'vitkd': ('ViTKD', 'vitkd', ()),
     'singer': ('SiNGER', 'singer', ()),
     'gated': ('SiNGER, gated (ours)', 'singer',
-              ('model.type=mmsinger.GatedSiNGERDistiller', )),
+              ('model.gate.mad=8.0', 'model.cap=True')),
     'clip_quantile': ('FitNet, norms clipped at quantile 0.95', 'fitnet',
-                      ('model.clip.quantile=0.95', )),
+                      ('model.targets.clip.type=mmsinger.ClipNorms',
+                       'model.targets.clip.quantile=0.95')),
     'clip_mad': ('FitNet, norms clipped at 6 MAD', 'fitnet',
-                 ('model.clip.mad=6.0', )),
+                 ('model.targets.clip.type=mmsinger.ClipNorms',
+                  'model.targets.clip.mad=6.0')),
     'mask_mad': ('FitNet, tokens above 6 MAD left out', 'fitnet',
-                 ('model.mask.mad=6.0', )),
+                 ('model.targets.mask.type=mmsinger.MaskTokens',
+                  'model.targets.mask.mad=6.0')),
     'mask_oracle': ('FitNet, planted tokens left out (oracle)', 'fitnet',
-                    ('model.mask=oracle', 'model.teacher.remember=0')),
+                    ('model.targets.mask.type=mmsinger.MaskTokens',
+                     'model.targets.mask.oracle=True',
+                     'model.teacher.feature_cache=0')),
     'random_start': ('SiNGER, random init', 'singer',
                      ('model.adapter.init=random', )),
     **{f'only_{key}': (f'SiNGER, {title}', 'singer', ABLATIONS[key][1])
@@ -152,7 +157,7 @@ def _own(planner: Planner, case: str) -> str:
     config = planner.profile.path('digits/planted_teacher.py')
     return planner.table.add_job(Job(
         f'teacher-{case}/own', 'test.py',
-        (config, 'mmsinger://digits_teacher.pth', '--work-dir', InWorkDir()),
+        (config, 'mmsinger://digits_teacher.pth', '--work-dir', WORK_DIR),
         config, 0, _options(case, 'model.backbone')))
 
 

@@ -3,11 +3,12 @@ import csv
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean, stdev
-from typing import Dict, List, Optional
+from typing import Dict, Iterator, List, Optional, Tuple
 
-from reproduction.execute import Record
 from reproduction.plan import Cell, Column, Table
+from reproduction.workspace import Record
 
 PUBLISHED, MEASURED = '#0072B2', '#D55E00'  # told apart by the colour-blind
 
@@ -27,6 +28,11 @@ class Result:
     std: Optional[float]
     values: List[Optional[float]]
     missing: str = ''
+
+    @property
+    def count(self) -> int:
+        """How many seeds were measured."""
+        return sum(value is not None for value in self.values)
 
 
 def result_of(cell: Cell, records: Dict[str, Record]) -> Result:
@@ -59,185 +65,160 @@ def result_of(cell: Cell, records: Dict[str, Record]) -> Result:
                   values, min(problems, default=''))
 
 
-def write_report(table: Table, records: Dict[str, Record], folder: str
-                 ) -> List[str]:
-    """Write all four files.
+class Report:
+    """A table with what its jobs measured.
 
     Args:
         table (Table): The table.
         records (dict[str, Record]): Of its jobs, by name; some may be
             missing.
-        folder (str): Where to write.
 
-    Returns:
-        list[str]: Paths of the files.
+    Attributes:
+        results (list[list[Result]]): What came of the cells, by row.
     """
-    os.makedirs(folder, exist_ok=True)
-    paths = [os.path.join(folder, f'{table.name}.{extension}')
-             for extension in ('md', 'csv', 'tex', 'png')]
-    with open(paths[0], 'w', encoding='utf-8') as file:
-        file.write(markdown(table, records))
-    write_csv(table, records, paths[1])
-    with open(paths[2], 'w', encoding='utf-8') as file:
-        file.write(latex(table, records))
-    plot(table, records, paths[3])
-    return paths
 
+    def __init__(self, table: Table, records: Dict[str, Record]) -> None:
+        self.table, self.records = table, records
+        self.results = [[result_of(cell, records) for cell in cells]
+                        for _, cells in table.rows]
 
-def markdown(table: Table, records: Dict[str, Record]) -> str:
-    """The table, what failed, and where each figure comes from.
+    def write(self, folder: str) -> List[str]:
+        """Write Markdown, CSV, LaTeX and a plot into a folder; returns the
+        paths of the files."""
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, self.table.name)
+        for extension, text in (('md', self.markdown()),
+                                ('tex', self.latex())):
+            with open(f'{path}.{extension}', 'w', encoding='utf-8') as file:
+                file.write(text)
+        self.write_csv(f'{path}.csv')
+        self.plot(f'{path}.png')
+        return [f'{path}.{e}' for e in ('md', 'csv', 'tex', 'png')]
 
-    Args:
-        table (Table): The table.
-        records (dict[str, Record]): Of its jobs, by name.
+    def cells(self) -> Iterator[Tuple[str, Cell, Column, Result]]:
+        """Row by row: label, cell, column and what came of the cell."""
+        for (label, cells), results in zip(self.table.rows, self.results):
+            for cell, column, result in zip(cells, self.table.columns,
+                                            results):
+                yield label, cell, column, result
 
-    Returns:
-        str: A page.
-    """
-    lines = [f'# {table.title}', '', table.caption, '']
-    if _has_published(table):
-        lines += ['Each cell: published / **measured** (difference).', '']
-    lines += ['| | ' + ' | '.join(_heading(c) for c in table.columns) + ' |',
-              '|---' * (len(table.columns) + 1) + '|']
-    for label, cells in table.rows:
-        lines.append(f'| {label} | ' + ' | '.join(
-            _text(cell, column, result_of(cell, records), bold='**')
-            for cell, column in zip(cells, table.columns)) + ' |')
-    if table.conclude is not None:
-        lines += ['', *table.conclude({
-            (label, column.title): result_of(cell, records)
-            for label, cells in table.rows
-            for cell, column in zip(cells, table.columns)})]
-    failed = {n: r for n, r in records.items() if r.status == 'failed'}
-    if failed:
-        lines += ['', '## Failed runs', '']
-        lines += [f'- `{name}`: {_one_line(record.error)}'
-                  for name, record in failed.items()]
-    lines += ['', '## Where the figures come from', '',
-              '| row | column | run | config | seed | commit | log |',
-              '|---|---|---|---|---|---|---|']
-    for label, cells in table.rows:
-        for cell, column in zip(cells, table.columns):
-            for source in _sources(cell):
-                record = records.get(source.job)
-                if record is None:
-                    continue
-                lines.append(
-                    f'| {label} | {column.title} | `{source.job}` | '
-                    f'`{record.config}` | {record.seed} | '
-                    f'{record.commit or "not run"} | `{record.log}` |')
-    return '\n'.join(lines) + '\n'
+    def texts(self, bold: str = '') -> Iterator[List[str]]:
+        """Label and cells of each row, the measured between ``bold``."""
+        for (label, cells), results in zip(self.table.rows, self.results):
+            yield [label, *map(partial(_text, bold=bold), cells,
+                               self.table.columns, results)]
 
+    def markdown(self) -> str:
+        """A page: the table, what failed, and where each figure comes
+        from."""
+        table = self.table
+        lines = [f'# {table.title}', '', table.caption, '']
+        if any(cell.published is not None for _, cell, *_ in self.cells()):
+            lines += ['Each cell: published / **measured** (difference).', '']
+        lines += ['| | ' + ' | '.join(map(_heading, table.columns)) + ' |',
+                  '|---' * (len(table.columns) + 1) + '|']
+        lines += [f'| {" | ".join(row)} |' for row in self.texts('**')]
+        if table.conclude is not None:
+            lines += ['', *table.conclude({
+                (label, column.title): result
+                for label, _, column, result in self.cells()})]
+        failed = [f'- `{name}`: {" ".join(record.error.split())}'
+                  for name, record in self.records.items()
+                  if record.status == 'failed']
+        if failed:
+            lines += ['', '## Failed runs', '', *failed]
+        lines += ['', '## Where the figures come from', '',
+                  '| row | column | run | config | seed | commit | log |',
+                  '|---|---|---|---|---|---|---|']
+        for label, cell, column, _ in self.cells():
+            for source in cell.all_sources:
+                record = self.records.get(source.job)
+                if record is not None:
+                    lines.append(
+                        f'| {label} | {column.title} | `{source.job}` | '
+                        f'`{record.config}` | {record.seed} | '
+                        f'{record.commit or "not run"} | `{record.log}` |')
+        return '\n'.join(lines) + '\n'
 
-def write_csv(table: Table, records: Dict[str, Record], path: str) -> None:
-    """One line for each source of each cell.
-
-    Args:
-        table (Table): The table.
-        records (dict[str, Record]): Of its jobs, by name.
-        path (str): Where to write.
-    """
-    with open(path, 'w', newline='', encoding='utf-8') as file:
-        writer = csv.writer(file)
-        writer.writerow((
-            'table', 'row', 'column', 'published', 'measured', 'std', 'seeds',
-            'difference', 'missing', 'run', 'metric', 'value', 'status',
-            'config', 'seed', 'commit', 'log', 'data'))
-        for label, cells in table.rows:
-            for cell, column in zip(cells, table.columns):
-                result = result_of(cell, records)
-                head = (table.name, label, column.title, cell.published,
-                        result.mean, result.std,
-                        sum(v is not None for v in result.values),
+    def write_csv(self, path: str) -> None:
+        """Write one line for each source of each cell."""
+        with open(path, 'w', newline='', encoding='utf-8') as file:
+            writer = csv.writer(file)
+            writer.writerow((
+                'table', 'row', 'column', 'published', 'measured', 'std',
+                'seeds', 'difference', 'missing', 'run', 'metric', 'value',
+                'status', 'config', 'seed', 'commit', 'log', 'data'))
+            for label, cell, column, result in self.cells():
+                head = (self.table.name, label, column.title, cell.published,
+                        result.mean, result.std, result.count,
                         _difference(cell, result), result.missing)
-                for source in _sources(cell):
-                    record = records.get(source.job)
+                for source in cell.all_sources:
+                    record = self.records.get(source.job)
                     tail = ('', 'not run', '', '', '', '') \
                         if record is None else (
                             record.metrics.get(source.metric, ''),
                             record.status, record.config, record.seed,
                             record.commit, record.log)
                     writer.writerow((*head, source.job, source.metric, *tail,
-                                     table.caption))
+                                     self.table.caption))
+
+    def latex(self) -> str:
+        """A ``table`` environment for booktabs."""
+        table = self.table
+        lines = [
+            r'\begin{table}', r'\centering',
+            rf'\caption{{{_escape(table.title)}. {_escape(table.caption)}}}',
+            rf'\begin{{tabular}}{{l{"c" * len(table.columns)}}}', r'\toprule',
+            *(' & '.join(map(_escape, row)) + r' \\' for row in (
+                ['', *(column.title for column in table.columns)],
+                *self.texts()))]
+        lines.insert(6, r'\midrule')
+        return '\n'.join([*lines, r'\bottomrule', r'\end{tabular}',
+                          r'\end{table}']) + '\n'
+
+    def plot(self, path: str) -> None:
+        """Draw a panel for each column: published and measured by row."""
+        import matplotlib
+        matplotlib.use('Agg')
+        from matplotlib import pyplot as plt
+        table = self.table
+        rows = len(table.rows)
+        columns = min(len(table.columns), 3)
+        lines = math.ceil(len(table.columns) / columns)
+        figure, axes = plt.subplots(
+            lines, columns, squeeze=False, layout='constrained', sharey=True,
+            figsize=(2.4 + 3 * columns, lines * (1.2 + 0.26 * rows)))
+        places = range(rows)
+        for number, column in enumerate(table.columns):
+            axis = axes.flat[number]
+            results = [row[number] for row in self.results]
+            published = [cells[number].published for _, cells in table.rows]
+            if any(value is not None for value in published):
+                axis.plot([_or_nan(v) for v in published], places, 'D', ms=6,
+                          mfc='white', color=PUBLISHED, label='published')
+            axis.errorbar([_or_nan(r.mean) for r in results], places,
+                          xerr=[r.std or 0 for r in results], fmt='o', ms=6,
+                          capsize=3, color=MEASURED, label='measured')
+            axis.set_title(_heading(column, arrows=('higher is better',
+                                                    'lower is better'),
+                                    between='\n'), fontsize=9)
+            axis.set_yticks(places, [label for label, _ in table.rows],
+                            fontsize=8)
+            axis.tick_params(axis='x', labelsize=8)
+            axis.grid(axis='both', alpha=0.3)
+            axis.set_ylim(rows - 0.5, -0.5)
+        for axis in list(axes.flat)[len(table.columns):]:
+            axis.set_visible(False)
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc='outside lower center', ncols=2,
+                      fontsize=9)
+        figure.suptitle(table.title, fontsize=11)
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
 
 
-def latex(table: Table, records: Dict[str, Record]) -> str:
-    """A ``table`` environment for booktabs.
-
-    Args:
-        table (Table): The table.
-        records (dict[str, Record]): Of its jobs, by name.
-
-    Returns:
-        str: LaTeX source.
-    """
-    lines = [r'\begin{table}', r'\centering',
-             rf'\caption{{{_escape(table.title)}. {_escape(table.caption)}}}',
-             rf'\begin{{tabular}}{{l{"c" * len(table.columns)}}}', r'\toprule',
-             ' & ' + ' & '.join(_escape(c.title) for c in table.columns)
-             + r' \\', r'\midrule']
-    for label, cells in table.rows:
-        lines.append(_escape(label) + ' & ' + ' & '.join(
-            _escape(_text(cell, column, result_of(cell, records)))
-            for cell, column in zip(cells, table.columns)) + r' \\')
-    lines += [r'\bottomrule', r'\end{tabular}', r'\end{table}']
-    return '\n'.join(lines) + '\n'
-
-
-def plot(table: Table, records: Dict[str, Record], path: str) -> None:
-    """One panel for each column: published and measured by row.
-
-    Args:
-        table (Table): The table.
-        records (dict[str, Record]): Of its jobs, by name.
-        path (str): Where to write.
-    """
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-    rows = len(table.rows)
-    columns = min(len(table.columns), 3)
-    lines = math.ceil(len(table.columns) / columns)
-    figure, axes = plt.subplots(
-        lines, columns, squeeze=False, layout='constrained', sharey=True,
-        figsize=(2.4 + 3 * columns, lines * (1.2 + 0.26 * rows)))
-    places = range(rows)
-    for number, column in enumerate(table.columns):
-        axis = axes.flat[number]
-        results = [result_of(cells[number], records)
-                   for _, cells in table.rows]
-        published = [cells[number].published for _, cells in table.rows]
-        if any(value is not None for value in published):
-            axis.plot([_or_nan(v) for v in published], places, 'D', ms=6,
-                      mfc='white', color=PUBLISHED, label='published')
-        axis.errorbar([_or_nan(r.mean) for r in results], places,
-                      xerr=[r.std or 0 for r in results], fmt='o', ms=6,
-                      capsize=3, color=MEASURED, label='measured')
-        axis.set_title(_heading(column, arrows=('higher is better',
-                                                'lower is better'),
-                                between='\n'), fontsize=9)
-        axis.set_yticks(places, [label for label, _ in table.rows],
-                        fontsize=8)
-        axis.tick_params(axis='x', labelsize=8)
-        axis.grid(axis='both', alpha=0.3)
-        axis.set_ylim(rows - 0.5, -0.5)
-    for axis in list(axes.flat)[len(table.columns):]:
-        axis.set_visible(False)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=2,
-                  fontsize=9)
-    figure.suptitle(table.title, fontsize=11)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def _sources(cell: Cell):
-    return [source for members in cell.sources for source in members]
-
-
-def _has_published(table: Table) -> bool:
-    return any(cell.published is not None
-               for _, cells in table.rows for cell in cells)
+    def _sources(cell: Cell):
+        return [source for members in cell.sources for source in members]
 
 
 def _heading(column: Column, arrows=('↑', '↓'), between: str = ' ') -> str:
@@ -264,8 +245,7 @@ def _text(cell: Cell, column: Column, result: Result, bold: str = '') -> str:
             measured += f' ± {result.std:.{digits}f}'
         measured = f'{bold}{measured}{bold}'
         if result.missing:
-            count = sum(v is not None for v in result.values)
-            measured += f' (n = {count}; others {result.missing})'
+            measured += f' (n = {result.count}; others {result.missing})'
     if cell.published is None:
         return measured
     text = f'{cell.published:.{digits}f} / {measured}'
@@ -277,10 +257,6 @@ def _text(cell: Cell, column: Column, result: Result, bold: str = '') -> str:
 
 def _or_nan(value: Optional[float]) -> float:
     return math.nan if value is None else value
-
-
-def _one_line(text: str) -> str:
-    return ' '.join(text.split())
 
 
 def _escape(text: str) -> str:

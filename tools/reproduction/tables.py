@@ -3,8 +3,8 @@ import os
 from typing import Callable, Iterable, List, Optional, Sequence, Tuple
 
 from reproduction import published
-from reproduction.plan import (Argument, Cell, Checkpoint, Column, InWorkDir,
-                               Job, Source, Table)
+from reproduction.plan import (WORK_DIR, Cell, Column, Job, Source, Table,
+                               checkpoint, student)
 from reproduction.profiles import Model, Profile, Task
 
 PAIRS = {
@@ -80,11 +80,11 @@ class Planner:
                name: str = '', options: Sequence[str] = ()) -> str:
         """Distil a student; returns the job's name."""
         config = self.profile.path(recipe, method=method, pair=pair)
-        extra: List[Argument] = [*options]
+        extra = [*options]
         needed = self.profile.teacher_needs.get(pair)
         if needed:
-            extra.append(Checkpoint(self.train(needed, seed),
-                                    key='model.teacher.checkpoint='))
+            extra.append('model.teacher.checkpoint='
+                         + checkpoint(self.train(needed, seed)))
         stem = os.path.splitext(os.path.basename(config))[0]
         return self._training(
             f'{stem}{"-" + name if name else ""}/seed{seed}/distil', config,
@@ -102,11 +102,11 @@ class Planner:
         return self._training(f'{model}/seed{seed}/train', config, seed)
 
     def _training(self, name: str, config: str, seed: int,
-                  options: Sequence[Argument] = ()) -> str:
+                  options: Sequence[str] = ()) -> str:
         quick = self.profile.quick if self.quick else ()
         return self.table.add_job(Job(
             name, 'train.py',
-            (config, '--work-dir', InWorkDir(), '--resume'), config, seed,
+            (config, '--work-dir', WORK_DIR, '--resume'), config, seed,
             (f'randomness.seed={seed}', *options, *quick)))
 
     def evaluate_student(self, distilled: str, task: Task, seed: int) -> str:
@@ -119,21 +119,21 @@ class Planner:
         """
         job = self.table.jobs[distilled]
         return self.evaluate(os.path.dirname(distilled), job.config,
-                             (Checkpoint(distilled, student=True), ), task,
+                             (student(distilled), ), task,
                              seed)
 
     def evaluate_model(self, key: str, task: Task, seed: int) -> str:
         """Linear evaluation of a model as it is; returns the job's name."""
         model: Model = self.profile.models[key]
-        weights: Tuple[Argument, ...] = ('--teacher', )
+        weights: Tuple[str, ...] = ('--teacher', )
         if model.trained:
-            weights = (Checkpoint(self.train(key, seed)), )
+            weights = (checkpoint(self.train(key, seed)), )
         return self.evaluate(f'{key}/seed{seed}',
                              self.profile.path(model.config), weights, task,
                              seed)
 
     def evaluate(self, folder: str, source: str,
-                 weights: Tuple[Argument, ...], task: Task, seed: int) -> str:
+                 weights: Tuple[str, ...], task: Task, seed: int) -> str:
         """Linear evaluation; returns the job's name.
 
         Args:
@@ -145,12 +145,12 @@ class Planner:
         """
         config = self.profile.path(task.config)
         name = os.path.splitext(os.path.basename(config))[0]
-        args: List[Argument] = [config, source, *weights, '--work-dir',
-                                InWorkDir(), '--seed', str(seed)]
+        args: List[str] = [config, source, *weights, '--work-dir',
+                                WORK_DIR, '--seed', str(seed)]
         if task.head is not None:
             head = next(t for members in self.profile.tasks.values()
                         for t in members if t.config == task.head)
-            args += ['--head', Checkpoint(self.evaluate(
+            args += ['--head', checkpoint(self.evaluate(
                 folder, source, weights, head, seed))]
         else:
             args.append('--resume')
@@ -165,10 +165,15 @@ class Planner:
         return self.table.add_job(Job(
             f'{os.path.dirname(distilled)}/measure_{"_".join(metrics)}',
             'measure.py',
-            (job.config, Checkpoint(distilled), '--out',
-             InWorkDir('metrics.json'), '--images', str(images), '--seed',
+            (job.config, checkpoint(distilled), '--out',
+             f'{WORK_DIR}/metrics.json', '--images', str(images), '--seed',
              str(job.seed), '--metrics', *metrics), job.config, job.seed,
             job.options))
+
+    def of_singer(self, metric: str) -> Callable[[int], str]:
+        """From a seed to the job that measures ViT-L and ViT-S."""
+        return lambda seed: self.measure(self.distil(
+            self.profile.recipe, seed, 'singer', 'vitl_to_vits'), metric)
 
 
 def table1(profile: Profile, seeds: Sequence[int], quick: bool = False
@@ -199,16 +204,12 @@ def table3(profile: Profile, seeds: Sequence[int], quick: bool = False
         [Column('cosine', higher_is_better=None, digits=4)])
     plan = Planner(table, profile, seeds, quick)
     layer = profile.layers[0]
-
-    def job(seed: int) -> str:
-        return plan.measure(plan.distil(
-            profile.recipe, seed, 'singer', 'vitl_to_vits'), 'cosine')
-
     for label, metric, value in (
             (f'layer {layer}', 'refined', published.TABLE_3['refined']),
             (f'layer {layer + 1}', 'next_block', published.TABLE_3['next'])):
         table.add_row(label, plan.measured(
-            job, [f'cosine/{layer}/{metric}/mean'], [value]))
+            plan.of_singer('cosine'), [f'cosine/{layer}/{metric}/mean'],
+            [value]))
     return table
 
 
@@ -287,15 +288,11 @@ def table7(profile: Profile, seeds: Sequence[int], quick: bool = False
         [Column(name, higher_is_better=None, digits=4)
          for name in ('mean', 'median', 'p95')])
     plan = Planner(table, profile, seeds, quick)
-
-    def job(seed: int) -> str:
-        return plan.measure(plan.distil(
-            profile.recipe, seed, 'singer', 'vitl_to_vits'), 'inflation')
-
     for key, values in published.TABLE_7.items():
         table.add_row(key, plan.measured(
-            job, [f'inflation/all/{key.lower()}/{statistic}'
-                  for statistic in ('mean', 'median', 'p95')], values))
+            plan.of_singer('inflation'),
+            [f'inflation/all/{key.lower()}/{statistic}'
+             for statistic in ('mean', 'median', 'p95')], values))
     return table
 
 
@@ -311,15 +308,11 @@ def table8(profile: Profile, seeds: Sequence[int], quick: bool = False
          Column('full Jacobian', higher_is_better=None, digits=4)])
     plan = Planner(table, profile, seeds, quick)
     layer = profile.layers[0]
-
-    def job(seed: int) -> str:
-        return plan.measure(plan.distil(
-            profile.recipe, seed, 'singer', 'vitl_to_vits'), 'deviation')
-
     for key, values in published.TABLE_8.items():
         table.add_row(key, plan.measured(
-            job, [f'deviation/{layer}/{estimate}/{key}/mean'
-                  for estimate in ('ours', 'jacobian')], values))
+            plan.of_singer('deviation'),
+            [f'deviation/{layer}/{estimate}/{key}/mean'
+             for estimate in ('ours', 'jacobian')], values))
     return table
 
 

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mmsinger.engine.diagnostics import step_diagnostics
 from mmsinger.errors import ConfigError, check_choice
-from mmsinger.models import FeatureDistiller, FitNetDistiller, SiNGERDistiller
+from mmsinger.models import (FeatureDistiller, FitNetDistiller, Refine,
+                             SiNGERDistiller)
 from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.models.features.compiled import compile_blocks
 from mmsinger.models.features.taps import BlockTaps
@@ -101,7 +102,7 @@ class Steps:
             teacher=dict(backbone=backbone, layers=layers),
             task_loss_weight=0)
         self.singer = SiNGERDistiller(adapter=dict(rank=rank), **shared)
-        self.singer.initialise_adapters()
+        self.singer.refinement.init_weights(self.singer.teacher)
         self.fitnet = FitNetDistiller(**shared)
         self.fitnet.__dict__['teacher'] = self.singer.teacher
         for model in (self.singer, self.fitnet):
@@ -140,9 +141,9 @@ class Steps:
         patch = mock.patch.object
         return {
             'info_fraction=0.5': self._varied(
-                patch(self.singer, 'info_fraction', 0.5)),
+                patch(self.singer.refinement, 'info_fraction', 0.5)),
             'info_fraction=0.25': self._varied(
-                patch(self.singer, 'info_fraction', 0.25)),
+                patch(self.singer.refinement, 'info_fraction', 0.25)),
             "teacher_dtype='bf16'": self._varied(self._cast_teacher),
             'quantile by partial selection': self._varied(
                 patch(outlier_loss, 'outlier_threshold', selected_quantile)),
@@ -151,7 +152,7 @@ class Steps:
             'channels-last patch embeddings': self._varied(
                 self._channels_last),
             "official code's order": self._varied(
-                patch(SiNGERDistiller, '_info_loss', _recomputing_info_loss),
+                patch(Refine, '_info_loss', _recomputing_info_loss),
                 self._weight_gradients),
             'DiagnosticsHook measures': Step(self._measured),
         }
@@ -160,8 +161,8 @@ class Steps:
         """FitNet and SiNGER with compiled blocks, see
         :func:`compile_blocks`, and options of ``torch.compile``."""
         groups = (self.singer.teacher.blocks,
-                  self.singer.find_student_blocks(),
-                  self.fitnet.find_student_blocks())
+                  self.singer.find_student_features(),
+                  self.fitnet.find_student_features())
         blocks = [block for group in groups for block in group.modules]
         plain = [type(block) for block in blocks]
         for group in groups:
@@ -248,7 +249,7 @@ class Steps:
     @contextlib.contextmanager
     def _channels_last(self) -> Iterator[None]:
         embeddings = [self.singer.teacher.blocks.patch_embed,
-                      self.singer.find_student_blocks().patch_embed]
+                      self.singer.find_student_features().patch_embed]
         for module in embeddings:
             module.to(memory_format=torch.channels_last)
         try:
@@ -261,7 +262,7 @@ class Steps:
     def _weight_gradients(self) -> Iterator[None]:
         blocks = [self.singer.teacher.blocks.modules[layer + 1]
                   for layer in self.singer.layers
-                  if layer != self.singer.last_layer]
+                  if layer != self.singer.refinement.last_layer]
         for block in blocks:
             block.requires_grad_(True)
         try:
@@ -272,7 +273,8 @@ class Steps:
                 block.zero_grad()
 
 
-def selected_quantile(norms: Tensor, quantile: float) -> Tensor:
+def selected_quantile(norms: Tensor, quantile: float,
+                      weight: None = None) -> Tensor:
     """:func:`outlier_threshold` without sorting all: the two largest-but-k
     norms that the quantile lies between."""
     norms = norms.detach().float()
@@ -283,19 +285,19 @@ def selected_quantile(norms: Tensor, quantile: float) -> Tensor:
     return torch.lerp(low, high, place - below)
 
 
-def _recomputing_info_loss(self, taps, layer, *args):
+def _recomputing_info_loss(self, outputs, layer, *args):
     """The next block's output computed anew, not taken from the pass."""
     if layer != self.last_layer:
         with torch.no_grad():
-            taps.rerun(layer + 1, taps.tokens(layer).values)
-    return _INFO_LOSS(self, taps, layer, *args)
+            outputs.next_block(layer, outputs.tokens(layer))
+    return _INFO_LOSS(self, outputs, layer, *args)
 
 
 def _checkpointed_rerun(self, layer, values):
     return checkpoint(_RERUN, self, layer, values, use_reentrant=False)
 
 
-_INFO_LOSS = SiNGERDistiller._info_loss
+_INFO_LOSS = Refine._info_loss
 _RERUN = BlockTaps.rerun
 
 

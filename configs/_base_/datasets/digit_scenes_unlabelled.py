@@ -1,5 +1,5 @@
 # 4000 images of the scenes alone, for feature distillation. Without random
-# augmentation, so that the teacher's features can be remembered.
+# augmentation, so that the teacher's features can be cached.
 train_dataloader = dict(
     batch_size=32,
     num_workers=0,

@@ -15,5 +15,5 @@ teacher = dict(
     ignore_keys=[],
     mean=[127.5, 127.5, 127.5],
     std=[64., 64., 64.],
-    remember=4000,
+    feature_cache=4000,
     layers=(2, 3))

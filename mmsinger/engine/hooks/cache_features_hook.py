@@ -262,7 +262,7 @@ class TokenPreprocessor(BaseDataPreprocessor):
 
     def forward(self, data: Dict[str, Any], training: bool = False
                 ) -> Dict[str, Any]:
-        """As any data preprocessor."""
+        """Preprocess images, or bring tokens to the model's device."""
         if not isinstance(data['inputs'], Tokens):
             return self.images(data, training)
         values, grid = data['inputs']

@@ -1,5 +1,5 @@
 import math
-from typing import Dict, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 from mmengine.dist import is_main_process
@@ -11,15 +11,11 @@ from mmsinger.engine.hooks.target_norm_hook import (preserved_random_states,
                                                     training_images)
 from mmsinger.engine.unwrap import full_parameters, is_sharded, unwrap
 from mmsinger.errors import ConfigError
-from mmsinger.figures.features import extract_features
-from mmsinger.figures.images import pictures_of
-from mmsinger.figures.maps import (draw_norm_maps, draw_pca_maps,
-                                   draw_similarity_maps)
-from mmsinger.figures.similarity import patch_at
-from mmsinger.figures.style import to_array
-from mmsinger.models import FeatureDistiller, SiNGERDistiller
+from mmsinger.models import FeatureDistiller
 from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.registry import HOOKS
+
+MIDDLE = (0.5, 0.5)
 
 
 @HOOKS.register_module()
@@ -71,7 +67,7 @@ class DiagnosticsHook(Hook):
                  draw: bool = False,
                  draw_interval: int = 0,
                  draw_images: int = 4,
-                 patch: Tuple[float, float] = (0.5, 0.5)) -> None:
+                 patch: Tuple[float, float] = MIDDLE) -> None:
         for name, value, least in (
                 ('interval', interval, 0), ('num_images', num_images, 1),
                 ('draw_interval', draw_interval, 0),
@@ -79,7 +75,9 @@ class DiagnosticsHook(Hook):
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f'DiagnosticsHook.{name}={value!r} must be '
                                   f'a whole number, {least} or more.')
-        patch_at((1, 1), patch)
+        if draw or patch != MIDDLE:
+            from mmsinger.figures import patch_at
+            patch_at((1, 1), patch)
         self.interval = interval
         self.num_images = num_images
         self.draw = draw
@@ -87,7 +85,6 @@ class DiagnosticsHook(Hook):
         self.draw_images = draw_images
         self.patch = tuple(patch)
         self._record: Optional[StepRecord] = None
-        self._directions: Dict[int, Tensor] = {}
         self._images: Optional[Tensor] = None
         self._model: Optional[FeatureDistiller] = None
 
@@ -100,16 +97,8 @@ class DiagnosticsHook(Hook):
                 'DiagnosticsHook.draw=True: with FSDP no process has the '
                 'whole model to draw with. Set draw=False, and draw from a '
                 'checkpoint with tools/plot.py.')
-        with full_parameters(runner.model):
-            if is_main_process():
-                self._start(model)
-
-    def _start(self, model: FeatureDistiller) -> None:
-        self._model = model
-        if self.interval and isinstance(model, SiNGERDistiller):
-            self._directions = {
-                layer: model.decompose_ffn(layer)[1][0]
-                for layer in model.layers}
+        if is_main_process():
+            self._model = model
 
     # -- numbers -----------------------------------------------------------
 
@@ -132,15 +121,17 @@ class DiagnosticsHook(Hook):
             return
         record, self._record = self._record, None
         self._model.records.remove(record)
-        names, values = [], []
-        for layer, numbers in step_diagnostics(record).items():
-            names += [f'{name}_{layer}' for name in numbers]
-            values += numbers.values()
-        numbers = dict(zip(names, torch.stack(values).tolist()))
-        for layer, directions in self._directions.items():
-            numbers.update({
-                f'{name}_{layer}': value for name, value in adapter_energies(
-                    self._model.adapters[str(layer)], directions).items()})
+        found = {f'{name}_{layer}': value
+                 for layer, numbers in step_diagnostics(record).items()
+                 for name, value in numbers.items()}
+        numbers = dict(zip(found, torch.stack([*found.values()]).tolist()))
+        refinement = self._model.refinement
+        if refinement:
+            for layer, ffn in refinement.ffn_directions.items():
+                energies = adapter_energies(
+                    refinement.adapters[str(layer)], ffn.directions)
+                numbers.update({f'{name}_{layer}': value
+                                for name, value in energies.items()})
         step = runner.iter + 1
         runner.visualizer.add_scalars(
             {**{f'diagnostics/{name}': value
@@ -163,6 +154,9 @@ class DiagnosticsHook(Hook):
         # None in another process, with another model, and without training
         if not self.draw or model is None:
             return
+        # Not before: training needs no matplotlib
+        from mmsinger.figures import (draw_maps, extract_features,
+                                      pictures_of, to_array)
         if self._images is None:
             with preserved_random_states(seed=0):
                 self._images = torch.cat(list(training_images(
@@ -171,13 +165,12 @@ class DiagnosticsHook(Hook):
             features = extract_features(
                 model, self._images.to(next(model.parameters()).device))
         images = pictures_of(model, self._images)
-        note = f'Training images, iteration {step}.'
-        for name, figure in (
-                ('norm_maps', draw_norm_maps(images, features, note)),
-                ('similarity_maps', draw_similarity_maps(
-                    images, features, self.patch, note)),
-                ('pca_maps', draw_pca_maps(images, features, note))):
-            add_image(runner.visualizer, name, to_array(figure), step)
+        for kind in ('norm', 'similarity', 'pca'):
+            figure = draw_maps(kind, images, features,
+                               f'Training images, iteration {step}.',
+                               self.patch)
+            add_image(runner.visualizer, f'{kind}_maps', to_array(figure),
+                      step)
 
 
 def add_image(visualizer, name: str, image, step: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mmsinger.engine.hooks.random_state_hook import (random_states,
                                                      set_random_states)
 from mmsinger.engine.unwrap import unwrap
+from mmsinger.images import dataset_images
 from mmsinger.registry import HOOKS
 
 NUM_IMAGES = 256
@@ -68,11 +69,9 @@ def training_images(runner, num_images: int, batch_size: int
     total = len(loader.dataset)
     count = min(num_images, total)
     indices = [i * total // count for i in range(count)]
-    preprocess = unwrap(runner.model).data_preprocessor
-    for start in range(0, count, batch_size):
-        chosen = indices[start:start + batch_size]
-        batch = loader.collate_fn([loader.dataset[i] for i in chosen])
-        yield preprocess(batch, True)['inputs']
+    yield from dataset_images(
+        loader.dataset, indices, batch_size,
+        unwrap(runner.model).data_preprocessor, True, loader.collate_fn)
 
 
 @contextlib.contextmanager

@@ -46,8 +46,8 @@ class BaseDistiller(BaseModel):
             together.
     """
 
-    # Hooks that a run needs; ``tools/train.py`` adds the ones that a config
-    # does not list.
+    # The one list of hooks that a run gets; ``prepare_training`` adds those
+    # that a config does not list with arguments of its own.
     required_hooks: Tuple[str, ...] = (
         'StudentCheckpointHook', 'RunGuardHook', 'RandomStateHook')
     teacher_class = FrozenTeacher
@@ -166,20 +166,45 @@ class BaseDistiller(BaseModel):
                 'task loss with. Set task_loss_weight=0 (features only), or '
                 'give it a head.')
 
-    def _freeze_unreached(self) -> None:
-        """Without a task loss, what the distilled features (or logits) do not
-        depend on gets no gradient: the final norm, the heads and the blocks
-        after the last distilled one. DDP refuses parameters without
-        gradients, so they are marked as frozen."""
+    def _find_what_learns(self) -> None:
+        """See by one small backward pass which student parameters the
+        distilled features (or logits) reach.
+
+        Without a task loss what they do not reach gets no gradient: the final
+        norm, the heads and the blocks after the last distilled one. DDP
+        refuses parameters without gradients, so they are marked as frozen.
+
+        Raises:
+            ConfigError: If none is reached: nothing would be learnt.
+        """
         reached = self._parameters_reached()
-        frozen = 0
-        for parameter in self.student.parameters():
-            if parameter.requires_grad and id(parameter) not in reached:
-                parameter.requires_grad_(False)
-                frozen += parameter.numel()
+        parameters = list(self.student.parameters())
+        frozen = sum(p.numel() for p in parameters if not p.requires_grad)
+        if not reached:
+            why = 'all its parameters are frozen (frozen_stages, or ' \
+                'requires_grad=False)' if not any(
+                    p.requires_grad for p in self.student_backbone.parameters()
+                ) else 'its backbone does not hand gradients on to them: ' \
+                'what is distilled is frozen, or the backward pass is its ' \
+                'own (RevViT)'
+            raise ConfigError(
+                'student: distillation reaches no parameter of '
+                f'{type(self.student_backbone).__name__}, since {why}. Let '
+                'the distilled part train, or take another student.')
         if frozen:
+            total = sum(p.numel() for p in parameters)
+            print_log(f'The student config freezes {frozen:,} of the '
+                      f"student's {total:,} parameters", logger='current')
+        if self.task_loss_weight > 0:
+            return
+        unreached = [p for p in parameters
+                     if p.requires_grad and id(p) not in reached]
+        for parameter in unreached:
+            parameter.requires_grad_(False)
+        if unreached:
+            count = sum(p.numel() for p in unreached)
             print_log(
-                f'task_loss_weight=0: {frozen:,} student parameters '
+                f'task_loss_weight=0: {count:,} student parameters '
                 f'{self._not_reached} get no gradient and stay as they are',
                 logger='current')
 
@@ -283,7 +308,8 @@ def reached_parameters(module: nn.Module,
     copied.eval()  # alone: mmpretrain's backbones return None from it
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         total = run(copied)
-    total.backward()  # not autograd.grad(): checkpointing refuses it
+    if total.requires_grad:
+        total.backward()  # not autograd.grad(): checkpointing refuses it
     return {id(ours) for ours, theirs in zip(
         module.parameters(), copied.parameters()) if theirs.grad is not None}
 

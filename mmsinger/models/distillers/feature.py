@@ -19,6 +19,8 @@ from mmsinger.models.targets import (ClipNorms, Refine, TargetNorm, TargetStep,
 from mmsinger.models.targets.normalise import MODES as TARGET_NORMS
 from mmsinger.registry import build_part
 
+StepConfigs = Union[Sequence[dict], Dict[str, dict]]
+
 
 class FeatureDistiller(BaseDistiller):
     """A student that learns from a frozen teacher's block outputs.
@@ -40,10 +42,12 @@ class FeatureDistiller(BaseDistiller):
             :func:`map_layers`. Defaults to ``'relative'``.
         target_norm (str, optional): ``'standardise'``, ``'layernorm'`` or
             None, see :class:`TargetNorm`. Defaults to None, the paper.
-        targets (Sequence[dict]): Configs of the :class:`TargetStep` that
-            normalised tokens pass, first to last: :class:`ClipNorms`,
-            :class:`MaskTokens`, :class:`Refine`, or your own. Defaults to
-            none: the tokens as they are.
+        targets (Sequence[dict] | dict[str, dict]): Configs of the
+            :class:`TargetStep` that normalised tokens pass, first to last:
+            :class:`ClipNorms`, :class:`MaskTokens`, :class:`Refine`, or your
+            own. As a dict, each has a name by which other configs and
+            ``--cfg-options`` can change it. Defaults to none: the tokens as
+            they are.
         compile (bool | dict): Compile the blocks of teacher and student with
             ``torch.compile``; a dict holds its options. ``tools/train.py``
             sets it where a config has mmengine's ``compile``. Defaults to
@@ -71,7 +75,7 @@ class FeatureDistiller(BaseDistiller):
                  student_layers: Optional[Sequence[Layer]] = None,
                  layer_map: str = 'relative',
                  target_norm: Optional[str] = None,
-                 targets: Sequence[dict] = (),
+                 targets: StepConfigs = (),
                  compile: Union[bool, dict] = False,
                  loss_kd: Optional[dict] = None,
                  **kwargs: Any) -> None:
@@ -92,7 +96,7 @@ class FeatureDistiller(BaseDistiller):
         dim = self.teacher.blocks.dim
         self.projectors = nn.ModuleDict({
             str(layer): nn.Linear(
-                self._student_features.channels[student_layer], dim)
+                self.student_features.channels[student_layer], dim)
             for layer, student_layer in zip(self.layers, self.student_layers)
         })
         self.target_norm = target_norm
@@ -113,8 +117,7 @@ class FeatureDistiller(BaseDistiller):
         self._compile = compile
         # Put here by hooks, for the steps that they measure
         self.records: List[StepRecord] = []
-        if self.task_loss_weight == 0:
-            self._freeze_unreached()
+        self._find_what_learns()
 
     def feature_losses(self, targets: Dict[int, Tokens],
                        student_tokens: Dict[int, Tokens]
@@ -143,9 +146,9 @@ class FeatureDistiller(BaseDistiller):
     def find_student_features(self) -> Features:
         """Find the student's blocks or maps, anew where they have been
         wrapped."""
-        self._student_features = find_features(
+        self.student_features = find_features(
             self.student_backbone, 'student')
-        return self._student_features
+        return self.student_features
 
     def _hold_parts_of_steps(self) -> None:
         # Under their own names: the order of steps is not in checkpoints
@@ -175,7 +178,7 @@ class FeatureDistiller(BaseDistiller):
 
     def _resolve_student_layers(self, layers: Optional[Sequence[Layer]],
                                 layer_map: str) -> List[int]:
-        blocks = self._student_features
+        blocks = self.student_features
         if layers is None:
             return map_layers(self.layers, len(self.teacher.blocks),
                               len(blocks), layer_map)
@@ -189,7 +192,7 @@ class FeatureDistiller(BaseDistiller):
                 for layer in layers]
 
     def _check_same_images(self) -> None:
-        ours = self._student_features.in_channels
+        ours = self.student_features.in_channels
         theirs = self.teacher.blocks.in_channels
         if ours != theirs:
             raise ConfigError(
@@ -200,7 +203,8 @@ class FeatureDistiller(BaseDistiller):
 
     @property
     def _not_reached(self) -> str:
-        return f'after block {max(self.student_layers)} (final norm, heads)'
+        last = self.student_features.paths[max(self.student_layers)]
+        return f'after {last} (final norm, heads)'
 
     def _parameters_reached(self) -> set:
 
@@ -224,13 +228,37 @@ class FeatureDistiller(BaseDistiller):
                     ) -> Tuple[Dict[str, Any], Dict[int, Tokens]]:
         features_only = self.task_loss_weight == 0
         losses: Dict[str, Any] = {}
-        with BlockTaps(self._student_features, self.student_layers,
+        with BlockTaps(self.student_features, self.student_layers,
                        stop=features_only) as taps:
             if features_only:
                 taps.run(self.student_backbone, inputs)
             else:
                 losses = self.task_losses(inputs, data_samples)
-        return losses, {
+        return losses, self._by_teacher_layer(taps)
+
+    @torch.no_grad()
+    def student_tokens(self, inputs: Tensor) -> Dict[int, Tokens]:
+        """The student's tokens in evaluation mode, without its heads.
+
+        Args:
+            inputs (Tensor): Preprocessed images, shape (B, 3, H, W).
+
+        Returns:
+            dict[int, Tokens]: Raw tokens (B, n, C_S) by teacher layer, on the
+            student's grid.
+        """
+        training = self.training
+        self.eval()
+        try:
+            with BlockTaps(self.student_features, self.student_layers,
+                           stop=True) as taps:
+                taps.run(self.student_backbone, inputs)
+        finally:
+            self.train(training)
+        return self._by_teacher_layer(taps)
+
+    def _by_teacher_layer(self, taps: BlockTaps) -> Dict[int, Tokens]:
+        return {
             layer: taps.tokens(student_layer)
             for layer, student_layer in zip(self.layers, self.student_layers)
         }
@@ -263,28 +291,11 @@ class FeatureDistiller(BaseDistiller):
             losses.update(own)
         return targets, losses
 
-    @torch.no_grad()
-    def student_tokens(self, inputs: Tensor) -> Dict[int, Tokens]:
-        """Raw student tokens by teacher layer, without running its heads.
-
-        Args:
-            inputs (Tensor): Preprocessed images, shape (B, 3, H, W).
-
-        Returns:
-            dict[int, Tokens]: Values of shape (B, n, C_S), on the student's
-            grid.
-        """
-        with BlockTaps(self._student_features, self.student_layers,
-                       stop=True) as taps:
-            taps.run(self.student_backbone, inputs)
-        return {layer: taps.tokens(student_layer) for layer, student_layer
-                in zip(self.layers, self.student_layers)}
-
     def _check_ready(self) -> None:
         if self._compile is not False:
             # Not while building: a copy made until then is a plain model
             options = {} if self._compile is True else self._compile
-            for blocks in (self.teacher.blocks, self._student_features):
+            for blocks in (self.teacher.blocks, self.student_features):
                 compile_blocks(blocks, **options)
             self._compile = False
         if self.target_norm == 'standardise' and self.needs_calibration:
@@ -395,12 +406,12 @@ class FeatureDistiller(BaseDistiller):
                 for layer in layers}
 
 
-def build_steps(cfgs: Sequence[dict], target_norm: Optional[str]
+def build_steps(cfgs: StepConfigs, target_norm: Optional[str]
                 ) -> List[TargetStep]:
     """Build the steps of ``model.targets``.
 
     Args:
-        cfgs (Sequence[dict]): Their configs.
+        cfgs (Sequence[dict] | dict[str, dict]): Their configs.
         target_norm (str, optional): The normalisation before them.
 
     Returns:
@@ -409,12 +420,14 @@ def build_steps(cfgs: Sequence[dict], target_norm: Optional[str]
     Raises:
         ConfigError: If one is no step, or has no effect.
     """
-    if not isinstance(cfgs, (list, tuple)) or \
-            not all(isinstance(cfg, dict) for cfg in cfgs):
-        raise ConfigError('model.targets must be a list of dicts, got '
-                          f"{cfgs!r}. For instance [dict(type="
+    named = dict(cfgs) if isinstance(cfgs, dict) else dict(enumerate(cfgs)) \
+        if isinstance(cfgs, (list, tuple)) else {'': cfgs}
+    if not all(isinstance(cfg, dict) for cfg in named.values()):
+        raise ConfigError('model.targets must be a list of dicts, or a dict '
+                          f"of them, got {cfgs!r}. For instance [dict(type="
                           "'mmsinger.ClipNorms', quantile=0.95)].")
-    steps = [build_part('model.targets', cfg) for cfg in cfgs]
+    steps = [build_part(f'model.targets.{name}', cfg)
+             for name, cfg in named.items()]
     for step in steps:
         name = type(step).__name__
         if not isinstance(step, TargetStep):

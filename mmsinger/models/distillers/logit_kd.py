@@ -48,8 +48,7 @@ class LogitKDDistiller(BaseDistiller):
                 f'student and teacher do not have the same classes: {ours} '
                 f'and {theirs}. Set num_classes of the two heads to what the '
                 'data set has.')
-        if self.task_loss_weight == 0:
-            self._freeze_unreached()
+        self._find_what_learns()
 
     def _parameters_reached(self) -> set:
 

@@ -1,6 +1,7 @@
 """SiNGER: distil refined teacher features (arXiv 2509.20986)."""
-from typing import Any, Optional, Sequence
+from typing import Any, Optional
 
+from mmsinger.models.distillers.feature import StepConfigs
 from mmsinger.models.distillers.fitnet import FitNetDistiller
 from mmsinger.registry import MODELS
 
@@ -31,8 +32,8 @@ class SiNGERDistiller(FitNetDistiller):
         info_fraction (float): Defaults to 1.0.
         gate (dict, optional): ``dict(mad=k)``. Defaults to None.
         cap (bool): Defaults to False.
-        targets (Sequence[dict]): Steps after the refinement. Defaults to
-            none.
+        targets (Sequence[dict] | dict[str, dict]): Steps after the
+            refinement, see :class:`FeatureDistiller`. Defaults to none.
         **kwargs: See :class:`FeatureDistiller`.
 
     Raises:
@@ -48,7 +49,7 @@ class SiNGERDistiller(FitNetDistiller):
                  info_fraction: float = 1.0,
                  gate: Optional[dict] = None,
                  cap: bool = False,
-                 targets: Sequence[dict] = (),
+                 targets: StepConfigs = (),
                  over_layers: str = 'mean',
                  **kwargs: Any) -> None:
         refine = dict(
@@ -56,6 +57,8 @@ class SiNGERDistiller(FitNetDistiller):
             loss_outlier=loss_outlier, loss_info=loss_info,
             last_layer=last_layer, info_fraction=info_fraction, gate=gate,
             cap=cap)
-        if isinstance(targets, (list, tuple)):
+        if isinstance(targets, dict):
+            targets = dict(refine=refine, **targets)
+        elif isinstance(targets, (list, tuple)):
             targets = [refine, *targets]
         super().__init__(targets=targets, over_layers=over_layers, **kwargs)

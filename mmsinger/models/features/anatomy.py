@@ -179,6 +179,11 @@ class Maps(NamedTuple):
         """Channels of the images."""
         return image_channels(self.backbone)
 
+    @property
+    def stride(self) -> Grid:
+        """Pixels between neighbouring cells of the deepest map."""
+        return self.strides[-1]
+
     def watch_input(self, record: Callable[[Grid], None]) -> Any:
         """Have the size of images recorded in each pass, see
         :meth:`Blocks.watch_input`."""

@@ -5,8 +5,8 @@ import torch
 from mmengine.model import BaseModule
 from torch import Tensor
 
+from mmsinger.checkpoint import STUDENT, student_state_dict
 from mmsinger.errors import ConfigError, check_choice
-from mmsinger.export import student_state_dict
 from mmsinger.models.features.anatomy import Layer, resolve_layer
 from mmsinger.models.features.tokens import Tokens
 from mmsinger.models.teachers.frozen import FrozenTeacher, Normalisation
@@ -83,7 +83,7 @@ class FrozenBackbone(FrozenTeacher, BaseModule):
         """See :meth:`FrozenTeacher.read_checkpoint`; of a distiller's
         checkpoint the student alone."""
         weights = super().read_checkpoint(key)
-        if self.prefix.startswith('student.'):
+        if self.prefix.startswith(STUDENT):
             return weights
         return student_state_dict(weights) or weights
 

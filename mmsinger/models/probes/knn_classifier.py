@@ -111,7 +111,7 @@ class KNNClassifier(BaseModel):
 
     def forward(self, inputs: Tensor, data_samples: Optional[list] = None,
                 mode: str = 'tensor') -> Any:
-        """As any mmpretrain classifier, for ``'tensor'`` and ``'predict'``.
+        """Scores or predictions, in mmpretrain's modes.
 
         Args:
             inputs (Tensor): Preprocessed images, shape (B, 3, H, W).

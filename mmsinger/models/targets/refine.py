@@ -24,7 +24,7 @@ _FFN_KEYS = ('fold_layer_scale', 'fold_norm')
 _INIT_KEYS = ('init', 'selection', 'threshold', 'seed')
 
 
-class NullDirections(NamedTuple):
+class FFNDirections(NamedTuple):
     """The linearised FFN that a layer's adapter starts from, decomposed.
 
     Attributes:
@@ -128,7 +128,7 @@ class Refine(TargetStep):
         self.loss_info = build_part(
             'model.loss_info', loss_info, 'mmsinger.GramInformationLoss')
         self._last_layer = last_layer
-        self.null_directions: Dict[int, NullDirections] = {}
+        self.ffn_directions: Dict[int, FFNDirections] = {}
 
     # -- building ----------------------------------------------------------
 
@@ -156,11 +156,11 @@ class Refine(TargetStep):
         for name, adapter in self.adapters.items():
             layer = int(name)
             block = layer if layer == self.last_layer else layer + 1
-            null = NullDirections(block, *left_singular_directions(
+            null = FFNDirections(block, *left_singular_directions(
                 linearised_ffn(teacher.blocks.modules[block],
                                **_pick(self.adapter_cfg, _FFN_KEYS))))
             # Kept: what a teacher cast to bfloat16 has lost
-            self.null_directions[layer] = null
+            self.ffn_directions[layer] = null
             start = adapter.initialise(
                 null[1:], **_pick(self.adapter_cfg, _INIT_KEYS))
             e_safe, e_prob = subspace_energy(adapter.up, null.directions)
@@ -249,7 +249,8 @@ class Refine(TargetStep):
                 value if value is None else take(value, images)
                 for value in (ours, theirs, weight))
         if not is_last:
-            ours = outputs.rerun(layer + 1, ours)
+            ours = outputs.next_block(
+                layer, refined._replace(values=ours)).values
         return self.loss_info(ours, theirs, num_prefix=tokens.num_prefix,
                               is_last=is_last, weight=weight)
 

@@ -31,21 +31,20 @@ class TeacherOutputs:
         return tokens._replace(
             values=self.norms[str(layer)].normalise(tokens.values))
 
-    def rerun(self, layer: int, values: Tensor) -> Tensor:
-        """A block's normalised output for other tokens of the block before
-        it.
+    def next_block(self, layer: int, tokens: Tokens) -> Tokens:
+        """What the block after a layer makes of other tokens of that layer.
 
         Args:
-            layer (int): Index of the block, 1 or more.
-            values (Tensor): Normalised outputs of block ``layer - 1``, of
-                the whole batch or of some of its images, (B', N, D).
+            layer (int): The layer, not the last one.
+            tokens (Tokens): Normalised, of the whole batch or of some of its
+                images; values of shape (B', N, D).
 
         Returns:
-            Tensor: Shape (B', N, D).
+            Tokens: Normalised as the next block's output is, (B', N, D).
         """
-        restored = self.norms[str(layer - 1)].restore(values)
-        return self.norms[str(layer)].normalise(
-            self.taps.rerun(layer, restored))
+        restored = self.norms[str(layer)].restore(tokens.values)
+        return tokens._replace(values=self.norms[str(layer + 1)].normalise(
+            self.taps.rerun(layer + 1, restored)))
 
 
 class TargetStep(nn.Module):

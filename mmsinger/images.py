@@ -1,11 +1,12 @@
-"""Images of a folder, one at a time."""
+"""Images to look at: from files, from folders, from data sets."""
 import os
-from typing import Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
 
 import cv2
 import mmcv
 import numpy as np
 import torch
+from mmengine.dataset import pseudo_collate
 from mmengine.utils import scandir
 from torch import Tensor
 
@@ -14,28 +15,30 @@ from mmsinger.errors import ConfigError, near_paths
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff',
             '.ppm', '.pgm')
 
+Size = Tuple[int, int]
+
 
 class ImageFolder:
     """A seeded choice of the images below a folder.
 
     Iterating yields ``(name, image)`` with the image in RGB, 0 to 255, uint8,
-    shape (3, H, W): scaled so that it covers the size, then cropped in the
-    middle. Grey images become colour. What cannot be used is skipped, and the
-    next one taken; :attr:`unreadable` and :attr:`too_small` list it.
+    shape (3, H, W), see :func:`cover`. Grey images become colour. What cannot
+    be used is skipped, and the next one taken; :attr:`unreadable` and
+    :attr:`too_small` list it.
 
     Args:
         folder (str): Searched with all folders below it.
         size (tuple[int, int]): H and W wanted.
         patch (tuple[int, int]): Images smaller than this are skipped.
         count (int): The most images to yield.
-        seed (int): Of the choice. Defaults to 0.
+        seed (int): Seeds the choice. Defaults to 0.
 
     Raises:
         ConfigError: If there is no such folder, or no image in it.
     """
 
-    def __init__(self, folder: str, size: Tuple[int, int],
-                 patch: Tuple[int, int], count: int, seed: int = 0) -> None:
+    def __init__(self, folder: str, size: Size, patch: Size, count: int,
+                 seed: int = 0) -> None:
         if count < 1:
             raise ConfigError(f'--num {count}: at least 1 image is needed.')
         if not os.path.isdir(folder):
@@ -71,8 +74,7 @@ class ImageFolder:
             image = read_image(os.path.join(self.folder, name))
             if image is None:
                 self.unreadable.append(name)
-            elif image.shape[0] < self.patch[0] or \
-                    image.shape[1] < self.patch[1]:
+            elif is_smaller(image.shape, self.patch):
                 self.too_small.append(name)
             else:
                 found += 1
@@ -97,7 +99,55 @@ class ImageFolder:
         return ', '.join(parts)
 
 
-def read_image(path: str):
+def read_files(paths: Sequence[str], size: Size, patch: Size) -> List[Tensor]:
+    """Read image files that a user named.
+
+    Args:
+        paths (Sequence[str]): The files.
+        size (tuple[int, int]): H and W wanted, see :func:`cover`.
+        patch (tuple[int, int]): The least height and width.
+
+    Returns:
+        list[Tensor]: RGB, 0 to 255, uint8, each of shape (3, H, W).
+
+    Raises:
+        ConfigError: If there are none; if one is missing, no image, or
+            smaller than a patch; or if ``size`` is.
+    """
+    if not paths:
+        raise ConfigError('No image files were given. Name at least one.')
+    _check_size(f'size {size[0]}x{size[1]}', size, patch)
+    images = []
+    for path in paths:
+        if not os.path.isfile(path):
+            raise ConfigError(
+                f'image {path!r}: no such file (working directory '
+                f'{os.getcwd()}).{near_paths(path)}')
+        image = read_image(path)
+        if image is None:
+            raise ConfigError(
+                f'image {path!r} cannot be read: it is damaged or no image. '
+                'Leave it out, or save it as PNG or JPEG.')
+        height, width = image.shape[:2]
+        _check_size(f'image {path!r} of {height}x{width} pixels',
+                    (height, width), patch)
+        images.append(cover(image, size))
+    return images
+
+
+def _check_size(what: str, size: Size, patch: Size) -> None:
+    if is_smaller(size, patch):
+        raise ConfigError(
+            f'{what} is smaller than a patch of {patch[0]}x{patch[1]} pixels, '
+            'so that it has no tokens. Take a larger image.')
+
+
+def is_smaller(size: Sequence[int], patch: Size) -> bool:
+    """Whether a height or width is less than a patch's."""
+    return size[0] < patch[0] or size[1] < patch[1]
+
+
+def read_image(path: str) -> Optional[np.ndarray]:
     """An image in RGB, uint8, shape (H, W, 3); None if it cannot be read."""
     try:
         return mmcv.imread(path, flag='color', channel_order='rgb')
@@ -106,8 +156,15 @@ def read_image(path: str):
 
 
 def cover(image: np.ndarray, size: Sequence[int]) -> Tensor:
-    """Scale an image (H', W', 3) to cover (H, W) and crop the middle: shape
-    (3, H, W)."""
+    """Scale an image until it covers a size, and crop the middle.
+
+    Args:
+        image (np.ndarray): Shape (H', W', 3).
+        size (Sequence[int]): H and W.
+
+    Returns:
+        Tensor: Shape (3, H, W).
+    """
     scale = max(size[0] / image.shape[0], size[1] / image.shape[1])
     shape = [max(wanted, round(scale * length))
              for wanted, length in zip(size, image.shape)]
@@ -119,3 +176,27 @@ def cover(image: np.ndarray, size: Sequence[int]) -> Tensor:
                  for length, wanted in zip(shape, size))
     image = image[top:top + size[0], left:left + size[1]]
     return torch.from_numpy(image.transpose(2, 0, 1).copy())
+
+
+def dataset_images(dataset: Any, indices: Sequence[int], batch_size: int,
+                   preprocess: Callable, training: bool = False,
+                   collate: Callable = pseudo_collate) -> Iterator[Tensor]:
+    """Images of a data set as a model gets them, past any sampler.
+
+    Args:
+        dataset (Dataset): Gives what ``collate`` takes.
+        indices (Sequence[int]): Which images, in order.
+        batch_size (int): Images at a time.
+        preprocess (Callable): The model's data preprocessor.
+        training (bool): Whether it is to treat them as in training. Defaults
+            to False.
+        collate (Callable): Puts samples together. Defaults to mmengine's
+            ``pseudo_collate``.
+
+    Yields:
+        Tensor: Preprocessed images, shape (B, 3, H, W).
+    """
+    for start in range(0, len(indices), batch_size):
+        batch = collate([dataset[i]
+                         for i in indices[start:start + batch_size]])
+        yield preprocess(batch, training)['inputs']

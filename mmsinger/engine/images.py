@@ -1,0 +1,139 @@
+"""The images that a distiller is looked at with."""
+from typing import Iterator, Optional, Sequence
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS
+from mmengine.structures import BaseDataElement
+from torch import Tensor, nn
+
+from mmsinger.engine.checks import check_data_folders
+from mmsinger.engine.hooks.target_norm_hook import preserved_random_states
+from mmsinger.errors import ConfigError
+from mmsinger.images import Size, dataset_images, read_files
+from mmsinger.models.distillers import FeatureDistiller
+from mmsinger.models.features.anatomy import patch_stride
+from mmsinger.models.teachers.frozen import FrozenTeacher
+
+
+class ImageBatches:
+    """Preprocessed images of a recipe, equal each time they are read.
+
+    From ``val_dataloader`` if the recipe has one, else from
+    ``train_dataloader`` with its training transforms. They are a random
+    choice, and random transforms are seeded too.
+
+    Args:
+        cfg (Config): The recipe.
+        distiller (FeatureDistiller): Its data preprocessor is used.
+        count (int): How many images; all if there are fewer.
+        seed (int): Seeds choice and transforms. Defaults to 0.
+
+    Raises:
+        ConfigError: If there are no images.
+    """
+
+    def __init__(self, cfg: Config, distiller: FeatureDistiller, count: int,
+                 seed: int = 0) -> None:
+        if count < 1:
+            raise ConfigError(f'--images={count}: at least 1 is needed.')
+        self.source = next(
+            (name for name in ('val_dataloader', 'train_dataloader')
+             if cfg.get(name)), None)
+        if self.source is None:
+            raise ConfigError(
+                f'{cfg.filename!r} has no val_dataloader and no '
+                'train_dataloader, so there are no images to measure on. Add '
+                'one of them.')
+        check_data_folders(cfg, (self.source, ))
+        loader = cfg[self.source]
+        self.dataset = DATASETS.build(loader['dataset'])
+        total = len(self.dataset)
+        if not total:
+            raise ConfigError(
+                f'{self.source}.dataset has no images. Point its data_root '
+                '(and ann_file, if it has one) to your data set.')
+        self.batch_size = loader.get('batch_size', 1)
+        self.seed = seed
+        self._preprocess = distiller.data_preprocessor
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(total, generator=generator)[:count]
+        self.indices = chosen.tolist()  # any part of them is a fair sample
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.indices)
+
+    def __call__(self) -> Iterator[Tensor]:
+        """Yield images (B, 3, H, W)."""
+        for start in range(0, len(self), self.batch_size):
+            with preserved_random_states(self.seed + start):
+                batch, = dataset_images(
+                    self.dataset, self.indices[start:start + self.batch_size],
+                    self.batch_size, self._preprocess,
+                    self.source == 'train_dataloader')
+            yield batch
+
+
+def read_images(paths: Sequence[str], distiller: FeatureDistiller,
+                size: Optional[Size] = None) -> Tensor:
+    """Read image files as the student is fed with them.
+
+    Args:
+        paths (Sequence[str]): Files.
+        distiller (FeatureDistiller): Its data preprocessor is used.
+        size (tuple[int, int], optional): H and W, see
+            :func:`mmsinger.images.cover`. Defaults to None: the student's own
+            ``img_size``, 224 if it names none.
+
+    Returns:
+        Tensor: Preprocessed images, shape (B, 3, H, W).
+
+    Raises:
+        ConfigError: If a file is missing, is no image, or is smaller than a
+            patch of teacher or student; or if ``size`` is.
+    """
+    student = distiller.student_backbone
+    patches = [features.stride for features in (
+        distiller.teacher.blocks, distiller.student_features)]
+    images = read_files(paths, size or natural_size(student),
+                        tuple(map(max, *patches)))
+    preprocessor = distiller.data_preprocessor
+    # mmseg's asks for samples where it pads pictures
+    samples = [BaseDataElement() for _ in images] if getattr(
+        preprocessor, 'test_cfg', None) else None
+    inputs = preprocessor(dict(  # data pipelines hand over BGR
+        inputs=[image.flip(0) for image in images],
+        data_samples=samples), False)['inputs']
+    return inputs if torch.is_tensor(inputs) else \
+        torch.stack([image.float() for image in inputs])
+
+
+def natural_size(model: nn.Module) -> Size:
+    """The image size (H, W) that a model was made for.
+
+    Args:
+        model (nn.Module): A teacher, or a backbone.
+
+    Returns:
+        tuple[int, int]: A teacher's ``input_size``, or the first ``img_size``
+        of a module; 224 if it does not say.
+    """
+    size = getattr(model, 'input_size', None) or next(
+        (module.img_size for module in model.modules()
+         if getattr(module, 'img_size', None)), 224)
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def check_size(size: Sequence[int], teacher: FrozenTeacher) -> None:
+    """Raise :class:`ConfigError` for a size that is no height and width, or
+    has not a single patch."""
+    if len(size) != 2:
+        raise ConfigError(f'--size {" ".join(map(str, size))}: give one '
+                          'number, or height and width.')
+    patch = patch_stride(teacher.blocks.patch_embed)
+    if size[0] < patch[0] or size[1] < patch[1]:
+        raise ConfigError(
+            f'--size {size[0]} {size[1]} is smaller than a patch of the '
+            f'teacher, {patch[0]} x {patch[1]} px. Leave --size out for its '
+            'own size, or make it a multiple of the patch.')

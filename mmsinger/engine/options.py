@@ -1,0 +1,224 @@
+"""Overrides of a config: ``--cfg-options KEY=VALUE`` of every tool."""
+import ast
+import copy
+import difflib
+import inspect
+from argparse import ArgumentParser, Namespace
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.logging import print_log
+from mmengine.runner import FlexibleRunner, Runner
+
+from mmsinger.errors import ConfigError, near_matches
+
+# Top-level keys that mmengine's runners read; everything else in a config is
+# a variable that such a part was made of when the file was read.
+READ = {
+    name for runner in (Runner, FlexibleRunner)
+    for name in inspect.signature(runner.__init__).parameters
+} - {'self', 'cfg'} | {
+    'activation_checkpointing', 'compile', 'efficient_conv_bn_eval',
+    'find_unused_parameters', 'model_wrapper_cfg', 'runner_type', 'sync_bn'
+}
+
+
+class ConfigOptions(DictAction):
+    """An argparse action: mmengine's ``DictAction``, and beyond it values
+    such as ``"[dict(type='EMAHook', momentum=0.001)]"``."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace,
+                 values: Sequence[str], option_string: Optional[str] = None
+                 ) -> None:
+        structured = [pair for pair in values if 'dict(' in pair
+                      or '{' in pair]
+        try:
+            super().__call__(parser, namespace, [
+                pair for pair in values if pair not in structured],
+                option_string)
+            for pair in structured:
+                key, text = pair.split('=', maxsplit=1)
+                getattr(namespace, self.dest)[key] = _evaluate(
+                    ast.parse(text.strip(), mode='eval').body)
+        except (AssertionError, ValueError, SyntaxError) as error:
+            parser.error(f'{option_string} {" ".join(values)}: expected '
+                         f'KEY=VALUE ({error})')
+
+
+def _evaluate(node: ast.expr) -> Any:
+    """The value of a literal, with calls of ``dict`` and bare words in it."""
+    if isinstance(node, ast.Call) and not node.args and \
+            ast.unparse(node.func) == 'dict':
+        return {pair.arg: _evaluate(pair.value) for pair in node.keywords}
+    if isinstance(node, (ast.List, ast.Tuple)):
+        items = map(_evaluate, node.elts)
+        return list(items) if isinstance(node, ast.List) else tuple(items)
+    if isinstance(node, ast.Dict):
+        return {_evaluate(key): _evaluate(value)
+                for key, value in zip(node.keys, node.values)}
+    if isinstance(node, (ast.Name, ast.Attribute)):
+        return ast.unparse(node)
+    return ast.literal_eval(node)
+
+
+def apply_options(cfg: Config, options: Dict[str, Any]) -> None:
+    """Set overrides where they are read.
+
+    Configs have variables, such as ``teacher`` or ``train_pipeline``, that
+    nothing reads once the file is: ``model.teacher`` and
+    ``train_dataloader.dataset.pipeline`` were copied from them. An override
+    of a variable goes to all its copies.
+
+    Args:
+        cfg (Config): The config; changed in place.
+        options (dict): Values by dotted path. Numbers are places in a list;
+            the one after the last appends.
+
+    Raises:
+        ConfigError: If a path is misspelt, or nothing would read what is set
+            there.
+    """
+    parts = list(_parts(cfg))
+    copied, direct = [], []
+    for option, value in options.items():
+        _check_spelling(cfg, option)
+        copies = _copies(cfg, option, parts)
+        if copies:
+            print_log(f'--cfg-options {option} sets {", ".join(copies)}',
+                      logger='current')
+        copied += [(copy, value) for copy in copies]
+        direct.append((option, value))
+    for option, value in copied + direct:
+        path, value = _whole_lists(cfg, option, copy.deepcopy(value))
+        try:
+            cfg.merge_from_dict({path: value})
+        except (AttributeError, KeyError, IndexError, TypeError) as error:
+            raise ConfigError(
+                f'--cfg-options {option}: cannot be set in '
+                f'{cfg.filename!r}: {error.args[0]}') from error
+
+
+def _parts(node: Any, path: str = '') -> Iterator[Tuple[str, Any]]:
+    """Everything below the keys that are read, and where it is."""
+    if isinstance(node, (dict, Config)):
+        items = node.items()
+    else:
+        items = enumerate(node) if isinstance(node, (list, tuple)) else ()
+    for key, item in items:
+        if path or key in READ:
+            place = f'{path}.{key}' if path else key
+            yield place, item
+            yield from _parts(item, place)
+
+
+def _check_spelling(cfg: Config, option: str) -> None:
+    """A name that is not there is a mistake at the top, and where another
+    one is nearly the same; merging would make it, and nothing read it."""
+    top, *inner = option.split('.')
+    if top not in cfg and top not in READ:
+        raise ConfigError(
+            f'--cfg-options {option}: the config has no {top!r}, and nothing '
+            f'reads it.{near_matches(top, {*cfg.keys(), *READ}, 1)}')
+    for i in range(1, len(inner)):
+        parent = _at(cfg.get(top), inner[:i - 1])
+        if isinstance(parent, dict) and inner[i - 1] not in parent:
+            near = difflib.get_close_matches(inner[i - 1], parent, 1, 0.85)
+            if near:
+                path = '.'.join([top, *inner[:i - 1]])
+                raise ConfigError(
+                    f'--cfg-options {option}: the config has no '
+                    f"'{path}.{inner[i - 1]}'. Did you mean "
+                    f"'{path}.{near[0]}'?")
+
+
+def _copies(cfg: Config, option: str, parts: List[Tuple[str, Any]]
+            ) -> List[str]:
+    """Where else a variable's override has to be set.
+
+    Raises:
+        ConfigError: If there is no copy of the variable in what is read.
+    """
+    top, *inner = option.split('.')
+    if top in READ:
+        return []
+    value = cfg[top]
+    copies = ['.'.join([path, *inner]) for path, node in parts
+              if _is_copy(node, value, whole=not inner)]
+    # Of a variable that was changed elsewhere: what is the same in its place
+    old = _at(value, inner)
+    tails = [f'.{option}'] if inner else []
+    if len(inner) > 1:
+        tails.append('.' + '.'.join(inner))
+    copies += [path for path, node in parts if path.endswith(tuple(tails))
+               and path not in copies and old is not None and node == old]
+    if not copies and 'model' in cfg:  # else it is a base, which is the part
+        places = _alike(option.split('.'), value, parts)
+        fix = f'Set {" or ".join(places[:6])} instead.' if places else \
+            'Set the part of the config that is to change.'
+        raise ConfigError(
+            f'--cfg-options {option}: {top!r} is a variable of the config, '
+            'which nothing reads once the config is made, and no part is a '
+            f'copy of it any more. {fix}')
+    return copies
+
+
+def _at(node: Any, words: Sequence[str]) -> Any:
+    """What a path leads to; None if nothing is there."""
+    for word in words:
+        if isinstance(node, dict):
+            node = node.get(word)
+        elif isinstance(node, (list, tuple)) and word.isdigit() and \
+                int(word) < len(node):
+            node = node[int(word)]
+        else:
+            return None
+    return node
+
+
+def _is_copy(node: Any, value: Any, whole: bool) -> bool:
+    if isinstance(value, dict) and isinstance(node, dict):
+        # dict(..., **variable) has further keys
+        return bool(value) and (node == value or (
+            not whole and len(value) > 1 and
+            all(key in node and node[key] == item
+                for key, item in value.items())))
+    # Equal numbers and texts may well be a coincidence
+    return isinstance(value, (list, tuple)) and node == value and any(
+        isinstance(item, dict) for item in value)
+
+
+def _alike(words: List[str], value: Any, parts: List[Tuple[str, Any]]
+           ) -> List[str]:
+    """Paths that end like an override's, or hold the variable's value."""
+    *owner, leaf = words
+    if not owner:
+        return [path for path, node in parts
+                if type(node) is type(value) and node == value] or \
+            [path for path, _ in parts if path.endswith(f'.{leaf}')]
+    suffix = '.' + '.'.join(owner)
+    return [f'{path}.{leaf}' for path, node in parts
+            if f'.{path}'.endswith(suffix) and isinstance(node, dict)] or \
+        [path for path, _ in parts
+         if path.endswith('.' + '.'.join(words[1:]))]
+
+
+def _whole_lists(cfg: Config, option: str, value: Any) -> Tuple[str, Any]:
+    """Override the whole list where an item is replaced or appended, which
+    mmengine's merge does not do."""
+    node, words = cfg, option.split('.')
+    for i, name in enumerate(words):
+        if name.isdigit() and i and (
+                node is None or isinstance(node, (list, tuple))):
+            items, index = list(node or ()), int(name)
+            last = i + 1 == len(words)
+            if index == len(items) or last and index < len(items):
+                for word in reversed(words[i + 1:]):
+                    value = ConfigDict({word: value})
+                items[index:index + 1] = [value]
+                return '.'.join(words[:i]), type(node or items)(items)
+            node = items[index] if index < len(items) else None
+        elif isinstance(node, (dict, Config)):
+            node = node.get(name)
+        else:
+            break
+    return option, value

@@ -1,0 +1,276 @@
+"""From a config file to a config that a runner can be built from.
+
+``tools/train.py`` and ``tools/test.py`` go through these functions; a script
+of your own may too::
+
+    cfg = load_config('configs/singer_vitl_to_vits_ade20k.py')
+    prepare_training(cfg)
+    build_runner(cfg).train()
+"""
+import os
+from typing import Optional, Union
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.config.utils import ConfigParsingError
+from mmengine.device import get_device
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.registry import RUNNERS, init_default_scope
+from mmengine.runner import Runner
+
+from mmsinger.compat import onedl_config_packages
+from mmsinger.engine.checks import check_data_folders, check_work_dir
+from mmsinger.engine.logs import (ParameterGroupsHook, demote_details,
+                                  import_datasets)
+from mmsinger.engine.options import apply_options
+from mmsinger.engine.resume import (check_checkpoint_files,
+                                    resume_from_intact_checkpoint)
+from mmsinger.errors import ConfigError, near_paths
+from mmsinger.models import FeatureDistiller
+from mmsinger.registry import MODELS
+
+# Of a model that is no distiller of ours
+PLAIN_HOOKS = ('RunGuardHook', 'RandomStateHook')
+
+
+def load_config(path: str, options: Optional[dict] = None) -> Config:
+    """Read a config file; ``mmseg::`` bases work on OneDL too.
+
+    Args:
+        path (str): The config file.
+        options (dict, optional): Overrides, as from ``--cfg-options``; see
+            :func:`~mmsinger.engine.options.apply_options`.
+
+    Returns:
+        Config: The merged config, with a ``work_dir``.
+
+    Raises:
+        ConfigError: If the file cannot be read, or an option does not fit.
+    """
+    if not os.path.isfile(path):
+        raise ConfigError(f'config {path!r}: no such file (working directory '
+                          f'{os.getcwd()}).{near_paths(path)}')
+    try:
+        with onedl_config_packages():
+            cfg = Config.fromfile(path)
+    except (ConfigParsingError, FileNotFoundError, KeyError, SyntaxError,
+            TypeError) as error:
+        raise ConfigError(f'config {path!r} cannot be read: '
+                          f'{_said(error)}') from error
+    if options:
+        apply_options(cfg, options)
+    if cfg.get('work_dir') is None:
+        stem = os.path.splitext(os.path.basename(path))[0]
+        cfg.work_dir = os.path.join('work_dirs', stem)
+    return cfg
+
+
+def _said(error: Exception) -> str:
+    # str() of a KeyError puts its message in quotes
+    return str(error.args[0] if isinstance(error, KeyError) else error)
+
+
+def prepare_training(cfg: Config) -> None:
+    """Complete and check a config before a runner is built from it.
+
+    Adds the hooks that the model needs (recipes and stock configs list none
+    of ours), fits the config to the machine, and ends in a
+    :class:`ConfigError` where training could not start: a work dir that is
+    not writable, a data folder that is missing or empty, a teacher checkpoint
+    that is not there.
+
+    Args:
+        cfg (Config): The config; changed in place.
+    """
+    if not isinstance(cfg.get('model'), dict):
+        raise ConfigError(
+            f'config {cfg.filename!r} has no model to train. Give a recipe, '
+            'not one of the bases that it is made of.')
+    scope = cfg.get('default_scope') or 'mmengine'
+    init_default_scope(scope)
+    import_datasets(scope)
+    add_required_hooks(cfg)
+    fit_workers(cfg)
+    compile_blocks_alone(cfg)
+    use_cpu_amp(cfg)
+    use_cpu_processes(cfg)
+    use_strategy(cfg)
+    compare_batch_size(cfg)
+    check_work_dir(cfg.work_dir)
+    check_data_folders(cfg, ('train_dataloader', 'val_dataloader'))
+    resume_from_intact_checkpoint(cfg)
+    check_checkpoint_files(cfg)
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the runner of a prepared config, whose log begins with what
+    matters: a summary of the parameter groups instead of a line a parameter.
+
+    Args:
+        cfg (Config): See :func:`prepare_training`.
+
+    Returns:
+        Runner: mmengine's, of the config's ``runner_type`` if it has one.
+    """
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg \
+        else Runner.from_cfg(cfg)
+    runner.logger.addFilter(demote_details)
+    runner.register_hook(ParameterGroupsHook())
+    return runner
+
+
+def add_required_hooks(cfg: Config) -> None:
+    """Append the hooks that the model needs and ``custom_hooks`` lacks: its
+    class's ``required_hooks``, or of a plain model :data:`PLAIN_HOOKS`.
+
+    One that the config lists keeps its arguments.
+
+    Raises:
+        ConfigError: If ``custom_hooks`` is no list of hooks.
+    """
+    hooks = cfg.get('custom_hooks') or []
+    if not isinstance(hooks, (list, tuple)) or not all(
+            isinstance(hook, Hook) or isinstance(hook, dict)
+            and 'type' in hook for hook in hooks):
+        raise ConfigError(
+            f'custom_hooks={hooks!r} must be a list of dict(type=…), on the '
+            "command line custom_hooks=\"[dict(type='EMAHook')]\".")
+    present = {_class_name(hook) for hook in hooks}
+    added = [name for name in getattr(
+        _model_class(cfg), 'required_hooks', PLAIN_HOOKS)
+        if name not in present]
+    if added:
+        print_log(f'Added to custom_hooks: {", ".join(added)}',
+                  logger='current')
+    cfg.custom_hooks = [*hooks, *(
+        ConfigDict(type=f'mmsinger.{name}') for name in added)]
+
+
+def _class_name(hook: Union[Hook, dict]) -> str:
+    kind = type(hook) if isinstance(hook, Hook) else hook['type']
+    return getattr(kind, '__name__', str(kind)).split('.')[-1]
+
+
+def compile_blocks_alone(cfg: Config) -> None:
+    """Hand mmengine's ``compile`` over to a distiller that compares block
+    outputs: traced as a whole, a step breaks into pieces where it reads
+    them."""
+    model_class = _model_class(cfg)
+    if cfg.get('compile') and isinstance(model_class, type) and \
+            issubclass(model_class, FeatureDistiller):
+        cfg.model.setdefault('compile', cfg.pop('compile'))
+
+
+def _model_class(cfg: Config) -> Optional[type]:
+    model_type = cfg.model.get('type')
+    return MODELS.get(model_type) if isinstance(model_type, str) \
+        else model_type
+
+
+def use_cpu_amp(cfg: Config) -> None:
+    """Replace mmengine's ``AmpOptimWrapper``, which needs an accelerator, by
+    our own where there is none."""
+    wrapper = cfg.get('optim_wrapper')
+    if isinstance(wrapper, dict) and get_device() == 'cpu' and \
+            str(wrapper.get('type')).split('.')[-1] == 'AmpOptimWrapper':
+        print_log('No accelerator: mixed precision in bfloat16 on the CPU',
+                  logger='current')
+        wrapper.type = 'mmsinger.CPUAmpOptimWrapper'
+        wrapper.pop('loss_scale', None)
+
+
+def use_cpu_processes(cfg: Config) -> None:
+    """Set up ``tools/dist_train.sh`` on CPUs: mmengine's own set-up asks for
+    a GPU, in the process group and in DistributedDataParallel.
+
+    Does nothing with another launcher, or where there is an accelerator.
+    """
+    if cfg.get('launcher') != 'pytorch' or get_device() != 'cpu':
+        return
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
+    wrapper = cfg.get('model_wrapper_cfg') or dict(
+        type='MMDistributedDataParallel',
+        find_unused_parameters=cfg.get('find_unused_parameters', False))
+    cfg.model_wrapper_cfg = dict(device_ids=None, **wrapper) \
+        if 'device_ids' not in wrapper else wrapper
+
+
+def scale_learning_rate(cfg: Config) -> None:
+    """Scale the learning rate by the actual over the recipe's batch size.
+
+    mmengine multiplies images a process and processes; iterations that are
+    accumulated count here too.
+
+    Args:
+        cfg (Config): The config; changed in place.
+
+    Raises:
+        ConfigError: If it does not say the recipe's batch size.
+    """
+    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+        raise ConfigError(
+            '--auto-scale-lr: the config has no auto_scale_lr = '
+            'dict(base_batch_size=N), the batch size that its learning '
+            'rate was chosen for. Add it.')
+    cfg.auto_scale_lr.enable = True
+    accumulated = cfg.optim_wrapper.get('accumulative_counts', 1)
+    if accumulated > 1:
+        base = cfg.auto_scale_lr.base_batch_size
+        cfg.auto_scale_lr.base_batch_size = base / accumulated
+        print_log(f'--auto-scale-lr: {accumulated} iterations are accumulated '
+                  f'for the base batch size of {base}, {base / accumulated:g} '
+                  'an iteration', logger='current')
+
+
+def compare_batch_size(cfg: Config) -> None:
+    """Warn if a step has another number of images than the learning rate was
+    chosen for (``auto_scale_lr.base_batch_size``) and nothing scales it."""
+    scaling = cfg.get('auto_scale_lr') or {}
+    base = scaling.get('base_batch_size')
+    loader, optimizer = cfg.get('train_dataloader'), cfg.get('optim_wrapper')
+    if not base or scaling.get('enable') or not optimizer or \
+            not loader or 'batch_size' not in loader:
+        return
+    processes = world_size(cfg)
+    accumulated = optimizer.get('accumulative_counts', 1)
+    images = loader.batch_size * processes * accumulated
+    if images != base:
+        print_log(
+            f'A step has {images} images (train_dataloader.batch_size='
+            f'{loader.batch_size} x {processes} processes x {accumulated} '
+            f'accumulated), and the learning rate is made for {base:g}. Change '
+            "train_dataloader.batch_size, or use tools/train.py's "
+            '--auto-scale-lr.', logger='current', level=30)
+
+
+def world_size(cfg: Config) -> int:
+    """How many processes ``cfg.launcher`` has started."""
+    variable = dict(pytorch='WORLD_SIZE', slurm='SLURM_NTASKS',
+                    mpi='OMPI_COMM_WORLD_SIZE').get(cfg.get('launcher'), '')
+    return int(os.environ.get(variable, 1))
+
+
+def use_strategy(cfg: Config) -> None:
+    """Choose the runner that reads ``strategy``; mmengine's usual one passes
+    it over."""
+    if cfg.get('strategy') and 'runner_type' not in cfg:
+        print_log("strategy is set: runner_type is 'FlexibleRunner'",
+                  logger='current')
+        cfg.runner_type = 'FlexibleRunner'
+
+
+def fit_workers(cfg: Config) -> None:
+    """Keep data workers alive between epochs unless the config says
+    otherwise, as mmpretrain's own ``tools/train.py`` does; without workers,
+    drop what torch takes for a mistake then."""
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        loader = cfg.get(name)
+        if not isinstance(loader, dict):
+            continue
+        if loader.get('num_workers', 0) > 0:
+            loader.setdefault('persistent_workers', True)
+        else:
+            for key in ('persistent_workers', 'prefetch_factor'):
+                loader.pop(key, None)
