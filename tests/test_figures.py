@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reproduction.figures import draw_radar, draw_sweep, read_table
 
 import forked
 import tiny
@@ -19,10 +20,8 @@ from mmsinger.figures import (draw_maps, extract_features, norm_map, patch_at,
                               read_curves, similarity_map, to_array)
 from mmsinger.figures.curves import choose_keys, draw_curves, run_names
 from mmsinger.figures.style import COLOURS, line_style, save_figure
-from mmsinger.models import (FitNetDistiller, GatedSiNGERDistiller,
-                             SiNGERDistiller)
+from mmsinger.models import FitNetDistiller, SiNGERDistiller
 from mmsinger.models.features.tokens import Tokens
-from reproduction.figures import draw_radar, draw_sweep, read_table
 
 PLAIN = dict(type='mmpretrain.ImageClassifier', backbone=tiny.vit(),
              data_preprocessor=dict(
@@ -37,8 +36,6 @@ def distiller(cls=SiNGERDistiller, **kwargs):
     with torch.no_grad():
         for parameter in (*model.teacher.parameters(), *model.parameters()):
             parameter.add_(0.1 * torch.randn_like(parameter))
-    for adapter in getattr(model, 'adapters', {}).values():
-        adapter.initialised = True
     return model
 
 
@@ -157,7 +154,7 @@ def test_features_are_those_of_the_methods():
 
 
 def test_gated_maps_show_the_gate():
-    model = distiller(GatedSiNGERDistiller, gate=dict(mad=1e6))
+    model = distiller(gate=dict(mad=1e6))
     for views in extract_features(
             model, torch.randn(2, 3, 32, 32)).values():
         assert torch.equal(norm_map(views.teacher), norm_map(views.refined))

@@ -16,6 +16,8 @@ import time
 import cv2
 import pytest
 import torch
+from mmengine.config import DictAction
+from mmengine.registry import init_default_scope
 from reproduction import flow, planted, published
 from reproduction.flow import Resources, run_jobs
 from reproduction.job import command_of, reserved
@@ -29,8 +31,11 @@ from reproduction.workspace import (Record, Workspace, fingerprint, flat,
 import tiny
 from mmsinger.analysis.measure import METRICS, measure
 from mmsinger.datasets import make_digit_scenes
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError
 from mmsinger.models import SiNGERDistiller
+from mmsinger.models.targets import Refine
+from mmsinger.registry import MODELS
 
 needs_snakemake = pytest.mark.skipif(
     importlib.util.find_spec('snakemake') is None,
@@ -618,6 +623,25 @@ def test_latex(report_table):
                 report_table, RECORDS).latex()
     rows = [line for line in text.splitlines() if line.endswith(r'\\')]
     assert all(len(re.findall(r'(?<!\\)&', row)) == 3 for row in rows)
+
+
+@pytest.mark.parametrize('method', planted.METHODS)
+def test_planted_methods_are_what_they_are_called(method):
+    _, recipe, options = planted.METHODS[method]
+    config = load_config(DIGITS.path(DIGITS.recipe, method=recipe,
+                                     pair=planted.PAIR))
+    config.merge_from_dict({
+        key: DictAction._parse_iterable(value)
+        for key, value in (option.split('=') for option in options)})
+    init_default_scope(config.default_scope)
+    model = MODELS.build(config.model)
+    steps = [type(step).__name__ for step in model.steps]
+    assert ('Refine' in steps) == (recipe == 'singer')
+    assert ('ClipNorms' in steps) == method.startswith('clip')
+    assert ('MaskTokens' in steps) == method.startswith('mask')
+    assert [step.gate is not None for step in model.steps
+            if isinstance(step, Refine)] == \
+        [method == 'gated'] * (recipe == 'singer')
 
 
 # -- what the planted benchmark says -----------------------------------------

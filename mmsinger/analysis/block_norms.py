@@ -4,7 +4,8 @@ from typing import Any, Dict, List, NamedTuple, Sequence
 from torch import Tensor, nn
 
 from mmsinger.metrics import token_norms
-from mmsinger.models.features.anatomy import Blocks, first_output
+from mmsinger.models.features.anatomy import Blocks
+from mmsinger.models.features.taps import first_output
 
 
 class Inflation(NamedTuple):

@@ -1,5 +1,6 @@
 """DiagnosticsHook: its numbers by hand, where they go, what stays as it was."""
 import copy
+import functools
 import gc
 import json
 import os
@@ -14,13 +15,13 @@ from mmengine.visualization import BaseVisBackend
 from yapf.yapflib import yapf_api
 
 import tiny
-from mmsinger.engine.prepare import load_config, prepare_training
 from mmsinger.engine.diagnostics import (adapter_energies, gradient_share,
                                          step_diagnostics)
 from mmsinger.engine.hooks import DiagnosticsHook
 from mmsinger.engine.hooks.diagnostics_hook import add_image
+from mmsinger.engine.prepare import load_config, prepare_training
 from mmsinger.errors import ConfigError
-from mmsinger.models import (FitNetDistiller, GatedSiNGERDistiller,
+from mmsinger.models import (FeatureDistiller, FitNetDistiller,
                              SiNGERDistiller, ViTKDDistiller)
 from mmsinger.models.adapters import left_singular_directions, linearised_ffn
 from mmsinger.models.distillers.step_record import StepRecord
@@ -46,7 +47,7 @@ def distiller(cls=SiNGERDistiller, **kwargs):
     with torch.no_grad():
         for parameter in model.teacher.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    if issubclass(cls, SiNGERDistiller):
+    if model.refinement:
         model.refinement.init_weights(model.teacher)
     if model.needs_calibration:
         model.calibrate_target_norms([IMAGES])
@@ -111,10 +112,13 @@ def keep_gradient(module, gradients, name):
 
 
 @pytest.mark.parametrize('kwargs', [
-    {}, dict(mask=dict(mad=0.5)), dict(target_norm='layernorm'),
-    dict(target_norm='standardise', clip=dict(quantile=0.5))])
-@pytest.mark.parametrize('cls', [SiNGERDistiller, GatedSiNGERDistiller,
-                                 FitNetDistiller])
+    {}, dict(targets=[dict(type='MaskTokens', mad=0.5)]),
+    dict(target_norm='layernorm'),
+    dict(target_norm='standardise',
+         targets=[dict(type='ClipNorms', quantile=0.5)])])
+@pytest.mark.parametrize('cls', [
+    SiNGERDistiller, FitNetDistiller,
+    functools.partial(SiNGERDistiller, gate=dict(mad=8.), cap=True)])
 def test_gradient_share_is_that_of_autograd(cls, kwargs):
     """The closed form against the gradient of the step itself."""
     model = distiller(cls, **kwargs)
@@ -157,17 +161,15 @@ def test_gradient_share_of_vitkd(reduction):
 def test_outliers_take_the_gradient():
     """What equation 3 says: few tokens of large norm get most of it."""
     model = distiller(FitNetDistiller)
-    original = model.teacher_tokens
+    original = model.run_teacher
 
-    def planted(taps, layer):
-        tokens = original(taps, layer)
-        patches = tokens.patches.clone()
-        patches[:, 3] *= 40
-        tokens = tokens.with_patches(patches)
-        model.record(layer, teacher=tokens)
-        return tokens
+    def planted(inputs):
+        outputs = original(inputs)
+        for output in outputs.taps._outputs.values():
+            output[:, 4] *= 40  # after CLS: patch 3
+        return outputs
 
-    model.teacher_tokens = planted
+    model.run_teacher = planted
     numbers = step_diagnostics(record_of(model)[0])[1]
     assert 1 / 16 <= numbers['outlier_share'] < 0.3
     assert numbers['gradient_share'] > 0.9
@@ -348,7 +350,7 @@ def vitkd(cfg):
 
 
 def gated(cfg):
-    cfg.model.type = 'mmsinger.GatedSiNGERDistiller'
+    cfg.model.update(gate=dict(mad=8.), cap=True)
     cfg.model.target_norm = 'standardise'
 
 
@@ -396,13 +398,13 @@ def test_training_is_the_same_with_it(run):
 def test_nothing_is_done_in_between(run, monkeypatch):
     """No record, hence no copy and no wait, in steps that do not log."""
     seen = []
-    original = SiNGERDistiller.distill
+    original = FeatureDistiller.distill
 
     def distill(self, *args):
         seen.append(len(self.records))
         return original(self, *args)
 
-    monkeypatch.setattr(SiNGERDistiller, 'distill', distill)
+    monkeypatch.setattr(FeatureDistiller, 'distill', distill)
     run(dict(interval=3), max_iters=4)
     assert seen == [0, 0, 1, 0]
 

@@ -144,7 +144,7 @@ def test_sum_and_mean_over_layers():
         assert torch.equal(total[key], mean[key])
 
 
-# -- checkpoints ---------------------------------------------------------------
+# -- checkpoints --------------------------------------------------------------
 
 # What was saved before there were target steps, beside the student
 KEYS = dict(

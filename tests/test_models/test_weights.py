@@ -83,7 +83,7 @@ def check_ignored(loss, *tensors, keep, rtol=1e-5):
     assert loss(*tensors, torch.zeros_like(weight)) == 0
 
 
-# -- losses --------------------------------------------------------------------
+# -- losses -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('loss', [
@@ -197,7 +197,7 @@ def test_all_weights_alike_are_none():
     torch.testing.assert_close(loss(pred, weight), loss(pred))
 
 
-# -- thresholds ----------------------------------------------------------------
+# -- thresholds ---------------------------------------------------------------
 
 
 @settings(max_examples=30)
@@ -249,7 +249,7 @@ def test_inlier_variance():
         wild(original, keep), wild(refined, keep, 3), 0.87, keep.float()))
 
 
-# -- steps ---------------------------------------------------------------------
+# -- steps --------------------------------------------------------------------
 
 
 def weighted_tokens(seed=0, dim=32, count=16, kept=12):
@@ -335,7 +335,7 @@ def test_last_information_loss_of_a_refinement():
     torch.testing.assert_close(info(spoilt(tokens, keep)), info(alone))
 
 
-# -- in a distiller ------------------------------------------------------------
+# -- in a distiller -----------------------------------------------------------
 
 
 def test_records_keep_weights():

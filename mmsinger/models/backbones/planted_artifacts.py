@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from mmsinger.errors import ConfigError, check_choice
 from mmsinger.metrics.norms import lower_median
 from mmsinger.models.adapters import left_singular_directions, linearised_ffn
-from mmsinger.models.features.anatomy import (Layer, find_blocks, first_output,
-                                              patch_grid, patch_stride,
-                                              resolve_layer, unmasked)
+from mmsinger.models.features.anatomy import (Layer, find_blocks, patch_grid,
+                                              patch_stride, resolve_layer,
+                                              unmasked)
+from mmsinger.models.features.taps import first_output
 from mmsinger.models.features.tokens import Grid
 from mmsinger.registry import MODELS
 
