@@ -78,11 +78,14 @@ class BaseDistiller(BaseModel):
 
     # -- what a method implements ------------------------------------------
 
-    def run_teacher(self, inputs: Tensor) -> Any:
+    def run_teacher(self, inputs: Tensor,
+                    data_samples: Optional[list] = None) -> Any:
         """Pass images through the teacher.
 
         Args:
             inputs (Tensor): Preprocessed images, shape (B, 3, H, W).
+            data_samples (list, optional): Annotations, of which only what
+                they say about padding may be read. Defaults to None.
 
         Returns:
             What :meth:`distill` needs of it, without gradients.
@@ -251,7 +254,7 @@ class BaseDistiller(BaseModel):
             dict[str, Tensor]: Losses by name.
         """
         self._check_ready()
-        teacher_outputs = self.run_teacher(inputs)
+        teacher_outputs = self.run_teacher(inputs, data_samples)
         losses, student_outputs = self.run_student(inputs, data_samples)
         for name, value in self.distill(
                 teacher_outputs, student_outputs).items():
@@ -297,21 +300,33 @@ def reached_parameters(module: nn.Module,
 
     Args:
         module (nn.Module): The module; it stays as it is.
-        run (Callable): Given a copy of it in evaluation mode, runs it and
-            returns a scalar.
+        run (Callable): Given a copy of it, runs it and returns a scalar.
 
     Returns:
-        set[int]: The ``id`` of each such parameter.
+        set[int]: The ``id`` of each such parameter; none if there are none in
+        training mode (reversible backbones have a backward pass of their
+        own there).
     """
-    # On a copy: EVA-02 for one keeps buffers of the last image's size
-    copied = copy.deepcopy(module)
-    copied.eval()  # alone: mmpretrain's backbones return None from it
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        total = run(copied)
-    if total.requires_grad:
-        total.backward()  # not autograd.grad(): checkpointing refuses it
-    return {id(ours) for ours, theirs in zip(
-        module.parameters(), copied.parameters()) if theirs.grad is not None}
+
+    def with_gradient(training: bool) -> set:
+        # On a copy: EVA-02 for one keeps buffers of the last image's size
+        copied = copy.deepcopy(module)
+        copied.train(training)  # alone: some backbones return None from it
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            total = run(copied)
+        if total.requires_grad:
+            total.backward()  # not autograd.grad(): checkpointing refuses it
+        return {id(ours) for ours, theirs in zip(
+            module.parameters(), copied.parameters())
+            if theirs.grad is not None}
+
+    try:
+        if not with_gradient(training=True):
+            return set()
+    except ValueError:  # batch norms of a single value
+        pass
+    # Where no drop path leaves anything out
+    return with_gradient(training=False)
 
 
 def build_student(cfg: dict, data_preprocessor: Optional[dict]) -> nn.Module:

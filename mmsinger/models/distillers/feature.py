@@ -11,6 +11,7 @@ from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.models.features.anatomy import (Features, Layer, example_images,
                                               find_features, resolve_layer)
 from mmsinger.models.features.compiled import compile_blocks
+from mmsinger.models.features.padding import find_padding
 from mmsinger.models.features.taps import BlockTaps
 from mmsinger.models.features.tokens import Tokens, align_tokens
 from mmsinger.models.losses import FeatureMSELoss
@@ -48,6 +49,15 @@ class FeatureDistiller(BaseDistiller):
             own. As a dict, each has a name by which other configs and
             ``--cfg-options`` can change it. Defaults to none: the tokens as
             they are.
+        projector (dict, optional): Config of what brings student tokens to
+            the teacher's width, one for each layer:
+            :class:`LinearProjector`, :class:`MLPProjector`, or your own.
+            Defaults to None, linear.
+        resample (str): Whose tokens are resampled where the grids of student
+            and teacher differ: ``'student'``, to the teacher's grid;
+            ``'teacher'``, to the student's, which for a coarse map of a
+            pyramid compares fewer cells, none of them interpolated. Defaults
+            to ``'student'``.
         compile (bool | dict): Compile the blocks of teacher and student with
             ``torch.compile``; a dict holds its options. ``tools/train.py``
             sets it where a config has mmengine's ``compile``. Defaults to
@@ -76,12 +86,15 @@ class FeatureDistiller(BaseDistiller):
                  layer_map: str = 'relative',
                  target_norm: Optional[str] = None,
                  targets: StepConfigs = (),
+                 projector: Optional[dict] = None,
+                 resample: str = 'student',
                  compile: Union[bool, dict] = False,
                  loss_kd: Optional[dict] = None,
                  **kwargs: Any) -> None:
         # Mistakes are found before the models are built, which takes long.
         check_choice('layer_map', layer_map, self.layer_maps)
         check_choice('target_norm', target_norm, TARGET_NORMS)
+        check_choice('resample', resample, ('student', 'teacher'))
         steps = build_steps(targets, target_norm)
         kd = build_part('model.loss_kd', loss_kd, 'mmsinger.FeatureMSELoss')
         super().__init__(student=student, teacher=teacher, **kwargs)
@@ -95,10 +108,13 @@ class FeatureDistiller(BaseDistiller):
 
         dim = self.teacher.blocks.dim
         self.projectors = nn.ModuleDict({
-            str(layer): nn.Linear(
-                self.student_features.channels[student_layer], dim)
+            str(layer): build_part(
+                'model.projector', projector, 'mmsinger.LinearProjector',
+                in_channels=self.student_features.channels[student_layer],
+                out_channels=dim)
             for layer, student_layer in zip(self.layers, self.student_layers)
         })
+        self.resample = resample
         self.target_norm = target_norm
         self.steps = steps
         for step in steps:
@@ -219,10 +235,12 @@ class FeatureDistiller(BaseDistiller):
 
     # -- running -----------------------------------------------------------
 
-    def run_teacher(self, inputs: Tensor) -> TeacherOutputs:
+    def run_teacher(self, inputs: Tensor,
+                    data_samples: Optional[list] = None) -> TeacherOutputs:
         taps = self.teacher(inputs, self.tapped_teacher_layers,
                             self.student_normalisation)
-        return TeacherOutputs(taps, self.target_norms, self.records)
+        return TeacherOutputs(taps, self.target_norms, self.records,
+                              find_padding(inputs, data_samples))
 
     def run_student(self, inputs: Tensor, data_samples: Optional[list]
                     ) -> Tuple[Dict[str, Any], Dict[int, Tokens]]:
@@ -234,7 +252,12 @@ class FeatureDistiller(BaseDistiller):
                 taps.run(self.student_backbone, inputs)
             else:
                 losses = self.task_losses(inputs, data_samples)
-        return losses, self._by_teacher_layer(taps)
+        tokens = self._by_teacher_layer(taps)
+        padding = find_padding(inputs, data_samples)
+        if padding is not None:
+            tokens = {layer: padding.weigh(own)
+                      for layer, own in tokens.items()}
+        return losses, tokens
 
     @torch.no_grad()
     def student_tokens(self, inputs: Tensor) -> Dict[int, Tokens]:
@@ -338,7 +361,7 @@ class FeatureDistiller(BaseDistiller):
         """
         for record in self.records:
             record.add(layer, student=student)
-        student, target = align_tokens(student, target)
+        student, target = align_tokens(student, target, self.resample)
         return (student._replace(
                     values=self.projectors[str(layer)](student.values)),
                 target._replace(values=self.target_norms[str(layer)].target(

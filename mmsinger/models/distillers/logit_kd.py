@@ -60,7 +60,8 @@ class LogitKDDistiller(BaseDistiller):
 
         return reached_parameters(self.student, run)
 
-    def run_teacher(self, inputs: Tensor) -> Tensor:
+    def run_teacher(self, inputs: Tensor,
+                    data_samples: Optional[list] = None) -> Tensor:
         return self.teacher(inputs, self.student_normalisation)
 
     def run_student(self, inputs: Tensor, data_samples: Optional[list]

@@ -69,10 +69,13 @@ class Blocks(NamedTuple):
         path (str): Module path of their list, such as ``'layers'``.
         modules (list[nn.Module]): The blocks, first to last.
         patch_embed (nn.Module): The patch embedding in front of them.
+        has_cls (bool): Whether the first of the tokens before the patches, if
+            there are any, is a class token.
     """
     path: str
     modules: List[nn.Module]
     patch_embed: nn.Module
+    has_cls: bool = True
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -136,7 +139,7 @@ class Blocks(NamedTuple):
         Raises:
             ConfigError: If they are not on the grid of the patch embedding.
         """
-        tokens = Tokens(first_output(output), grid)
+        tokens = Tokens(first_output(output), grid, has_cls=self.has_cls)
         if tokens.values.dim() != 3 or tokens.num_prefix < 0:
             raise ConfigError(
                 f'{self.paths[layer]} gives shape '
@@ -424,15 +427,17 @@ def find_blocks(backbone: nn.Module, owner: str) -> Blocks:
             'pyramid such as Swin or PVT. mmsinger needs a plain vision '
             'transformer, whose blocks all have the same grid and width.')
     (path, blocks), = lists.items()
-    parent, patch_embed = path, None
-    while parent and patch_embed is None:
-        parent = parent.rpartition('.')[0]
-        patch_embed = find_part(backbone.get_submodule(parent), 'patch_embed')
+    place, patch_embed = path, None
+    while place and patch_embed is None:
+        place = place.rpartition('.')[0]
+        owner_of_blocks = backbone.get_submodule(place)
+        patch_embed = find_part(owner_of_blocks, 'patch_embed')
     if patch_embed is None:
         raise ConfigError(
             f'{owner}: {name} has blocks at {path!r} but no patch_embed '
             'beside or above them, so their patch grid is not known.')
-    return Blocks(path, blocks, patch_embed)
+    return Blocks(path, blocks, patch_embed,
+                  find_part(owner_of_blocks, 'cls_token') is not None)
 
 
 def _is_block(module: nn.Module) -> bool:
