@@ -24,6 +24,7 @@ Layer = Union[int, str]
 # What the parts are called, as dotted paths; the first that is there counts.
 NAMES: Dict[str, List[str]] = dict(
     patch_embed=['patch_embed'],  # beside the list of blocks, or above it
+    cls_token=['cls_token'],
     # in a block
     attention=['attn'],
     ffn=['ffn', 'mlp'],
