@@ -17,10 +17,13 @@ class Tokens(NamedTuple):
         weight (Tensor, optional): How much each token counts in losses, means
             and thresholds, shape (B, N), without gradient: 0 for padding and
             for what is masked. None: all count alike.
+        has_cls (bool): Whether the first prefix token, if there is one, is a
+            class token; otherwise all are registers.
     """
     values: Tensor
     grid: Grid
     weight: Optional[Tensor] = None
+    has_cls: bool = True
 
     @property
     def num_prefix(self) -> int:
