@@ -1,10 +1,11 @@
 """Reading checkpoints safely and loading them strictly."""
+import contextlib
 import hashlib
 import io
 import os
 import pickle
 import re
-from typing import Any, ContextManager, Dict, Iterable, Union
+from typing import Any, Dict, Iterable, Iterator, Union
 from urllib.parse import urlparse
 
 import torch
@@ -14,6 +15,8 @@ from mmsinger.errors import ConfigError, near_paths
 
 SHIPPED = 'mmsinger://'
 STUDENT = 'student.'  # what a student's keys begin with in a distiller
+TRUSTED = 'MMSINGER_TRUST_CHECKPOINT'
+_torch_load = torch.load
 
 
 def load_checkpoint(path: str, key: str = 'checkpoint') -> Dict[str, Any]:
@@ -38,28 +41,101 @@ def load_checkpoint(path: str, key: str = 'checkpoint') -> Dict[str, Any]:
     source = _fetch(path, key)
     if urlparse(path).path.lower().endswith('.safetensors'):
         return _load_safetensors(source, path, key)
-    # Damaged bytes make the unpickler raise nearly anything.
-    try:
-        with _safe_globals():
-            checkpoint = torch.load(
-                source, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ConfigError(
-            f'{key}={path!r} is no torch checkpoint, is damaged, or holds '
-            'Python objects that cannot be loaded safely. If you trust it, '
-            'save it again with tensors only: '
-            "torch.save({'state_dict': …}, path). torch said: "
-            f'{_first_line(error)}') from error
-    except Exception as error:
-        raise ConfigError(
-            f'{key}={path!r} cannot be read: it is truncated, damaged or no '
-            f'torch checkpoint. Fetch it again{_into(source, path)}. '
-            f'torch said: {_first_line(error)}') from error
+    checkpoint = _load_safely(source, f'{key}={path!r}',
+                              _into(source, path), map_location='cpu')
     if not isinstance(checkpoint, dict):
         raise ConfigError(
             f'{key}={path!r} holds a {type(checkpoint).__name__}, not a '
             'dictionary of weights. Save model.state_dict() instead.')
     return checkpoint
+
+
+@contextlib.contextmanager
+def safe_loading() -> Iterator[None]:
+    """Let no file run code: within it, each ``torch.load`` reads tensors and
+    plain values alone, whoever calls it.
+
+    mmengine, timm and torch.hub all end there, with local files and
+    downloads, and unpickle anything where the safe way fails. The first
+    context puts the safe function in place of ``torch.load`` and takes it
+    away again; further ones inside it change nothing.
+
+    Raises:
+        ConfigError: By ``torch.load``, for a file that is damaged or holds
+            more than tensors and plain values. The environment variable
+            ``MMSINGER_TRUST_CHECKPOINT`` names, by their SHA-256, files that
+            may hold more.
+    """
+    if torch.load is not _torch_load:
+        yield
+        return
+    torch.load = torch.serialization.load = _guarded_load
+    try:
+        yield
+    finally:
+        torch.load = torch.serialization.load = _torch_load
+
+
+def _guarded_load(f: Any, map_location: Any = None, pickle_module: Any = None,
+                  *, weights_only: Any = None, **kwargs: Any) -> Any:
+    """``torch.load`` within :func:`safe_loading`; ``weights_only`` is always
+    true and the standard unpickler is not used."""
+    name = f if isinstance(f, (str, os.PathLike)) else \
+        getattr(f, 'name', type(f).__name__)
+    content = _load_safely(f, f'checkpoint {os.fspath(name)!r}',
+                           map_location=map_location, **kwargs)
+    meta = content.get('meta') if isinstance(content, dict) else None
+    if isinstance(meta, dict):
+        meta.pop('config', None)  # mmengine executes it on resume
+    return content
+
+
+def _load_safely(source: Any, name: str, where: str = '', **kwargs: Any
+                 ) -> Any:
+    """``torch.load`` without code, or one error that says what is wrong."""
+    # Damaged bytes make the unpickler raise nearly anything.
+    try:
+        with _safe_globals():
+            return _torch_load(source, weights_only=True, **kwargs)
+    except pickle.UnpicklingError as error:
+        digest = _sha256(source)
+        if digest in os.environ.get(TRUSTED, '').lower().split(','):
+            return _torch_load(source, weights_only=False, **kwargs)
+        raise ConfigError(
+            f'{name} is no torch checkpoint, is damaged, or holds Python '
+            'objects that cannot be loaded safely: they may run any code. '
+            'Ask for a file with tensors only (torch.save({\'state_dict\': '
+            '…}, path)). If you trust whoever made it, set the environment '
+            f'variable {TRUSTED}={digest}, and it is loaded all the same. '
+            f'torch said: {_refused(error)}') from error
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f'{name} cannot be read: it is truncated, damaged or no torch '
+            f'checkpoint. Fetch it again{where}. torch said: '
+            f'{_first_line(error)}') from error
+
+
+def _sha256(source: Any) -> str:
+    """Of the whole content; an open file goes back to its beginning."""
+    digest = hashlib.sha256()
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(source, 'rb')) \
+            if isinstance(source, (str, os.PathLike)) else source
+        file.seek(0)
+        for block in iter(lambda: file.read(1 << 20), b''):
+            digest.update(block)
+        file.seek(0)
+    return digest.hexdigest()
+
+
+def _refused(error: Exception) -> str:
+    """What torch says between its general advice, which ends with a link."""
+    said = str(error).split('WeightsUnpickler error:')[-1]
+    parts = [part.strip() for part in said.split('\n\n')
+             if part.strip() and 'documentation of torch.load' not in part]
+    return _first_line(Exception(parts[-1] if parts else error))
 
 
 def _fetch(path: str, key: str) -> Union[str, io.BytesIO]:
@@ -136,22 +212,32 @@ def _first_line(error: Exception) -> str:
     return line.rstrip('.')
 
 
-def _safe_globals() -> ContextManager:
-    """Allow what mmengine puts beside the weights: histories and numpy
-    numbers."""
+@contextlib.contextmanager
+def _safe_globals() -> Iterator[None]:
+    """Allow what mmengine puts beside the weights, histories and numpy
+    numbers, and what the program allows already."""
     import numpy as np
     from mmengine.logging import HistoryBuffer
     multiarray = np._core.multiarray if hasattr(np, '_core') else \
         np.core.multiarray
     dtypes = [type(np.dtype(t)) for t in (
         np.float64, np.float32, np.int64, np.int32, np.bool_)]
-    return torch.serialization.safe_globals([
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([
+        # mmengine allows all of getattr while it loads
+        *(entry for entry in before if entry not in (getattr, np.dtype)),
         HistoryBuffer, (_history_method, 'builtins.getattr'),
-        np.ndarray, np.dtype, *dtypes,
+        np.ndarray, (_number_type, 'numpy.dtype'), *dtypes,
         # numpy 1 and numpy 2 call the same functions by different names
         *((getattr(multiarray, name), f'numpy.{core}.multiarray.{name}')
           for name in ('_reconstruct', 'scalar') for core in ('core', '_core'))
     ])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def _history_method(owner: Any, name: str) -> Any:
@@ -161,6 +247,15 @@ def _history_method(owner: Any, name: str) -> Any:
     if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
         return getattr(owner, name)
     raise pickle.UnpicklingError(f'getattr({owner!r}, {name!r}) is not safe')
+
+
+def _number_type(name: str, *args: Any) -> Any:
+    """Stands in for ``numpy.dtype``, of which histories need the numbers
+    alone; arrays of objects could hold pointers to anywhere."""
+    import numpy as np
+    if isinstance(name, str) and re.fullmatch(r'[<>=|]?[biufc]\d*', name):
+        return np.dtype(name)
+    raise pickle.UnpicklingError(f'numpy.dtype({name!r}) is not safe')
 
 
 def weights_of(checkpoint: Dict[str, Any], path: str) -> Dict[str, Any]:

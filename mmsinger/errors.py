@@ -1,6 +1,7 @@
 """Errors that users see: what, where, got, valid choices, how to fix."""
 import contextlib
 import difflib
+import errno
 import inspect
 import os
 import re
@@ -114,8 +115,9 @@ def check_keys(key: str, given: Iterable[str], known: Iterable[str],
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
     """End a command line tool with the message alone, no traceback, when the
-    mistake is the user's; a wrong ``type`` or argument that mmengine builds
-    from is one too. Any other exception keeps its traceback."""
+    mistake is the user's, the disk is full, or Ctrl-C was pressed; a wrong
+    ``type`` or argument that mmengine builds from is a mistake too. Any other
+    exception keeps its traceback."""
     try:
         yield
     except (ConfigError, TrainingError) as error:
@@ -124,6 +126,16 @@ def readable_errors() -> Iterator[None]:
         said = _as_config_error(error)
         if said is None:
             raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        said = TrainingError(
+            f'{error.filename or "A file"} cannot be written: '
+            f'{error.strerror}. Make room and start again; a training run '
+            'goes on with --resume.')
+    except KeyboardInterrupt:
+        print('\nInterrupted.', file=sys.stderr)
+        sys.exit(130)
     else:
         return
     print(f'\n{type(said).__name__}: {said}', file=sys.stderr)

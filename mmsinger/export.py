@@ -14,8 +14,8 @@ from mmengine.config import Config
 
 from mmsinger.checkpoint import (STUDENT, load_checkpoint, load_strict,
                                  student_state_dict, weights_of)
-from mmsinger.errors import ConfigError
-from mmsinger.files import whole_file
+from mmsinger.errors import ConfigError, check_output_file
+from mmsinger.files import atomic_save
 from mmsinger.registry import MODELS
 
 SUFFIX = '_student'
@@ -78,8 +78,7 @@ def save_student(weights: Dict[str, torch.Tensor], meta: Dict[str, Any],
     content = dict(
         meta={key: meta[key] for key in kept if key in meta},
         state_dict={k: v.detach().cpu().clone() for k, v in weights.items()})
-    with whole_file(path) as temporary:
-        torch.save(content, temporary)
+    atomic_save(content, path)
 
 
 def student_path(checkpoint: str) -> str:
@@ -125,8 +124,15 @@ def export_student(checkpoint: str, out: Optional[str] = None,
         str: The path written.
 
     Raises:
-        ConfigError: If the checkpoint holds no student, or does not fit.
+        ConfigError: If the checkpoint holds no student, or does not fit, or
+            would be overwritten.
     """
+    out = out or student_path(checkpoint)
+    if os.path.realpath(out) == os.path.realpath(checkpoint):
+        raise ConfigError(
+            f'--out={out!r} is the checkpoint itself, which holds more than '
+            'the student. Name another file.')
+    check_output_file(out)
     content = load_checkpoint(checkpoint)
     weights = student_state_dict(weights_of(content, checkpoint))
     if not weights:
@@ -139,6 +145,5 @@ def export_student(checkpoint: str, out: Optional[str] = None,
             what=f'the student of {checkpoint!r} and the config',
             fix='Give the config that the checkpoint was trained with (it is '
             'dumped in the work dir).')
-    out = out or student_path(checkpoint)
     save_student(weights, content.get('meta', {}), out)
     return out

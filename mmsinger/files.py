@@ -1,36 +1,165 @@
 """Files that are complete or not there, and names that follow content."""
+import atexit
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
+import socket
 import tempfile
-from typing import Any, Dict, Iterator, Optional
+import time
+from typing import Any, Dict, Iterator, List, Tuple
 
 import torch
 from torch import Tensor
 
+from mmsinger.errors import ConfigError
+
+LOCK = 'run.lock'
+# Open files by process and path: a fork holds none of its parent's locks
+_locks: Dict[Tuple[int, str], int] = {}
+
 
 @contextlib.contextmanager
-def whole_file(path: str) -> Iterator[str]:
-    """Write a file completely or not at all.
+def atomic_write(path: str, sync: bool = True) -> Iterator[str]:
+    """Write a file completely or not at all, whatever stops the process
+    meanwhile.
 
     Args:
         path (str): Where it shall be; its folder exists. A file that is
             there is replaced at the end.
+        sync (bool): Wait until it is on the disk, so that it outlives the
+            machine too. Defaults to True; for what can be computed again,
+            False is faster.
 
     Yields:
         str: An empty file beside it, to write to instead.
     """
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix='.tmp')
+    folder, name = os.path.split(os.path.abspath(path))
+    handle, temporary = tempfile.mkstemp(
+        dir=folder, prefix=f'.{name}.', suffix='.tmp')
     os.close(handle)
     try:
         yield temporary
         os.chmod(temporary, 0o644)
+        if sync:
+            _sync(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
+        if sync:
+            _sync(folder)
+    except BaseException as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename in (None, temporary):
+            error.filename = path
         raise
+
+
+def atomic_save(content: Any, path: str, sync: bool = True) -> None:
+    """``torch.save`` by :func:`atomic_write`.
+
+    Args:
+        content (Any): What to save.
+        path (str): Where it shall be.
+        sync (bool): Wait until it is on the disk. Defaults to True.
+
+    Raises:
+        OSError: If it cannot be written; given a path, ``torch.save`` would
+            raise a RuntimeError without the reason.
+    """
+    with atomic_write(path, sync) as temporary, open(temporary, 'wb') as file:
+        torch.save(content, file)
+
+
+def _sync(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder: str) -> List[str]:
+    """Remove what an :func:`atomic_write` that was killed has left.
+
+    Args:
+        folder (str): Where nobody writes at the moment.
+
+    Returns:
+        list[str]: The names of the files that were to be written.
+    """
+    found = []
+    for entry in list(os.scandir(folder)):
+        match = re.fullmatch(r'\.(.+)\.\w{8}\.tmp', entry.name)
+        if match and entry.is_file(follow_symlinks=False):
+            os.unlink(entry.path)
+            found.append(match[1])
+    return found
+
+
+def lock_folder(folder: str) -> None:
+    """Claim a folder for this process, until it ends or
+    :func:`unlock_folder`. Claiming it again changes nothing.
+
+    The operating system gives the lock up when the process ends, however it
+    does, so that a lock file that was left behind locks nobody out. Where it
+    has no locks (Windows, some network drives), nothing is claimed.
+
+    Args:
+        folder (str): It exists and can be written to.
+
+    Raises:
+        ConfigError: If another process has it, on this machine or on another
+            that shares the drive.
+    """
+    path = os.path.join(os.path.realpath(folder), LOCK)
+    if (os.getpid(), path) in _locks:
+        return
+    try:
+        import fcntl
+    except ImportError:
+        return
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW,
+                             0o644)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise ConfigError(f'{path!r} is a link, which a lock must not '
+                              'be. Remove it.') from error
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.read(handle, 1000).decode(errors='replace')
+            os.close(handle)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return
+            raise ConfigError(
+                f'work_dir={folder!r} is in use by another run ({owner}). '
+                'Wait for it, end it, or choose another folder with '
+                '--work-dir.') from error
+        # Whoever had it may have removed the file meanwhile
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.lstat(path)):
+                break
+        os.close(handle)
+    os.ftruncate(handle, 0)
+    os.write(handle, f'process {os.getpid()} on {socket.gethostname()}, since '
+             f'{time.strftime("%Y-%m-%d %H:%M:%S")}'.encode())
+    _locks[os.getpid(), path] = handle
+    atexit.register(unlock_folder, os.path.dirname(path))
+
+
+def unlock_folder(folder: str) -> None:
+    """Give up the claim of :func:`lock_folder`, if there is one."""
+    path = os.path.join(os.path.realpath(folder), LOCK)
+    handle = _locks.pop((os.getpid(), path), None)
+    if handle is not None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        os.close(handle)
 
 
 def content_hash(settings: Any, weights: Dict[str, Tensor]) -> Any:
@@ -57,21 +186,3 @@ def add_tensor(digest: Any, value: Tensor) -> None:
     digest.update(f'{value.dtype} {tuple(value.shape)}'.encode())
     digest.update(value.detach().cpu().contiguous().flatten()
                   .view(torch.uint8).numpy())
-
-
-def cache_folder() -> Optional[str]:
-    """Where things are kept that can be computed again at any time.
-
-    ``$MMSINGER_CACHE``, else ``$XDG_CACHE_HOME/mmsinger``, else
-    ``~/.cache/mmsinger``. It may be deleted at any time.
-
-    Returns:
-        str | None: None if ``MMSINGER_CACHE`` is set and empty: nothing is
-        to be kept.
-    """
-    folder = os.environ.get('MMSINGER_CACHE')
-    if folder is None:
-        base = os.environ.get('XDG_CACHE_HOME') or os.path.join(
-            os.path.expanduser('~'), '.cache')
-        folder = os.path.join(base, 'mmsinger')
-    return folder or None

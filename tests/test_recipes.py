@@ -293,8 +293,8 @@ def test_official_preset():
     cfg = cut(os.path.join(CONFIGS, 'singer_vitl_to_vits_in1k_official.py'))
     check_pretraining(cfg)
     model = MODELS.build(cfg.model)
-    assert model.adapter_cfg['selection'] == 'threshold'
-    assert model.adapter_cfg['threshold'] == 0.05
+    assert model.refinement.adapter_cfg['selection'] == 'threshold'
+    assert model.refinement.adapter_cfg['threshold'] == 0.05
     assert model.loss_outlier.quantile == 0.97
     assert model.loss_outlier.loss_weight == 0.01
     assert model.loss_kd.loss_weight == 1.0
@@ -337,7 +337,7 @@ def test_teacher_base_builds_and_runs(path):
     taps = teacher(torch.randn(2, 3, 56, 56), layers,
                    Normalisation(None, None))
     for layer in layers:
-        values, grid = taps.tokens(layer)
+        values, grid, _ = taps.tokens(layer)
         assert values.shape == (2, 1 + grid[0] * grid[1], 32)
         assert torch.isfinite(values).all()
     assert not any(p.requires_grad for p in teacher.parameters())

@@ -22,7 +22,7 @@ from mmsinger.engine.checks import check_work_dir
 from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import readable_errors
-from mmsinger.files import whole_file
+from mmsinger.files import atomic_write
 from mmsinger.models.features.anatomy import patch_stride
 
 
@@ -91,7 +91,7 @@ def main():
         render(analysis).encode('utf-8', 'backslashreplace'),
         json.dumps(analysis.numbers(), indent=1, allow_nan=False).encode())
     for path, content in zip(paths, contents):
-        with whole_file(path) as temporary, open(temporary, 'wb') as file:
+        with atomic_write(path) as temporary, open(temporary, 'wb') as file:
             file.write(content)
     print(f'\n{analysis.verdict.headline}')
     for reason in analysis.verdict.reasons + subject.notes:

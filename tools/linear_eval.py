@@ -14,7 +14,8 @@ import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 import torch
 from mmengine.dist import is_main_process
 
-from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
+from mmsinger.checkpoint import (load_checkpoint, load_strict, safe_loading,
+                                 weights_of)
 from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import (build_runner, load_config,
                                      prepare_training, world_size)
@@ -142,5 +143,5 @@ def main():
 
 
 if __name__ == '__main__':
-    with readable_errors():
+    with readable_errors(), safe_loading():
         main()

@@ -11,13 +11,13 @@ import hashlib
 import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
-import torch
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
 from mmsinger.engine.checks import check_data_folders
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, readable_errors
+from mmsinger.files import atomic_save
 
 README = """\
 # The demo's teacher
@@ -86,7 +86,7 @@ def main():
         recipe=args.config)
     name = os.path.basename(args.out)
     os.makedirs(os.path.dirname(args.out) or '.', exist_ok=True)
-    torch.save(dict(state_dict=weights, meta=meta), args.out)
+    atomic_save(dict(state_dict=weights, meta=meta), args.out)
     with open(args.out, 'rb') as file:
         sha256 = hashlib.sha256(file.read()).hexdigest()
     stem = os.path.splitext(args.out)[0]

@@ -13,7 +13,7 @@ import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 from mmengine.registry import METRICS, init_default_scope
 from mmengine.runner import Runner
 
-from mmsinger.checkpoint import load_strict
+from mmsinger.checkpoint import load_strict, safe_loading
 from mmsinger.engine.checks import check_data_folders, check_work_dir
 from mmsinger.engine.logs import demote_details, import_datasets
 from mmsinger.engine.options import ConfigOptions
@@ -137,5 +137,5 @@ def main():
 
 
 if __name__ == '__main__':
-    with readable_errors():
+    with readable_errors(), safe_loading():
         main()

@@ -7,6 +7,7 @@ import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 
+from mmsinger.checkpoint import safe_loading
 from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import (build_runner, load_config,
                                      prepare_training, scale_learning_rate)
@@ -64,7 +65,7 @@ def main():
         scale_learning_rate(cfg)
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
-    if args.resume:
+    if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
 
@@ -73,5 +74,5 @@ def main():
 
 
 if __name__ == '__main__':
-    with readable_errors():
+    with readable_errors(), safe_loading():
         main()

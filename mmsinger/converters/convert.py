@@ -16,7 +16,7 @@ from mmsinger.converters.describe import describe
 from mmsinger.converters.layouts import LAYOUTS, Renamed, detect, rename
 from mmsinger.converters.positions import place
 from mmsinger.errors import ConfigError, check_choice
-from mmsinger.files import whole_file
+from mmsinger.files import atomic_save
 from mmsinger.models.backbones.registers import VisionTransformerWithRegisters
 from mmsinger.models.features.tokens import Grid
 from mmsinger.registry import MODELS
@@ -308,8 +308,7 @@ def _sha256(path: str) -> str:
 def _write(content: dict, out: str) -> None:
     try:
         os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-        with whole_file(out) as temporary:
-            torch.save(content, temporary)
-    except (OSError, RuntimeError) as error:
+        atomic_save(content, out)
+    except OSError as error:
         raise ConfigError(f'OUT={out!r} cannot be written: {error}. Choose '
                           'another place.') from error

@@ -27,11 +27,12 @@ from mmsinger.engine.options import apply_options
 from mmsinger.engine.resume import (check_checkpoint_files,
                                     resume_from_intact_checkpoint)
 from mmsinger.errors import ConfigError, near_paths
+from mmsinger.files import lock_folder
 from mmsinger.models import FeatureDistiller
 from mmsinger.registry import MODELS
 
 # Of a model that is no distiller of ours
-PLAIN_HOOKS = ('RunGuardHook', 'RandomStateHook')
+PLAIN_HOOKS = ('SafeCheckpointHook', 'RunGuardHook', 'RandomStateHook')
 
 
 def load_config(path: str, options: Optional[dict] = None) -> Config:
@@ -77,7 +78,7 @@ def prepare_training(cfg: Config) -> None:
     Adds the hooks that the model needs (recipes and stock configs list none
     of ours), fits the config to the machine, and ends in a
     :class:`ConfigError` where training could not start: a work dir that is
-    not writable, a data folder that is missing or empty, a teacher checkpoint
+    not writable or in use, a data folder that is missing or empty, a teacher checkpoint
     that is not there.
 
     Args:
@@ -98,6 +99,8 @@ def prepare_training(cfg: Config) -> None:
     use_strategy(cfg)
     compare_batch_size(cfg)
     check_work_dir(cfg.work_dir)
+    if rank(cfg) == 0:
+        lock_folder(cfg.work_dir)
     check_data_folders(cfg, ('train_dataloader', 'val_dataloader'))
     resume_from_intact_checkpoint(cfg)
     check_checkpoint_files(cfg)
@@ -250,6 +253,13 @@ def world_size(cfg: Config) -> int:
     variable = dict(pytorch='WORLD_SIZE', slurm='SLURM_NTASKS',
                     mpi='OMPI_COMM_WORLD_SIZE').get(cfg.get('launcher'), '')
     return int(os.environ.get(variable, 1))
+
+
+def rank(cfg: Config) -> int:
+    """Which of the processes that ``cfg.launcher`` has started this is."""
+    variable = dict(pytorch='RANK', slurm='SLURM_PROCID',
+                    mpi='OMPI_COMM_WORLD_RANK').get(cfg.get('launcher'), '')
+    return int(os.environ.get(variable, 0))
 
 
 def use_strategy(cfg: Config) -> None:

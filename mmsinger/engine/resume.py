@@ -1,12 +1,25 @@
-"""What a run goes on from: checkpoints that were written to their end."""
+"""What a run goes on from: intact files, of the same model, with the
+settings that the config has now."""
+import ast
+import contextlib
 import glob
 import os
+import re
+import warnings
 import zipfile
+from typing import Any, Dict, Iterator, List, Tuple
 
+import torch
 from mmengine.config import Config
+from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
+from mmengine.optim import OptimWrapper
+from mmengine.runner import EpochBasedTrainLoop
 
-from mmsinger.errors import ConfigError
+from mmsinger.checkpoint import STUDENT, student_state_dict
+from mmsinger.engine.unwrap import is_sharded, unwrap
+from mmsinger.errors import ConfigError, near_paths
+from mmsinger.models.distillers import BaseDistiller
 
 
 def resume_from_intact_checkpoint(cfg: Config) -> None:
@@ -17,8 +30,13 @@ def resume_from_intact_checkpoint(cfg: Config) -> None:
     after the folder was moved or copied, and fails on a file that was cut off.
 
     Raises:
-        ConfigError: If there are checkpoints and none is intact.
+        ConfigError: If there are checkpoints and none is intact, or
+            ``load_from`` is empty.
     """
+    if cfg.get('load_from') == '':
+        raise ConfigError(
+            "load_from='' (or --resume '') names no checkpoint. Give its path; "
+            '--resume alone takes the newest one in the work dir.')
     if not cfg.get('resume') or cfg.get('load_from'):
         return
     found = [path for kind in ('iter_*.pth', 'epoch_*.pth')
@@ -32,7 +50,7 @@ def resume_from_intact_checkpoint(cfg: Config) -> None:
     found.sort(key=lambda path: (os.path.basename(path) == last,
                                  os.path.getmtime(path)), reverse=True)
     for path in found:
-        if _is_intact(path):
+        if is_intact(path):
             cfg.load_from = path
             return
         print_log(f'--resume: {path!r} was not written to its end, it is '
@@ -44,37 +62,331 @@ def resume_from_intact_checkpoint(cfg: Config) -> None:
             'Remove them to begin anew.')
 
 
-def _is_intact(path: str) -> bool:
-    """Whether all parts of a file of torch.save are there."""
+def is_intact(path: str) -> bool:
+    """Whether a file of torch.save is there to its end, and as its checksums
+    say."""
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
-    except (OSError, zipfile.BadZipFile):
+    except Exception:  # damaged names and lengths raise nearly anything
         return False
 
 
 def check_checkpoint_files(cfg: Config) -> None:
-    """Raise :class:`ConfigError` for a checkpoint to start from that is a
-    local path without a file. What is in it shows when it is loaded."""
-    teacher = cfg.model.get('teacher')
-    paths = {'load_from (or --resume)': cfg.get('load_from')}
-    if isinstance(teacher, dict):
-        paths['model.teacher.checkpoint'] = teacher.get('checkpoint')
-    backbone = cfg.model.get('backbone')
-    if isinstance(backbone, dict):  # a FrozenBackbone's
-        paths['model.backbone.checkpoint'] = backbone.get('checkpoint')
-    if cfg.get('resume') and str(cfg.get('load_from')).endswith(
-            '_student.pth'):
+    """Check the files that a run is to start from, before anything is built.
+
+    Args:
+        cfg (Config): Its ``load_from``, and the weights that ``model`` names.
+
+    Raises:
+        ConfigError: If a local file is not there, was cut off, is damaged or
+            empty. What is in it shows when it is loaded.
+    """
+    source = cfg.get('load_from')
+    if cfg.get('resume') and str(source).endswith('_student.pth'):
         raise ConfigError(
-            f'--resume {cfg.load_from!r} is a student alone: it has no '
+            f'--resume {source!r} is a student alone: it has no '
             'optimizer and no adapters to go on with. Resume from '
-            f'{cfg.load_from.replace("_student.pth", ".pth")!r}, or begin '
-            'anew from these weights with --cfg-options '
-            f'load_from={cfg.load_from}.')
+            f'{source.replace("_student.pth", ".pth")!r}, or begin '
+            f'anew from these weights with --cfg-options load_from={source}.')
+    paths = {'load_from (or --resume)': source,
+             **dict(_weight_files(cfg.model, 'model'))}
     for key, path in paths.items():
-        if isinstance(path, str) and '://' not in path and \
-                not os.path.isfile(path):
+        if not isinstance(path, str) or '://' in path:
+            continue
+        if not os.path.isfile(path):
             raise ConfigError(
                 f'{key}={path!r}: no such file (working directory '
-                f'{os.getcwd()}). Download the weights, or set {key} to '
-                'where they are.')
+                f'{os.getcwd()}).{near_paths(path)} Download the weights, or '
+                f'set {key} to where they are.')
+    if isinstance(source, str) and '://' not in source and (
+            os.path.getsize(source) == 0
+            or zipfile.is_zipfile(source) and not is_intact(source)):
+        raise ConfigError(
+            f'load_from (or --resume)={source!r} is empty, was cut off or is '
+            'damaged: its checksums do not fit. Choose another checkpoint; '
+            '--resume without a path takes the newest one that is intact.')
+
+
+def _weight_files(node: Any, key: str) -> Iterator[Tuple[str, str]]:
+    """Files that a model config names, by key."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if name in ('checkpoint', 'pretrained') and \
+                    isinstance(value, str):
+                yield f'{key}.{name}', value
+            yield from _weight_files(value, f'{key}.{name}')
+    elif isinstance(node, (list, tuple)):
+        for i, value in enumerate(node):
+            yield from _weight_files(value, f'{key}[{i}]')
+
+
+# -- what is in it, once it is loaded ---------------------------------------
+
+
+def check_fit(runner: Any, checkpoint: Dict[str, Any], changed: List[str]
+              ) -> None:
+    """Check that a checkpoint is one of this run's model.
+
+    mmengine loads what fits and warns of the rest, so that adapters would
+    begin anew, or the optimizer's moments go to other tensors. A run goes on
+    from its own checkpoints only. ``load_from`` takes those and, for a
+    distiller, any of the plain student.
+
+    Args:
+        runner (Runner): Its model is built.
+        checkpoint (dict): What it is about to load.
+        changed (list[str]): See :func:`changed_settings`.
+
+    Raises:
+        ConfigError: If tensors are missing, left over or of other shapes; it
+            names the settings that differ.
+    """
+    resume, source = runner._resume, runner._load_from
+    name = f'--resume {source!r}' if resume else f'load_from={source!r}'
+    weights = checkpoint.get('state_dict', checkpoint)
+    found = {re.sub(r'^module\.', '', key): tuple(value.shape)
+             for key, value in weights.items() if torch.is_tensor(value)}
+    if resume:
+        wanted = ['meta', 'message_hub', 'optimizer']
+        if not any(getattr(hook, 'save_optimizer', True)
+                   for hook in runner.hooks
+                   if isinstance(hook, CheckpointHook)):
+            wanted.remove('optimizer')
+        missing = [key for key in wanted if key not in checkpoint]
+        if missing:
+            raise ConfigError(
+                f'{name} cannot be gone on from: it has no '
+                f'{", ".join(missing)}, so it holds weights alone (a student, '
+                'a teacher, a best or a published checkpoint). Give an '
+                'iter_*.pth or epoch_*.pth of this run, or begin anew from '
+                f'these weights with --cfg-options load_from={source}.')
+    model = unwrap(runner.model)
+    if is_sharded(runner.model) or not (
+            resume or isinstance(model, BaseDistiller)):
+        return
+    expected = {key: tuple(value.shape)
+                for key, value in model.state_dict().items()}
+    strict = resume or any(key.startswith(STUDENT) for key in found)
+    if not strict:  # a plain student's, whose head may be left out
+        expected = student_state_dict(expected)
+    wrong = [f'{key}: {found[key]} in the file, {shape} in the model'
+             for key, shape in expected.items()
+             if found.get(key, shape) != shape]
+    missing = [key for key in expected if key not in found]
+    extra = [key for key in found if key not in expected]
+    other_type = [line for line in changed if line.startswith('model.type:')]
+    if not (wrong or strict and (missing or extra or other_type)
+            or len(missing) == len(expected)):
+        return
+    problems = [f'{len(keys)} tensors {title}: {", ".join(keys[:4])}'
+                + (', …' if len(keys) > 4 else '')
+                for title, keys in (('differ', wrong), ('are missing', missing),
+                                    ('are left over', extra)) if keys]
+    raise ConfigError(
+        f'{name} is not a checkpoint of this model.\n  '
+        + '\n  '.join(problems)
+        + _listed([line for line in changed if line.startswith('model.')])
+        + '\nGive the config that it was made with (it is dumped in its work '
+        'dir), or a checkpoint of this one.')
+
+
+def changed_settings(checkpoint: Dict[str, Any], cfg: Config) -> List[str]:
+    """How the config differs from the one that a checkpoint was made with.
+
+    Args:
+        checkpoint (dict): Of mmengine's runner; its ``meta['cfg']`` is read,
+            not executed.
+        cfg (Config): The config now.
+
+    Returns:
+        list[str]: ``'model.adapter.rank: 4 then, 8 now'`` for each setting of
+        model, optimizer, schedule and length; empty if it does not say.
+    """
+    parts = ('model', 'optim_wrapper', 'param_scheduler', 'train_cfg')
+    meta = checkpoint.get('meta')
+    then = _literals(meta.get('cfg') if isinstance(meta, dict) else None)
+    now = _literals(cfg.pretty_text)
+    if not then:
+        return []
+    then, now = ({key: value for part in parts
+                  for key, value in _flat(settings.get(part), part)}
+                 for settings in (then, now))
+    return [f'{key}: {then.get(key, "not set")!r} then, '
+            f'{now.get(key, "not set")!r} now'
+            for key in dict.fromkeys([*then, *now])
+            if then.get(key, _UNSET) != now.get(key, _UNSET)]
+
+
+_UNSET = object()
+
+
+def _literals(text: Any) -> Dict[str, Any]:
+    """The plain values that a config's text assigns, without running it."""
+    class Dictionaries(ast.NodeTransformer):
+
+        def visit_Call(self, node):
+            self.generic_visit(node)
+            if getattr(node.func, 'id', None) != 'dict' or node.args:
+                return node
+            return ast.Dict([keyword.arg and ast.Constant(keyword.arg)
+                             for keyword in node.keywords],
+                            [keyword.value for keyword in node.keywords])
+
+    try:
+        statements = ast.parse(text).body
+    except (SyntaxError, TypeError, ValueError, RecursionError):
+        return {}
+    values = {}
+    for statement in statements:
+        if isinstance(statement, ast.Assign):
+            with contextlib.suppress(Exception):  # no plain value
+                values[statement.targets[0].id] = ast.literal_eval(
+                    Dictionaries().visit(statement.value))
+    return values
+
+
+def _flat(value: Any, key: str) -> Iterator[Tuple[str, Any]]:
+    items = value.items() if isinstance(value, dict) else \
+        enumerate(value) if isinstance(value, (list, tuple)) and any(
+            isinstance(item, dict) for item in value) else None
+    if items is None:
+        yield key, list(value) if isinstance(value, tuple) else value
+    else:
+        for name, inner in items:
+            yield from _flat(inner, f'{key}.{name}')
+
+
+def _listed(lines: List[str]) -> str:
+    if not lines:
+        return ''
+    more = [f'… and {len(lines) - 10} more'] if len(lines) > 10 else []
+    return '\nSettings that differ:\n  ' + '\n  '.join(lines[:10] + more)
+
+
+# -- optimizer and schedule --------------------------------------------------
+
+
+def optimizer_names(runner: Any) -> List[str]:
+    """Names of the parameters in the optimizer's order, which tell later
+    whose moments a checkpoint holds.
+
+    Args:
+        runner (Runner): In training.
+
+    Returns:
+        list[str]: Empty for several optimizers, and where the optimizer
+        holds parts of parameters (FSDP).
+    """
+    if not isinstance(runner.optim_wrapper, OptimWrapper) or \
+            is_sharded(runner.model):
+        return []
+    names = {id(parameter): name for name, parameter
+             in unwrap(runner.model).named_parameters()}
+    found = [names.get(id(parameter))
+             for group in runner.optim_wrapper.optimizer.param_groups
+             for parameter in group['params']]
+    return [] if None in found else found
+
+
+def take_over_settings(runner: Any, checkpoint: Dict[str, Any],
+                       changed: List[str]) -> None:
+    """Let learning rates, weight decay and schedule of the config hold where
+    they differ from those that a checkpoint was made with.
+
+    mmengine would go on with the checkpoint's and pass the config's over.
+    Here the moments come from the checkpoint, each to the parameter of its
+    name; what the config has changed comes from the config, as if it had been
+    so from the beginning, and is logged. Without changes nothing is touched.
+
+    Args:
+        runner (Runner): Resuming; optimizer and schedulers are built.
+        checkpoint (dict): Changed in place.
+        changed (list[str]): See :func:`changed_settings`.
+
+    Raises:
+        ConfigError: If the moments belong to another optimizer or to other
+            parameters.
+    """
+    names, saved = optimizer_names(runner), checkpoint.get('optimizer', {})
+    if changed:
+        runner.logger.warning(
+            'The config differs from the one that the checkpoint was made '
+            'with; the values of now hold.' + _listed(changed))
+    if not names or 'param_groups' not in saved:
+        return
+    if any(line.startswith('optim_wrapper.optimizer.type:')
+           for line in changed):
+        raise ConfigError(
+            f'--resume {runner._load_from!r}: the optimizer is another one.'
+            + _listed([line for line in changed if '.type' in line])
+            + '\nSet it back, or begin anew from the weights with load_from.')
+    wrapper = runner.optim_wrapper
+    parameters = [parameter for group in wrapper.optimizer.param_groups
+                  for parameter in group['params']]
+    ids = [one for group in saved['param_groups'] for one in group['params']]
+    # With FSDP torch saves names in place of numbers
+    before = ids if ids and isinstance(ids[0], str) else \
+        checkpoint.get('optimizer_names', names)
+    own = dict(zip(before, ids))
+    state = {i: saved['state'][own[name]] for i, name in enumerate(names)
+             if own.get(name) in saved['state']}
+    strangers = set(before) ^ set(names) or [
+        name for i, name in enumerate(names) for value
+        in state.get(i, {}).values() if torch.is_tensor(value)
+        and value.dim() and value.shape != parameters[i].shape]
+    if strangers or len(ids) != len(names):
+        raise ConfigError(
+            f'--resume {runner._load_from!r}: the optimizer in it has '
+            f'{len(ids)} parameters, this one {len(names)}'
+            + (f'; {sorted(strangers)[:3]} differ' if strangers else '')
+            + '. Set optim_wrapper back, or begin anew from the weights with '
+            'load_from.')
+    groups = wrapper.state_dict()['param_groups']
+    schedules = runner.param_schedulers
+    if ids != names and before == names and not _changed_groups(saved['param_groups'], groups) \
+            and not _changed_schedules(checkpoint, schedules):
+        return
+    if isinstance(schedules, list):
+        _replay(schedules, runner, checkpoint['meta'])
+        checkpoint['param_schedulers'] = [
+            schedule.state_dict() for schedule in schedules]
+    checkpoint['optimizer'] = {**saved, **wrapper.state_dict(),
+                               'state': state}
+    runner.logger.info(
+        'Learning rates, weight decay and schedule are the config\'s, as if '
+        'they had been from the beginning; the moments are the checkpoint\'s.')
+
+
+def _changed_groups(first: List[dict], second: List[dict]) -> bool:
+    """Whether settings differ, other than what a schedule has moved."""
+    def settings(groups):
+        return [(group['params'], {key: value for key, value in group.items()
+                                   if f'initial_{key}' not in group})
+                for group in groups]
+    return settings(first) != settings(second)
+
+
+def _changed_schedules(checkpoint: Dict[str, Any], schedules: Any) -> bool:
+    moving = ('last_step', '_global_step', '_last_value', 'base_values')
+
+    def settings(states):
+        return [{key: value for key, value in state.items()
+                 if key not in moving} for state in states]
+    saved = checkpoint.get('param_schedulers')
+    if not isinstance(schedules, list) or not isinstance(saved, list):
+        return False
+    return settings(saved) != settings(
+        [schedule.state_dict() for schedule in schedules])
+
+
+def _replay(schedules: list, runner: Any, meta: Dict[str, Any]) -> None:
+    """Bring fresh schedules to where the checkpoint was written."""
+    length = len(runner.train_loop.dataloader) if isinstance(
+        runner.train_loop, EpochBasedTrainLoop) else 0
+    with warnings.catch_warnings():  # of steps without the optimizer's
+        warnings.simplefilter('ignore')
+        for step in range(1, meta['iter'] + 1):
+            for schedule in schedules:
+                if not schedule.by_epoch or length and step % length == 0:
+                    schedule.step()

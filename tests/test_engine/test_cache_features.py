@@ -83,9 +83,8 @@ def test_one_changed_weight_is_noticed(tmp_path):
 def test_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
     first = store(tmp_path)
 
-    def save(content, path):
-        with open(path, 'wb') as file:
-            file.write(b'half')
+    def save(content, file):
+        file.write(b'half')
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -1,5 +1,6 @@
 """The hooks of a training run, in a Runner on eight small scenes."""
 import copy
+import errno
 import gc
 import glob
 import logging
@@ -172,20 +173,13 @@ def test_adapters_of_a_checkpoint_are_kept(make, tmp_path, how):
                for key, value in started[0].items())
 
 
-def test_adapters_of_another_rank_are_started(make, tmp_path, caplog):
+@pytest.mark.parametrize('how', ['load_from', 'resume'])
+def test_adapters_of_another_rank_are_refused(make, tmp_path, how):
     make(1, **{'default_hooks.checkpoint.interval': 1}).train()
-    caplog.clear()
-    started = []
-    runner = make(1, load_from=str(tmp_path / 'iter_1.pth'),
-                  hooks=[Spy('LOWEST', before_train=lambda r: started.append(
-                      copy.deepcopy(r.model.adapters)))],
-                  **{'model.adapter.rank': 6})
-    runner.train()
-    assert 'SiNGER adapter of layer 1' in caplog.text
-    for layer, adapter in started[0].items():
-        null = runner.model.refinement.ffn_directions[int(layer)]
-        expected = null.directions[:, -6:].flip(1).T.float()
-        assert torch.equal(adapter.up, expected)
+    runner = make(2, load_from=str(tmp_path / 'iter_1.pth'),
+                  resume=how == 'resume', **{'model.adapter.rank': 2})
+    with pytest.raises(ConfigError, match='model.adapter.rank: 4 then, 2 now'):
+        runner.train()
 
 
 def test_a_plain_students_checkpoint_starts_the_adapters(make, tmp_path,
@@ -470,19 +464,19 @@ def test_plain_config_beside_the_students(make, tmp_path, place):
 
 
 def test_a_failed_write_leaves_no_half_file(make, tmp_path, monkeypatch):
-    import mmsinger.export as export
+    import mmsinger.files as module
     runner = make(2, **SAVING)
     save = torch.save
 
-    def fail(content, path, *args, **kwargs):
-        if str(path).endswith('.tmp'):
-            with open(path, 'wb') as file:
-                file.write(b'half')
-            raise OSError('No space left on device')
-        return save(content, path, *args, **kwargs)
+    def fail(content, file, *args, **kwargs):
+        if 'student.pth' in str(getattr(file, 'name', '')):
+            file.write(b'half')
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        return save(content, file, *args, **kwargs)
 
-    monkeypatch.setattr(export.torch, 'save', fail)
-    with pytest.raises(OSError, match='No space'):
+    monkeypatch.setattr(module.torch, 'save', fail)
+    with pytest.raises(TrainingError, match='_student.pth cannot be written: '
+                       'No space'):
         runner.train()
     assert files(tmp_path, '*') == [f for f in files(tmp_path, '*')
                                     if 'student.pth' not in f

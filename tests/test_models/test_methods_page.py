@@ -124,7 +124,7 @@ def test_target_step():
 
 
 def test_keys_of_an_own_step_are_checked():
-    with pytest.raises(ConfigError, match="model.targets.wdith.*Did you mean "
+    with pytest.raises(ConfigError, match="model.targets.0.wdith.*Did you mean "
                        "'width'"):
         distiller(targets=[dict(type='mmsinger.MaskBorder', wdith=1)])
 

@@ -231,11 +231,22 @@ def test_the_order_of_steps_counts():
     assert longest[0] > 1.001 and longest[1] == pytest.approx(1, abs=1e-5)
 
 
-def test_steps_of_singer_come_after_its_refinement():
-    model = distiller(targets=[CLIP])
+@pytest.mark.parametrize('targets', [[CLIP, MASK], dict(b=CLIP, a=MASK)],
+                         ids=['list', 'named'])
+def test_steps_of_singer_come_after_its_refinement(targets):
+    model = distiller(targets=targets)
     assert [type(step).__name__ for step in model.steps] == [
-        'Refine', 'ClipNorms']
+        'Refine', 'ClipNorms', 'MaskTokens']
     assert model.refinement is model.steps[0]
+
+
+@pytest.mark.parametrize('cls', [FitNetDistiller, SiNGERDistiller])
+@pytest.mark.parametrize('targets, key', [
+    ([CLIP, dict(CLIP, mda=1)], '1'), (dict(long=dict(CLIP, mda=1)), 'long')],
+    ids=['list', 'named'])
+def test_errors_name_the_step_as_the_user_does(cls, targets, key):
+    with pytest.raises(ConfigError, match=rf'model\.targets\.{key}\.mda'):
+        distiller(cls, targets=targets)
 
 
 def test_masked_tokens_are_not_refined_for():
@@ -291,7 +302,7 @@ def test_adapters_start_with_the_weights_in_any_method():
 
 @pytest.mark.parametrize('targets, words', [
     ([REFINE, REFINE], ['Refine cannot hold', 'once']),
-    ([dict(REFINE, adaptr={})], ['model.targets.adaptr', "'adapter'"]),
+    ([dict(REFINE, adaptr={})], ['model.targets.0.adaptr', "'adapter'"]),
     ([dict(REFINE, adapter=dict(rnk=4))], ['adapter.rnk', "'rank'"]),
     ([dict(REFINE, adapter=4)], ['adapter=4', 'dict']),
     ([dict(REFINE, loss_info=dict(lasst='self'))], [
@@ -309,8 +320,9 @@ def test_bad_steps(targets, words):
 
 
 def test_two_refinements_of_singer():
-    with pytest.raises(ConfigError, match='Refine cannot hold.*once'):
-        distiller(targets=[REFINE])
+    for targets in ([REFINE], dict(refine=REFINE)):
+        with pytest.raises(ConfigError, match='Refine cannot hold.*once'):
+            distiller(targets=targets)
     for targets in (None, CLIP, 5):
         with pytest.raises(ConfigError, match='must be a list of dicts'):
             distiller(targets=targets)

@@ -229,24 +229,26 @@ def test_nothing_depends_on_data(step, weighted):
 @pytest.mark.parametrize('targets, words', [
     ([clip()], ['ClipNorms: give quantile=0.95 or mad=6.0']),
     ([clip(mad=2., quantile=0.9)], ['ClipNorms', 'not both']),
-    ([clip(quantil=0.9)], ['model.targets.quantil', "'quantile'"]),
+    ([clip(quantil=0.9)], ['model.targets.0.quantil', "'quantile'"]),
     ([clip(quantile=1.0)], ['ClipNorms: quantile=1.0', 'between 0 and 1']),
     ([clip(mad=0)], ['ClipNorms: mad=0', 'above 0']),
     ([clip(mad='6')], ["ClipNorms: mad='6'", 'above 0']),
     ([mask()], ['MaskTokens: give mad=6.0 or oracle=True']),
-    ([mask(quantile=0.9)], ['model.targets.quantile', 'MaskTokens']),
+    ([mask(quantile=0.9)], ['model.targets.0.quantile', 'MaskTokens']),
     ([mask(mad=6., oracle=True)], ['MaskTokens: mad=6.0', 'one of the two']),
     ([mask(oracle=True)], ['MaskTokens(oracle=True)', 'PlantedArtifacts']),
     ([dict(type='mmsinger.ClipNrms', mad=6.)], [
-        "model.targets.type='mmsinger.ClipNrms'", "'ClipNorms'"]),
+        "model.targets.0.type='mmsinger.ClipNrms'", "'ClipNorms'"]),
     ([dict(type='mmsinger.FeatureMSELoss')], [
         'FeatureMSELoss is no step', 'MaskTokens']),
-    ([dict(mad=6.)], ["model.targets.type=''"]),
-    ([dict(type=None, mad=6.)], ['model.targets.type=None']),
-    ([dict(type=7)], ['model.targets.type=7']),
+    ([dict(mad=6.)], ["model.targets.0.type=''"]),
+    ([dict(type=None, mad=6.)], ['model.targets.0.type=None']),
+    ([dict(type=7)], ['model.targets.0.type=7']),
     (clip(mad=6.), ['model.targets must be a list of dicts']),
     ([clip(mad=6.), 'mmsinger.MaskTokens'], ['must be a list of dicts']),
-    (None, ['model.targets must be a list of dicts, got None']),
+    (dict(long=clip(quantil=0.9)), ['model.targets.long.quantil']),
+    (dict(clip=clip(mad=6.), mask='mad'), ['must be a list of dicts']),
+    (None, ['model.targets must be a list of dicts', 'got None']),
 ], ids=str)
 def test_bad_input(targets, words):
     with pytest.raises(ConfigError) as error:

@@ -1,5 +1,6 @@
 from mmsinger.engine.hooks.adapter_hook import SiNGERAdapterHook
 from mmsinger.engine.hooks.cache_features_hook import CacheFeaturesHook
+from mmsinger.engine.hooks.checkpoint_hook import SafeCheckpointHook
 from mmsinger.engine.hooks.diagnostics_hook import DiagnosticsHook
 from mmsinger.engine.hooks.knn_bank_hook import KNNBankHook
 from mmsinger.engine.hooks.random_state_hook import RandomStateHook
@@ -9,6 +10,6 @@ from mmsinger.engine.hooks.target_norm_hook import TargetNormHook
 
 __all__ = [
     'CacheFeaturesHook', 'DiagnosticsHook', 'KNNBankHook', 'RandomStateHook',
-    'RunGuardHook', 'SiNGERAdapterHook', 'StudentCheckpointHook',
-    'TargetNormHook'
+    'RunGuardHook', 'SafeCheckpointHook', 'SiNGERAdapterHook',
+    'StudentCheckpointHook', 'TargetNormHook'
 ]

@@ -13,7 +13,7 @@ from mmsinger.engine.hooks.random_state_hook import random_states
 from mmsinger.engine.hooks.target_norm_hook import preserved_random_states
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError, check_choice
-from mmsinger.files import add_tensor, content_hash, whole_file
+from mmsinger.files import add_tensor, atomic_save, content_hash
 from mmsinger.models.features.tokens import Grid, Tokens
 from mmsinger.models.probes.frozen_backbone import FrozenBackbone
 from mmsinger.registry import HOOKS
@@ -206,8 +206,7 @@ class TokenStore:
                 'CacheFeaturesHook: the backbone gives tokens that are not '
                 f'finite in {self.dtype}. Check its weights; what is beyond '
                 "float16 needs dtype='float32'.")
-        with whole_file(path) as temporary:
-            torch.save(dict(values=values, grid=tokens.grid), temporary)
+        atomic_save(dict(values=values, grid=tokens.grid), path, sync=False)
 
 
 class CachedTokens(Dataset):

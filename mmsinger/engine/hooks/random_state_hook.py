@@ -45,10 +45,12 @@ class RandomStateHook(Hook):
     def before_train_epoch(self, runner) -> None:
         if self._resumed is None:
             return
-        if isinstance(runner.train_loop, EpochBasedTrainLoop):
+        loop = runner.train_loop
+        if isinstance(loop, EpochBasedTrainLoop):
             set_random_states(self._resumed)
-            self._resumed = None
-        elif hasattr(runner.train_loop, 'fast_forward_on_resume'):
+            if loop.iter == loop.epoch * len(loop.dataloader):
+                self._resumed = None
+        elif hasattr(loop, 'fast_forward_on_resume'):
             set_random_states(self._resumed)
         # Else an older mmengine loads the data of all past iterations again,
         # which brings the generators of the augmentation there by itself.
@@ -59,7 +61,7 @@ class RandomStateHook(Hook):
             self._resumed = None
 
     def before_val(self, runner) -> None:
-        self._before_val = random_states()
+        self._before_val = self._resumed or random_states()
 
     def after_val(self, runner) -> None:
         set_random_states(self._before_val)

@@ -48,16 +48,17 @@ class RunGuardHook(Hook):
                                         hook.save_begin)
                or (hook.save_last and self.is_last_train_iter(runner))
                for hook in self._savers):
-            self._check_weights(runner, runner.iter + 1)
+            self.check_weights(runner, runner.iter + 1)
 
     def after_train_epoch(self, runner) -> None:
-        self._check_weights(runner, runner.iter)
+        self.check_weights(runner, runner.iter)
 
     def after_val_epoch(self, runner, metrics=None) -> None:
         if hasattr(self, '_savers'):  # part of a training run
-            self._check_weights(runner, runner.iter)
+            self.check_weights(runner, runner.iter)
 
-    def _check_weights(self, runner, iteration: int) -> None:
+    def check_weights(self, runner, iteration: int) -> None:
+        """Raise :class:`TrainingError` unless all weights are finite."""
         model = unwrap(runner.model)
         bad: List[str] = [
             name for name, value in itertools.chain(

@@ -7,6 +7,7 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
+from mmsinger.checkpoint import safe_loading
 from mmsinger.errors import ConfigError, check_choice, check_keys
 from mmsinger.models.teachers.frozen import (PRECISIONS, FrozenModule,
                                              FrozenTeacher, Normalisation)
@@ -49,7 +50,8 @@ class BaseDistiller(BaseModel):
     # The one list of hooks that a run gets; ``prepare_training`` adds those
     # that a config does not list with arguments of its own.
     required_hooks: Tuple[str, ...] = (
-        'StudentCheckpointHook', 'RunGuardHook', 'RandomStateHook')
+        'SafeCheckpointHook', 'StudentCheckpointHook', 'RunGuardHook',
+        'RandomStateHook')
     teacher_class = FrozenTeacher
 
     def __init__(self,
@@ -65,7 +67,8 @@ class BaseDistiller(BaseModel):
         if task_loss_weight < 0:
             raise ConfigError('task_loss_weight must not be negative, got '
                               f'{task_loss_weight}.')
-        student_model = build_student(student, data_preprocessor)
+        with safe_loading():
+            student_model = build_student(student, data_preprocessor)
         super().__init__(data_preprocessor=getattr(
             student_model, 'data_preprocessor', None) or data_preprocessor)
         self.student = student_model
@@ -135,7 +138,8 @@ class BaseDistiller(BaseModel):
         A Runner calls it before it loads a checkpoint and wraps the model,
         and sends the result to all processes.
         """
-        super().init_weights()
+        with safe_loading():
+            super().init_weights()
         if self.teacher.dtype is not None:  # loaded before
             self.teacher.cast(torch.float32)
         self.teacher.load_weights()

@@ -75,7 +75,7 @@ class FeatureDistiller(BaseDistiller):
     """
 
     required_hooks = ('TargetNormHook', *BaseDistiller.required_hooks,
-                      'SiNGERAdapterHook')
+                      'SiNGERAdapterHook', 'DiagnosticsHook')
     layer_maps = LAYER_MAPS
 
     def __init__(self,

@@ -57,8 +57,8 @@ class SiNGERDistiller(FitNetDistiller):
             loss_outlier=loss_outlier, loss_info=loss_info,
             last_layer=last_layer, info_fraction=info_fraction, gate=gate,
             cap=cap)
-        if isinstance(targets, dict):
-            targets = dict(refine=refine, **targets)
-        elif isinstance(targets, (list, tuple)):
-            targets = [refine, *targets]
+        if isinstance(targets, (list, tuple)):
+            targets = dict(enumerate(targets))
+        if isinstance(targets, dict):  # whose names or numbers stay
+            targets = {'': refine, **targets}
         super().__init__(targets=targets, over_layers=over_layers, **kwargs)

@@ -1,0 +1,334 @@
+import contextlib
+import functools
+import itertools
+import os
+import signal
+import sys
+import threading
+from typing import Any, Callable, List
+
+from mmengine.dist import broadcast_object_list, is_main_process, master_only
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop
+
+from mmsinger.checkpoint import safe_loading
+from mmsinger.engine.hooks.run_guard_hook import RunGuardHook
+from mmsinger.engine.resume import (changed_settings, check_fit, is_intact,
+                                    optimizer_names, take_over_settings)
+from mmsinger.engine.unwrap import is_sharded
+from mmsinger.errors import TrainingError
+from mmsinger.files import (atomic_write, lock_folder, remove_leftovers,
+                            unlock_folder)
+from mmsinger.registry import HOOKS
+
+SUPERSEDED = 'superseded_ckpts'
+VALIDATED = 'last_validation'
+
+
+@HOOKS.register_module()
+class SafeCheckpointHook(Hook):
+    """Lets no end of a run cost more than the work since its last checkpoint.
+
+    It stands beside mmengine's ``CheckpointHook``, a stock config's own too:
+
+    - A checkpoint is written under another name, synced and renamed; only
+      then is removed what it replaces. There has to be room for one more
+      than ``max_keep_ckpts``. What a kill left behind goes at the next start.
+    - A checkpoint to go on from is checked against the model, and learning
+      rates and schedule that the config has changed are taken from it (see
+      :mod:`mmsinger.engine.resume`).
+    - A validation that a kill cut off is made up for on resume.
+    - SIGTERM, which Slurm sends before it takes the machine away, leads to a
+      checkpoint after the current iteration, and to exit status 143.
+    - A second run in the same work dir is refused.
+    - No file that the run loads can run code (see
+      :func:`mmsinger.checkpoint.safe_loading`).
+
+    Other hooks may have ``after_save_checkpoint(runner, path)`` and
+    ``after_remove_checkpoint(runner, path)``, which are called in the main
+    process.
+    """
+
+    priority = 'LOWEST'  # after CheckpointHook
+
+    def __init__(self) -> None:
+        self._exit = contextlib.ExitStack()
+        self._training = self._iterating = self._terminated = False
+        # To be removed once the next checkpoint is there, and now
+        self._superseded: List[str] = []
+        self._removable: List[str] = []
+
+    # -- set up and down ---------------------------------------------------
+
+    def before_run(self, runner) -> None:
+        self._exit.enter_context(safe_loading())
+        if not isinstance(runner._train_loop, BaseLoop):
+            return  # validation or a test alone
+        self._training = True
+        if is_main_process():
+            lock_folder(runner.work_dir)
+            self._exit.callback(unlock_folder, runner.work_dir)
+        # Shadows the method; DeepSpeed and others write folders on their own
+        if type(getattr(runner, 'strategy', None)).__name__ not in (
+                'DeepSpeedStrategy', 'ColossalAIStrategy'):
+            runner.save_checkpoint = functools.partial(
+                self._save, runner, runner.save_checkpoint)
+            self._exit.callback(runner.__dict__.pop, 'save_checkpoint', None)
+        if threading.current_thread() is threading.main_thread():
+            previous = signal.signal(signal.SIGTERM, self._on_sigterm)
+            self._exit.callback(signal.signal, signal.SIGTERM, previous)
+
+    def before_train(self, runner) -> None:
+        self._clean(runner)
+        resumed = runner.message_hub.runtime_info.get('last_ckpt') \
+            if runner._resume else None
+        for hook in _savers(runner):
+            if '://' not in hook.out_dir:
+                hook.file_backend = _LateRemoval(
+                    hook.file_backend,
+                    functools.partial(self._supersede, runner))
+            if resumed:  # a better validation than ever writes it again
+                hook.last_ckpt = os.path.join(
+                    hook.out_dir, os.path.basename(resumed))
+        done = _done_of_epoch(runner)
+        if done:
+            loader = runner.train_dataloader
+            _skip(loader.sampler, done * loader.batch_size)
+            # Of SIGTERM within an epoch: not among those that are counted
+            self._superseded += [hook.last_ckpt for hook in _savers(runner)
+                                 if hook.by_epoch]
+        self._validate_late(runner)
+        self._iterating = True
+
+    def after_run(self, runner) -> None:
+        self._training = self._iterating = False
+        self._exit.close()
+
+    # -- writing -----------------------------------------------------------
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        names = optimizer_names(runner)
+        if 'optimizer' in checkpoint and names:
+            checkpoint['optimizer_names'] = names
+
+    def _save(self, runner, save: Callable, out_dir: str, filename: str,
+              *args: Any, **kwargs: Any) -> None:
+        """In place of ``runner.save_checkpoint``."""
+        if not is_main_process() or '://' in out_dir:
+            save(out_dir, filename, *args, **kwargs)
+            return
+        path = os.path.join(out_dir, filename)
+        try:
+            os.makedirs(out_dir, exist_ok=True)
+            with atomic_write(path) as temporary:
+                save(out_dir, os.path.basename(temporary), *args, **kwargs)
+            runner.call_hook('after_save_checkpoint', path=path)
+        except OSError as error:
+            raise TrainingError(
+                f'{error.filename or path} cannot be written: '
+                f'{error.strerror or error}. Earlier checkpoints are as they '
+                'were. Make room, then go on with --resume.') from error
+        self._removable += [old for old in self._superseded if old != path]
+        self._superseded.clear()
+
+    def _supersede(self, runner, path: str) -> None:
+        """In place of the removal; the next checkpoint carries the names, in
+        case that the process does not live to remove the files."""
+        self._superseded.append(str(path))
+        runner.message_hub.update_info(SUPERSEDED, [
+            os.path.basename(old) for old in self._superseded])
+
+    def _remove(self, runner) -> None:
+        if not self._removable:
+            return
+        while self._removable:
+            path = self._removable.pop()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            runner.call_hook('after_remove_checkpoint', path=path)
+        runner.message_hub.update_info(SUPERSEDED, [])
+
+    def after_train_iter(self, runner, *args, **kwargs) -> None:
+        self._remove(runner)
+        loop = runner.train_loop
+        # The last of an epoch is left to after_train_epoch
+        if self._terminated and (
+                not isinstance(loop, EpochBasedTrainLoop)
+                or _done_of_epoch(runner, runner.iter + 1)):
+            self._stop(runner, runner.epoch, runner.iter + 1)
+
+    def after_train_epoch(self, runner) -> None:
+        self._remove(runner)
+        if self._terminated:
+            self._stop(runner, runner.epoch + 1, runner.iter)
+
+    def after_val_epoch(self, runner, metrics=None) -> None:
+        if not self._training:
+            return
+        self._remove(runner)
+        if is_main_process():
+            path = os.path.join(runner.work_dir, VALIDATED)
+            with atomic_write(path) as temporary, open(temporary, 'w') as file:
+                file.write(str(runner.iter))
+
+    # -- the next start ----------------------------------------------------
+
+    @master_only
+    def _clean(self, runner) -> None:
+        """Finish what a kill interrupted."""
+        info = runner.message_hub.runtime_info
+        for folder in {hook.out_dir for hook in _savers(runner)}:
+            if not os.path.isdir(folder):
+                continue
+            left = remove_leftovers(folder)
+            if left:
+                runner.logger.info('Half-written files of an earlier run '
+                                   f'removed: {", ".join(left)}')
+            source = str(runner._load_from or '')
+            if runner._resume and os.path.dirname(
+                    os.path.abspath(source)) == os.path.abspath(folder):
+                self._removable += [
+                    os.path.join(folder, name)
+                    for name in info.get(SUPERSEDED, ())
+                    if name != os.path.basename(source)]
+        self._remove(runner)
+        for key in [key for key in info if key.startswith('best_ckpt')]:
+            path = info[key]
+            if not path or not os.path.isfile(path) or is_intact(path):
+                continue
+            runner.logger.warning(
+                f'{path!r} was cut off or damaged: the next validation writes '
+                'the best checkpoint anew.')
+            del info[key]
+            info.pop(key.replace('best_ckpt', 'best_score'), None)
+            for hook in _savers(runner):
+                if key == 'best_ckpt':
+                    hook.best_ckpt_path = None
+                else:
+                    hook.best_ckpt_path_dict[key[len('best_ckpt_'):]] = None
+
+    def _validate_late(self, runner) -> None:
+        """Validate the resumed weights if the run was due to and did not."""
+        loop, val_loop = runner.train_loop, runner.val_loop
+        by_epoch = isinstance(loop, EpochBasedTrainLoop)
+        now, last = (loop.epoch, loop.max_epochs) if by_epoch else \
+            (loop.iter, loop.max_iters)
+        if val_loop is None or _done_of_epoch(runner) or \
+                now < max(loop.val_begin, 1) or \
+                (now % loop.val_interval and now != last):
+            return
+        missing = [True]
+        if is_main_process() and now != last:
+            with contextlib.suppress(OSError, ValueError):
+                with open(os.path.join(runner.work_dir, VALIDATED)) as file:
+                    missing = [int(file.read()) != runner.iter]
+        broadcast_object_list(missing)
+        if missing[0]:
+            runner.logger.info('Validation of the resumed weights, which was '
+                               'not recorded')
+            val_loop.run()
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        if not isinstance(runner._train_loop, BaseLoop):
+            return
+        changed = changed_settings(checkpoint, runner.cfg)
+        check_fit(runner, checkpoint, changed)
+        if runner._resume:
+            take_over_settings(runner, checkpoint, changed)
+
+    # -- SIGTERM -----------------------------------------------------------
+
+    def _on_sigterm(self, *_) -> None:
+        if self._iterating and not self._terminated:
+            # The others follow when the main process has gone
+            self._terminated = is_main_process()
+            return
+        print('\nSIGTERM: ended before the first step.'
+              if not self._iterating else '\nSIGTERM, again: ended at once.',
+              file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
+
+    def after_val_iter(self, runner, *args, **kwargs) -> None:
+        if self._terminated:
+            for hook in runner.hooks:
+                if isinstance(hook, EMAHook):  # takes its weights back
+                    hook.after_val_epoch(runner)
+            self._stop(runner, runner.epoch, runner.iter)
+
+    def _stop(self, runner, epoch: int, done: int) -> None:
+        """Write a checkpoint of the iterations that are done, and end."""
+        by_epochs = isinstance(runner.train_loop, EpochBasedTrainLoop)
+        for hook in runner.hooks:
+            if isinstance(hook, RunGuardHook):
+                hook.check_weights(runner, done)
+        # With FSDP all processes would have to stop at the same iteration
+        savers = [] if is_sharded(runner.model) else _savers(runner)
+        for hook in savers[:1]:
+            meta = dict(epoch=epoch, iter=done)
+            step = epoch if hook.by_epoch else done
+            name = os.path.basename(str(hook.last_ckpt))
+            if hook.by_epoch and (
+                    not by_epochs or _done_of_epoch(runner, done)):
+                self._save_within_epoch(runner, hook, meta)
+            elif name != hook.filename_tmpl.format(step):
+                hook._save_checkpoint_with_step(runner, step, meta)
+            self._remove(runner)
+        saved = runner.message_hub.runtime_info.get('last_ckpt')
+        runner.logger.warning(
+            f'SIGTERM after iteration {done}: ended. '
+            + (f'--resume goes on from {saved}.' if saved else
+               'No checkpoint had been written.'))
+        self._exit.close()
+        sys.exit(128 + signal.SIGTERM)
+
+    def _save_within_epoch(self, runner, hook: CheckpointHook, meta: dict
+                           ) -> None:
+        name = f"iter_{meta['iter']}.pth"
+        path = os.path.join(hook.out_dir, name)
+        runner.message_hub.update_info('last_ckpt', path)
+        runner.save_checkpoint(hook.out_dir, name, meta=meta, by_epoch=False)
+        if is_main_process():
+            pointer = os.path.join(runner.work_dir, 'last_checkpoint')
+            with atomic_write(pointer) as temporary, \
+                    open(temporary, 'w') as file:
+                file.write(path)
+
+
+class _LateRemoval:
+    """A file backend whose removals are passed on instead of carried out."""
+
+    def __init__(self, backend: Any, remove: Callable[[str], None]) -> None:
+        self._backend, self._remove_later = backend, remove
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def remove(self, path: str) -> None:
+        self._remove_later(path)
+
+
+def _savers(runner) -> List[CheckpointHook]:
+    return [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
+
+
+def _done_of_epoch(runner, done: int = 0) -> int:
+    """Iterations of the current epoch that are done; 0 between epochs and
+    where epochs do not count."""
+    loop = runner.train_loop
+    if not isinstance(loop, EpochBasedTrainLoop):
+        return 0
+    return ((done or loop.iter) - loop.epoch * len(loop.dataloader)) % \
+        len(loop.dataloader)
+
+
+def _skip(sampler: Any, count: int) -> None:
+    """Have a sampler pass over its first samples, the next time only."""
+    cls = type(sampler)
+
+    class Skipping(cls):
+
+        def __iter__(self):
+            self.__class__ = cls
+            return itertools.islice(cls.__iter__(self), count, None)
+
+    sampler.__class__ = Skipping
