@@ -601,7 +601,8 @@ def test_a_plain_model_gets_what_every_run_needs(tiny_config):
     cfg.model = cfg.model.student
     add_required_hooks(cfg)
     assert [h.type for h in cfg.custom_hooks] == [
-        'mmsinger.RunGuardHook', 'mmsinger.RandomStateHook']
+        'mmsinger.SafeCheckpointHook', 'mmsinger.RunGuardHook',
+        'mmsinger.RandomStateHook']
 
 
 def test_hooks_of_a_pure_python_config(place, tiny_config, tmp_path):
@@ -626,7 +627,7 @@ custom_hooks = [dict(type=EMAHook), dict(type=DiagnosticsHook, interval=2),
     names = [getattr(hook.type, '__name__', hook.type).split('.')[-1]
              for hook in cfg.custom_hooks]
     assert names[:3] == ['EMAHook', 'DiagnosticsHook', 'SiNGERAdapterHook']
-    assert len(names) == len(set(names)) == 7
+    assert len(names) == len(set(names)) == 8
     plain = student_config(cfg)
     assert len(plain.custom_hooks) == 1
     plain.dump(str(tmp_path / 'student.py'))

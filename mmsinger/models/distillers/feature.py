@@ -342,8 +342,9 @@ class FeatureDistiller(BaseDistiller):
         if self.records and isinstance(self.loss_kd, FeatureMSELoss):
             self.record_kd_gradient(layer, student.values, target.values,
                                     target.weight)
-        return self.loss_kd(student.values, target.values,
-                            weight=target.weight)
+        # Losses of other packages need not know weights
+        weight = {} if target.weight is None else dict(weight=target.weight)
+        return self.loss_kd(student.values, target.values, **weight)
 
     def compare(self, layer: int, student: Tokens, target: Tokens
                 ) -> Tuple[Tokens, Tokens]:

@@ -70,8 +70,9 @@ class FrozenBackbone(FrozenTeacher, BaseModule):
                 'tools/linear_eval.py TASK_CONFIG SOURCE_CONFIG CHECKPOINT, '
                 'or set model.backbone.backbone and '
                 'model.backbone.checkpoint.')
-        super().__init__(backbone, checkpoint, prefix, ignore_keys,
-                         input_size=input_size)
+        super().__init__(
+            backbone, checkpoint=checkpoint, prefix=prefix,
+            ignore_keys=ignore_keys, input_size=input_size)
         self.layer = resolve_layer(layer, self.blocks, 'model.backbone.layer')
         self.output = output
 
