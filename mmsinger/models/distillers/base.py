@@ -172,6 +172,14 @@ class BaseDistiller(BaseModel):
                 f'{type(self.student).__name__} has no head to compute a '
                 'task loss with. Set task_loss_weight=0 (features only), or '
                 'give it a head.')
+        if self.task_loss_weight > 0 and is_pretraining(self.student):
+            raise ConfigError(
+                f'task_loss_weight={self.task_loss_weight}, but the student '
+                f'{type(self.student).__name__} is a method of pre-training, '
+                'which masks its images or compares views of them: what its '
+                "backbone sees there is not what the teacher sees. Set "
+                'task_loss_weight=0: its backbone learns from the teacher '
+                'alone, on the first view of each image.')
 
     def _find_what_learns(self) -> None:
         """See by one small backward pass which student parameters the
@@ -250,7 +258,8 @@ class BaseDistiller(BaseModel):
         """Compute the student's own losses and ``distill.*``.
 
         Args:
-            inputs (Tensor): Preprocessed images, shape (B, 3, H, W).
+            inputs (Tensor | list[Tensor]): Preprocessed images, shape
+                (B, 3, H, W); of several views, the first counts.
             data_samples (list, optional): Annotations; not read if
                 ``task_loss_weight`` is 0.
 
@@ -258,6 +267,8 @@ class BaseDistiller(BaseModel):
             dict[str, Tensor]: Losses by name.
         """
         self._check_ready()
+        while isinstance(inputs, (list, tuple)):  # views, targets of masks
+            inputs = inputs[0]
         teacher_outputs = self.run_teacher(inputs, data_samples)
         losses, student_outputs = self.run_student(inputs, data_samples)
         for name, value in self.distill(
@@ -377,6 +388,12 @@ def has_head(student: nn.Module) -> bool:
     if hasattr(student, 'decode_head'):
         return True
     return getattr(student, 'head', None) is not None
+
+
+def is_pretraining(student: nn.Module) -> bool:
+    """Whether a model is one of mmpretrain's self-supervised methods."""
+    return any(cls.__name__ == 'BaseSelfSupervisor'
+               for cls in type(student).__mro__)
 
 
 def _scaled(value: Any, factor: float) -> Any:
