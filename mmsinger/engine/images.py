@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmsinger.engine.checks import check_data_folders
 from mmsinger.engine.hooks.target_norm_hook import preserved_random_states
 from mmsinger.errors import ConfigError
-from mmsinger.images import Size, dataset_images, read_files
+from mmsinger.images import Size, dataset_batches, read_files
 from mmsinger.models.distillers import FeatureDistiller
 from mmsinger.models.features.anatomy import patch_stride
 from mmsinger.models.teachers.frozen import FrozenTeacher
@@ -68,11 +68,11 @@ class ImageBatches:
         """Yield images (B, 3, H, W)."""
         for start in range(0, len(self), self.batch_size):
             with preserved_random_states(self.seed + start):
-                batch, = dataset_images(
+                batch, = dataset_batches(
                     self.dataset, self.indices[start:start + self.batch_size],
                     self.batch_size, self._preprocess,
                     self.source == 'train_dataloader')
-            yield batch
+            yield batch['inputs']
 
 
 def read_images(paths: Sequence[str], distiller: FeatureDistiller,

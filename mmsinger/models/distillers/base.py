@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmsinger.checkpoint import safe_loading
 from mmsinger.errors import ConfigError, check_choice, check_keys
+from mmsinger.images import first_view
 from mmsinger.models.teachers.frozen import (PRECISIONS, FrozenModule,
                                              FrozenTeacher, Normalisation)
 from mmsinger.registry import MODELS, argument_names
@@ -267,8 +268,7 @@ class BaseDistiller(BaseModel):
             dict[str, Tensor]: Losses by name.
         """
         self._check_ready()
-        while isinstance(inputs, (list, tuple)):  # views, targets of masks
-            inputs = inputs[0]
+        inputs = first_view(inputs)
         teacher_outputs = self.run_teacher(inputs, data_samples)
         losses, student_outputs = self.run_student(inputs, data_samples)
         for name, value in self.distill(

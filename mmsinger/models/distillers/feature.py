@@ -406,21 +406,30 @@ class FeatureDistiller(BaseDistiller):
         """Set the statistics of ``target_norm='standardise'``.
 
         Args:
-            batches (Iterable[Tensor]): Preprocessed images (B, 3, H, W).
-            tokens_per_image (int): Patch tokens to keep of each image, evenly
-                spaced. Defaults to 64.
+            batches (Iterable[Tensor | dict]): Preprocessed images
+                (B, 3, H, W); or dicts of them, ``inputs``, and their
+                ``data_samples``, whose padding does not count.
+            tokens_per_image (int): Patch tokens to look at in each image,
+                evenly spaced. Defaults to 64.
 
         Returns:
             dict[int, float]: The scale of each layer.
         """
         layers = [int(layer) for layer in self.target_norms]
         kept: Dict[int, List[Tensor]] = {layer: [] for layer in layers}
-        for inputs in batches:
-            taps = self.teacher(inputs, layers, self.student_normalisation)
+        for batch in batches:
+            if isinstance(batch, Tensor):
+                batch = dict(inputs=batch)
+            padding = find_padding(batch['inputs'], batch.get('data_samples'))
+            taps = self.teacher(batch['inputs'], layers,
+                                self.student_normalisation)
             for layer in layers:
-                patches = taps.tokens(layer).patches
-                step = max(1, patches.shape[1] // tokens_per_image)
-                kept[layer].append(patches[:, ::step].flatten(0, 1).float())
+                tokens = taps.tokens(layer)
+                step = max(1, tokens.patches.shape[1] // tokens_per_image)
+                patches = tokens.patches[:, ::step].float()  # (B, n, D)
+                kept[layer].append(patches.flatten(0, 1) if padding is None
+                                   else patches[padding.weigh(
+                                       tokens).patch_weight[:, ::step] > 0.99])
         if not any(kept.values()):
             raise ConfigError("target_norm='standardise' needs images to "
                               'calibrate on, but there are none.')
