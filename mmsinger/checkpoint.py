@@ -118,7 +118,7 @@ def _load_safely(source: Any, name: str, where: str = '', **kwargs: Any
 
 
 def _sha256(source: Any) -> str:
-    """Of the whole content; an open file goes back to its beginning."""
+    """Hash the whole content; an open file goes back to its beginning."""
     digest = hashlib.sha256()
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(source, 'rb')) \

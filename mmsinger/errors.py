@@ -50,7 +50,7 @@ def near_matches(word: str, choices: Iterable[str], limit: int = 3) -> str:
 
 
 def near_paths(path: str) -> str:
-    """The same for a path that does not exist: what its folder holds."""
+    """A hint for a path that does not exist: what its folder holds."""
     folder = os.path.dirname(path) or '.'
     return near_matches(os.path.basename(path), os.listdir(folder)) \
         if os.path.isdir(folder) else ''

@@ -1,9 +1,7 @@
-"""Files that are complete or not there, and names that follow content."""
+"""Files that are complete or not there, and folders that one run has."""
 import atexit
 import contextlib
 import errno
-import hashlib
-import json
 import os
 import re
 import socket
@@ -12,7 +10,6 @@ import time
 from typing import Any, Dict, Iterator, List, Tuple
 
 import torch
-from torch import Tensor
 
 from mmsinger.errors import ConfigError
 
@@ -160,29 +157,3 @@ def unlock_folder(folder: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         os.close(handle)
-
-
-def content_hash(settings: Any, weights: Dict[str, Tensor]) -> Any:
-    """Names what a module computes: its settings and its weights.
-
-    Args:
-        settings (Any): What else its outputs depend on; configs, numbers,
-            strings.
-        weights (dict[str, Tensor]): Its state dict.
-
-    Returns:
-        A hashlib object, to add more to or to take the ``hexdigest()`` of.
-    """
-    digest = hashlib.sha256(json.dumps(
-        settings, sort_keys=True, default=repr).encode())
-    for name, value in sorted(weights.items()):
-        digest.update(f'{name} {value.dtype}'.encode())
-        add_tensor(digest, value)
-    return digest
-
-
-def add_tensor(digest: Any, value: Tensor) -> None:
-    """Add a tensor's dtype, shape and bytes to a hashlib object."""
-    digest.update(f'{value.dtype} {tuple(value.shape)}'.encode())
-    digest.update(value.detach().cpu().contiguous().flatten()
-                  .view(torch.uint8).numpy())

@@ -99,47 +99,18 @@ class ImageFolder:
         return ', '.join(parts)
 
 
-def read_files(paths: Sequence[str], size: Size, patch: Size) -> List[Tensor]:
-    """Read image files that a user named.
+def check_patch(what: str, size: Sequence[int], patch: Size) -> None:
+    """Raise :class:`ConfigError` for a size without a single patch.
 
     Args:
-        paths (Sequence[str]): The files.
-        size (tuple[int, int]): H and W wanted, see :func:`cover`.
-        patch (tuple[int, int]): The least height and width.
-
-    Returns:
-        list[Tensor]: RGB, 0 to 255, uint8, each of shape (3, H, W).
-
-    Raises:
-        ConfigError: If there are none; if one is missing, no image, or
-            smaller than a patch; or if ``size`` is.
+        what (str): Names it in the message.
+        size (Sequence[int]): H and W.
+        patch (tuple[int, int]): Height and width of a patch.
     """
-    if not paths:
-        raise ConfigError('No image files were given. Name at least one.')
-    _check_size(f'size {size[0]}x{size[1]}', size, patch)
-    images = []
-    for path in paths:
-        if not os.path.isfile(path):
-            raise ConfigError(
-                f'image {path!r}: no such file (working directory '
-                f'{os.getcwd()}).{near_paths(path)}')
-        image = read_image(path)
-        if image is None:
-            raise ConfigError(
-                f'image {path!r} cannot be read: it is damaged or no image. '
-                'Leave it out, or save it as PNG or JPEG.')
-        height, width = image.shape[:2]
-        _check_size(f'image {path!r} of {height}x{width} pixels',
-                    (height, width), patch)
-        images.append(cover(image, size))
-    return images
-
-
-def _check_size(what: str, size: Size, patch: Size) -> None:
     if is_smaller(size, patch):
         raise ConfigError(
             f'{what} is smaller than a patch of {patch[0]}x{patch[1]} pixels, '
-            'so that it has no tokens. Take a larger image.')
+            'so that it has no tokens. Make it larger.')
 
 
 def is_smaller(size: Sequence[int], patch: Size) -> bool:

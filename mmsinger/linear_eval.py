@@ -5,11 +5,11 @@ from typing import Any, Dict, Optional, Tuple
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from mmsinger.engine.loading import converts_to_rgb, preprocessor_settings
+from mmsinger.engine.loading import (converts_to_rgb, preprocessor_settings,
+                                     teacher_settings)
 from mmsinger.errors import ConfigError
 from mmsinger.export import is_distiller
 from mmsinger.models.probes.frozen_backbone import FrozenBackbone
-from mmsinger.models.teachers.frozen import feature_settings
 
 
 def evaluation_config(task: Config, source: Config,
@@ -83,17 +83,12 @@ def _teacher(source: Config, checkpoint: Optional[str]
              ) -> Tuple[Dict[str, Any], Optional[dict]]:
     """Arguments of FrozenBackbone for a recipe's teacher, and the data
     preprocessor's config."""
-    if 'model' not in source and 'teacher' in source:
-        teacher = source.teacher
-    elif 'model' in source and is_distiller(source.model):
-        teacher = source.model.teacher
-    else:
-        found = source.get('model', {}).get('type')
+    part, teacher = teacher_settings(source)
+    if part == 'model.backbone':
         raise ConfigError(
-            f'--teacher: the source config is a {found}, which has no '
-            'teacher. Give a distillation recipe or a file of '
+            f'--teacher: the source config is a {source.model.get("type")}, '
+            'which has no teacher. Give a distillation recipe or a file of '
             'configs/_base_/teachers, or leave out --teacher.')
-    teacher = feature_settings(teacher)
     given = {key: teacher[key] for key in ('ignore_keys', 'input_size')
              if key in teacher}
     weights = dict(

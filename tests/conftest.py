@@ -1,8 +1,6 @@
 """Shared fixtures. mmsinger comes before anything that imports torchvision."""
 import os
-import shutil
 import sys
-import tempfile
 
 os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')
 # What the tools share among themselves
@@ -19,13 +17,6 @@ from hypothesis import settings  # noqa: E402
 settings.register_profile('mmsinger', derandomize=True, deadline=None,
                           database=None, max_examples=50)
 settings.load_profile('mmsinger')
-
-
-def pytest_configure(config):
-    """Nothing is left in the user's cache, by child processes neither."""
-    folder = tempfile.mkdtemp(prefix='mmsinger_tests_')
-    os.environ['MMSINGER_CACHE'] = folder
-    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_addoption(parser):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from make_digit_scenes import make_digit_scenes
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
@@ -30,13 +31,13 @@ from mmsinger.analysis.nullspace import (compare_with_jacobian,
 from mmsinger.analysis.report import shown_blocks
 from mmsinger.analysis.separation import (excess, far_outliers, patch_contrast,
                                           ratio_histogram, ratio_spread,
-                                          spanned_dimensions, subspace_overlap,
-                                          tail_group, within_image_rank)
+                                          spanned_dimensions, tail_group,
+                                          within_image_rank)
 from mmsinger.analysis.verdict import judge, percent, snippet, suggest
-from mmsinger.datasets import make_digit_scenes
-from mmsinger.engine.prepare import load_config
 from mmsinger.engine.loading import distilled_layers
+from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError
+from mmsinger.metrics import subspace_overlap
 from mmsinger.models import SiNGERDistiller
 from mmsinger.models.adapters import left_singular_directions, linearised_ffn
 from mmsinger.models.features.tokens import Tokens
@@ -408,6 +409,7 @@ def test_the_comparison_finds_what_measure_finds():
     with torch.no_grad():
         for parameter in model.teacher.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+    model.refinement.init_weights(model.teacher)
     images = torch.randn(2, 3, 32, 32, generator=generator())
     expected = distilled_null_directions(model, [images], 2)[1]
     result = compare_with_jacobian(
@@ -750,7 +752,7 @@ def test_a_size_without_a_patch():
     subject = load_subject(load_config(teacher_config('digits')))
     with pytest.raises(ConfigError) as error:
         check_size((32, 3), subject.teacher)
-    bad(str(error.value), '--size 32 3', 'patch', '4 x 4')
+    bad(str(error.value), '--size 32 3', 'patch', '4x4')
     with pytest.raises(ConfigError, match='height and width'):
         check_size((32, 32, 3), subject.teacher)
 

@@ -383,7 +383,7 @@ def test_tool_on_fitnet_without_validation_data(place):
 
 @pytest.mark.parametrize('args, message', [
     (['fitnet.py', '--metrics', 'cosine'],
-     '--metrics cosine: FitNetDistiller has no adapters'),
+     '--metrics cosine: FitNetDistiller refines nothing'),
     (['fitnet.py', 'run/iter_2.pth'], 'unexpected keys'),
     ([tiny.SEG_CONFIG, '--cfg-options', 'model.type='
       'mmsinger.LogitKDDistiller'], 'LogitKDDistiller does not compare block'),

@@ -171,7 +171,7 @@ def worker(rank, folder):
     except ConfigError as error:
         results['fsdp_remembers'] = str(error)
 
-    BaseDistiller._freeze_what_features_do_not_reach = lambda self: None
+    BaseDistiller._freeze_unreached = lambda self: None
     try:
         train(folder, 'unfrozen', RUNS['features_only'], 'pytorch')
         results['unfrozen'] = ''
@@ -365,6 +365,8 @@ def test_fsdp_writes_whole_files(outcome):
     (['strategy.type=mmsinger.FSDPStrategy'], 'torchrun'),
     (['strategy.type=mmsinger.FSDPStrategy',
       'strategy.state_dict_cfg=local'], "Use 'full'"),
+    (['strategy.type=mmsinger.FSDPStrategy',
+      'strategy.skip_init_weights=True'], 'skip_init_weights=True builds'),
 ])
 def test_fsdp_says_what_it_cannot_do(outcome, options, message):
     result = forked.run('train.py', SEG_CONFIG, '--no-validate',

@@ -9,16 +9,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plot import choose_keys, read_images, run_names
 from reproduction.figures import draw_radar, draw_sweep, read_table
 
 import forked
 import tiny
-from mmsinger.engine.images import read_images
 from mmsinger.errors import ConfigError
 from mmsinger.figures import (draw_maps, extract_features, norm_map, patch_at,
                               pca_map, pictures_of, principal_components,
                               read_curves, similarity_map, to_array)
-from mmsinger.figures.curves import choose_keys, draw_curves, run_names
+from mmsinger.figures.curves import draw_curves
 from mmsinger.figures.style import COLOURS, line_style, save_figure
 from mmsinger.models import FitNetDistiller, SiNGERDistiller
 from mmsinger.models.features.tokens import Tokens
@@ -303,7 +303,7 @@ def test_bad_images(tmp_path):
     model = distiller()
     small = write_image(tmp_path / 'small.png', (7, 90))
     raises(lambda: read_images([small], model), 'small.png', '7x90',
-           'smaller than a patch of 8x8', 'larger image')
+           'smaller than a patch of 8x8', 'larger')
     (tmp_path / 'text.png').write_text('no image')
     raises(lambda: read_images([str(tmp_path / 'text.png')], model),
            'text.png', 'cannot be read')

@@ -2,6 +2,7 @@
 import glob
 import json
 import os
+import re
 import runpy
 
 import cv2
@@ -437,12 +438,10 @@ def test_tool_from_recipe_to_metrics(place, runs, name):
     assert cfg.model.data_preprocessor.mean == [10., 20., 30.]
 
 
-def test_tasks_share_the_stored_features(place, runs):
-    files = os.listdir(os.path.join(place, 'work_dirs', 'features'))
-    assert len(files) == 2  # of 12 training and 6 test images
-    assert '12 passed the backbone' in runs['cls']
-    assert '0 passed the backbone' in runs['seg']
-    assert '0 passed the backbone' in runs['depth']
+def test_each_image_passes_the_backbone_once(runs):
+    for name in ('cls', 'seg', 'depth'):  # training images, then the others
+        assert re.findall(r'(\d+) images passed the backbone',
+                          runs[name]) == ['12', '6']
 
 
 def test_dumped_config_repeats_the_run(place, runs):
@@ -632,3 +631,9 @@ def test_full_recipe_is_the_official_one(path):
     assert cfg.train_cfg.max_epochs == epochs
     assert cfg.train_dataloader.batch_size == 64
     assert cfg.train_dataloader.sampler.type == 'DefaultSampler'
+
+
+@pytest.mark.parametrize('name', ['inverted', 'blurred'])
+def test_transforms_that_draw_numbers_are_not_cached(name):
+    cfg = load_config(os.path.join(CONFIGS, f'cls_digits_{name}.py'))
+    assert not cfg.custom_hooks

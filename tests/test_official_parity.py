@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmsinger.converters import timm_to_mmpretrain
+import tiny
 from mmsinger.models import FitNetDistiller, SiNGERDistiller
 from mmsinger.models.adapters import (left_nullspace, left_singular_directions,
                                       linearised_ffn)
@@ -71,7 +71,7 @@ class Reference:
             task_loss_weight=0, **kwargs)
         for backbone, role in ((model.teacher.backbone, 'teacher'),
                                (model.student, 'student')):
-            backbone.load_state_dict(timm_to_mmpretrain(self.group(role)))
+            backbone.load_state_dict(tiny.renamed_timm(self.group(role)))
         with torch.no_grad():
             for layer, ours in zip(self.layers, self.student_layers):
                 for name in ('weight', 'bias'):
@@ -155,7 +155,7 @@ def gradients_by_official_name(model, reference):
         named[f'singer_dict.{layer:03d}.W_u'] = adapter.up.grad
     parameters = dict(model.student.named_parameters())
     for key in reference.group('student'):
-        name, = timm_to_mmpretrain({key: torch.zeros(())})
+        name, = tiny.renamed_timm({key: torch.zeros(())})
         named[f'student.{key}'] = parameters[name].grad
     return named
 

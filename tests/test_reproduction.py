@@ -16,6 +16,7 @@ import time
 import cv2
 import pytest
 import torch
+from make_digit_scenes import make_digit_scenes
 from mmengine.config import DictAction
 from mmengine.registry import init_default_scope
 from reproduction import flow, planted, published
@@ -30,7 +31,6 @@ from reproduction.workspace import (Record, Workspace, fingerprint, flat,
 
 import tiny
 from mmsinger.analysis.measure import METRICS, measure
-from mmsinger.datasets import make_digit_scenes
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError
 from mmsinger.models import SiNGERDistiller

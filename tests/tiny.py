@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import torch
 
+from mmsinger.converters.layouts import rename
 from mmsinger.engine.prepare import load_config
 from mmsinger.registry import MODELS
 
@@ -84,6 +85,12 @@ def timm_vit(model_name, **kwargs):
     return {**dict(type='mmpretrain.TIMMBackbone', model_name=model_name,
                    embed_dim=32, depth=4, num_heads=4, img_size=32,
                    patch_size=8), **kwargs}
+
+
+def renamed_timm(weights):
+    """A timm ViT's weights by mmpretrain's names."""
+    return {r.target: weights[r.source] for r in rename(weights, 'timm')
+            if r.target}
 
 
 def build(cfg):

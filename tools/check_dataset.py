@@ -12,8 +12,7 @@ import sys
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 
-from mmsinger.datasets.check import check_config, check_known
-from mmsinger.datasets.known import KNOWN
+from dataset_check import KNOWN, check_config, check_known
 from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, readable_errors

@@ -23,9 +23,9 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import find_latest_checkpoint
 
+from make_digit_scenes import make_digit_scenes
 from mmsinger import paths
 from mmsinger.checkpoint import load_checkpoint, weights_of
-from mmsinger.datasets import make_digit_scenes
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, TrainingError, readable_errors
 from mmsinger.registry import MODELS

@@ -9,6 +9,7 @@ each number means.
 import argparse
 import json
 import math
+from typing import Any, Dict, Iterator, Tuple
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 import mmengine
@@ -16,16 +17,33 @@ import torch
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from mmsinger.analysis.measure import (METRICS, applicable_metrics,
                                        check_metrics, measure)
-from mmsinger.analysis.table import format_results
 from mmsinger.engine.images import ImageBatches
 from mmsinger.engine.loading import load_distiller, prepare
 from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import (ConfigError, check_output_file,
                              readable_errors)
+from mmsinger.files import atomic_write
+
+INFLATION = dict(g_ffn1='G_FFN1', g_ffn2='G_FFN2', delta_ffn='delta FFN',
+                 delta_sa='delta SA')
+TITLES = dict(
+    nullspace='nullspace (Table 5a)', cosine='cosine (Table 3)',
+    gram='gram: D_G (Table 5b)', inflation='inflation (Table 7)',
+    deviation='deviation (Table 8)')
+COLUMNS = dict(
+    nullspace=('layer', 'FFN of block', 'matrix', 'E_prob', 'E_safe'),
+    cosine=('layer', 'of', 'mean +- std'),
+    gram=('layer', 'of', 'mean +- std'),
+    inflation=('block', 'of', 'mean', 'median', 'p95'),
+    deviation=('layer', 'output of block', 'directions', 'relative L2',
+               'cosine', 'CKA'))
 
 
 def parse_args():
@@ -96,10 +114,60 @@ def main():
     # NaN (an adapter that is zero has no energies) is no JSON: null
     content = json.loads(json.dumps(dict(meta=meta, **results)),
                          parse_constant=lambda _: None)
-    with open(args.out, 'w') as file:
+    with atomic_write(args.out) as temporary, open(temporary, 'w') as file:
         json.dump(content, file, indent=2)
     print(f'\n{format_results(results)}\n\n{len(batches)} images of '
           f'{batches.source}; written to {args.out}')
+
+
+def format_results(results: Dict[str, Dict[str, Any]]) -> str:
+    """All tables as text.
+
+    Args:
+        results (dict): What ``measure`` returned.
+
+    Returns:
+        str: One table a metric.
+    """
+    console = Console(width=100, color_system=None)
+    with console.capture() as capture:
+        for metric, layers in results.items():
+            table = Table(*COLUMNS[metric], title=TITLES[metric],
+                          title_justify='left', box=box.MARKDOWN)
+            for layer, values in layers.items():
+                for row in _rows(metric, layer, values):
+                    table.add_row(*map(str, row))
+            console.print(table)
+    return '\n'.join(map(str.rstrip, capture.get().splitlines()))
+
+
+def _rows(metric: str, layer: str, values: Dict[str, Any]) -> Iterator[Tuple]:
+    if metric == 'nullspace':
+        for name, key in (('phi_up', 'up'), ('phi_down^T', 'down'),
+                          ('random', 'random')):
+            yield (layer, values['block'], name,
+                   f"{values[key]['e_prob']:.4f}",
+                   f"{values[key]['e_safe']:.4f}")
+    elif metric == 'cosine':
+        yield layer, 'F and F_hat', _spread(values['refined'])
+        if 'next_block' in values:
+            yield (int(layer) + 1, 'block outputs of F and F_hat',
+                   _spread(values['next_block']))
+    elif metric == 'gram':
+        for name, spread in values.items():
+            yield layer, name.replace('_', ' and '), _spread(spread, 3)
+    elif metric == 'inflation':
+        for field, numbers in values.items():
+            yield (layer, INFLATION[field], *(
+                f'{numbers[key]:.4f}' for key in ('mean', 'median', 'p95')))
+    else:
+        for name in ('ours', 'jacobian', 'random'):
+            yield (layer, values['block'], name,
+                   *map(_spread, values[name].values()))
+
+
+def _spread(values: Dict[str, float], digits: int = 4) -> str:
+    return f"{values['mean']:.{digits}f} +- {values['std']:.{digits}f}"
 
 
 if __name__ == '__main__':

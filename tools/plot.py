@@ -11,22 +11,30 @@ CONFIG is a distillation recipe and CHECKPOINT a training checkpoint of it. The
 suffix of --out says what is written: PNG, SVG or PDF.
 """
 import argparse
+import fnmatch
 import os
+from typing import Dict, List, Optional, Sequence
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 import torch
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
+from mmengine.structures import BaseDataElement
+from torch import Tensor
 
-from mmsinger.engine.images import read_images
+from mmsinger.engine.images import natural_size
 from mmsinger.engine.loading import load_distiller
 from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import load_config
-from mmsinger.errors import readable_errors
+from mmsinger.errors import (ConfigError, near_matches, near_paths,
+                             readable_errors)
 from mmsinger.figures import (draw_curves, draw_maps, extract_features,
                               pictures_of, read_curves, save_figure)
-from mmsinger.figures.curves import choose_keys, run_names
+from mmsinger.figures.curves import Curve
 from mmsinger.figures.style import check_output
+from mmsinger.images import Size, check_patch, cover, read_image
+from mmsinger.models import FeatureDistiller
+from mmsinger.models.features.anatomy import find_blocks
 from reproduction.figures import draw_radar, draw_sweep, read_table
 
 
@@ -99,6 +107,115 @@ def curve_figure(args):
     merged = {key: curve for curves in runs.values()
               for key, curve in curves.items()}
     return draw_curves(runs, choose_keys(merged, args.keys))
+
+
+def choose_keys(curves: Dict[str, Curve], patterns: Optional[Sequence[str]]
+                ) -> List[str]:
+    """Which curves to draw.
+
+    Args:
+        curves (dict[str, Curve]): All there are.
+        patterns (Sequence[str], optional): Names, or patterns such as
+            ``'diagnostics/cosine_*'``. None: losses and accuracies.
+
+    Returns:
+        list[str]: Names, in order.
+
+    Raises:
+        ConfigError: If a pattern fits none; near matches are listed.
+    """
+    names = sorted(curves)
+    if not patterns:
+        chosen = [name for name in names if 'loss' in name or not (
+            name.startswith(('diagnostics/', 'distill.')) or 'lr' in name
+            or 'grad_norm' in name)]
+        if not chosen:
+            raise ConfigError(
+                'The logs hold no losses and no accuracies. Choose with '
+                f'--keys from {", ".join(names)}.')
+        return chosen
+    chosen: List[str] = []
+    for pattern in patterns:
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            raise ConfigError(
+                f'--keys {pattern}: nothing in the logs is called so.'
+                f'{near_matches(pattern, names)} There are '
+                f'{", ".join(names)}.')
+        chosen += [name for name in found if name not in chosen]
+    return chosen
+
+
+def run_names(work_dirs: Sequence[str]) -> List[str]:
+    """Short names that differ: as many last folders as it takes.
+
+    Args:
+        work_dirs (Sequence[str]): Paths.
+
+    Returns:
+        list[str]: A name for each.
+
+    Raises:
+        ConfigError: If a path is given twice.
+    """
+    parts = [os.path.normpath(os.path.abspath(path)).split(os.sep)
+             for path in work_dirs]
+    if len(set(map(tuple, parts))) < len(parts):
+        raise ConfigError('A work dir is given twice.')
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ['/'.join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def read_images(paths: Sequence[str], distiller: FeatureDistiller,
+                size: Optional[Size] = None) -> Tensor:
+    """Read image files as the student is fed with them.
+
+    Args:
+        paths (Sequence[str]): Files.
+        distiller (FeatureDistiller): Its data preprocessor is used.
+        size (tuple[int, int], optional): H and W, see
+            :func:`mmsinger.images.cover`. Defaults to None: the student's own
+            ``img_size``, 224 if it names none.
+
+    Returns:
+        Tensor: Preprocessed images, shape (B, 3, H, W).
+
+    Raises:
+        ConfigError: If a file is missing, is no image, or is smaller than a
+            patch of teacher or student; or if ``size`` is.
+    """
+    if not paths:
+        raise ConfigError('No image files were given. Name at least one.')
+    student = distiller.student_backbone
+    patch = tuple(map(max, distiller.teacher.blocks.stride,
+                      find_blocks(student, 'student').stride))
+    size = size or natural_size(student)
+    check_patch(f'size {size[0]}x{size[1]}', size, patch)
+    images = []
+    for path in paths:
+        if not os.path.isfile(path):
+            raise ConfigError(
+                f'image {path!r}: no such file (working directory '
+                f'{os.getcwd()}).{near_paths(path)}')
+        image = read_image(path)
+        if image is None:
+            raise ConfigError(
+                f'image {path!r} cannot be read: it is damaged or no image. '
+                'Leave it out, or save it as PNG or JPEG.')
+        check_patch(f'image {path!r} of {image.shape[0]}x{image.shape[1]} '
+                    'pixels', image.shape, patch)
+        images.append(cover(image, size).flip(0))  # BGR, as pipelines give
+    preprocessor = distiller.data_preprocessor
+    # mmseg's asks for samples where it pads pictures
+    samples = [BaseDataElement() for _ in images] if getattr(
+        preprocessor, 'test_cfg', None) else None
+    inputs = preprocessor(dict(inputs=images, data_samples=samples),
+                          False)['inputs']
+    return inputs if torch.is_tensor(inputs) else \
+        torch.stack([image.float() for image in inputs])
 
 
 def map_figure(args):

@@ -17,8 +17,7 @@ import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 import torch
 from mmengine.logging import MMLogger
 
-from mmsinger.datasets import make_digit_scenes
-from mmsinger.datasets.digit_scenes import MARKER
+from make_digit_scenes import MARKER, make_digit_scenes
 from mmsinger.errors import (ConfigError, check_choice, near_paths,
                              readable_errors)
 from reproduction.flow import Resources, run_jobs

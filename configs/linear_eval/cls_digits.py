@@ -12,6 +12,4 @@ train_dataloader = dict(
 val_dataloader = dict(num_workers=0, persistent_workers=False)
 test_dataloader = val_dataloader
 log_processor = dict(by_epoch=False)
-custom_hooks = [
-    dict(type='mmsinger.CacheFeaturesHook', folder='work_dirs/features'),
-]
+custom_hooks = [dict(type='mmsinger.CacheFeaturesHook')]

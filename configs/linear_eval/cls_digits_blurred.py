@@ -8,4 +8,5 @@ val_dataloader = dict(dataset=dict(pipeline=[
 ]))
 test_dataloader = val_dataloader
 # The transform draws a number even where it is certain, so features are not
-# stored
+# cached
+custom_hooks = []

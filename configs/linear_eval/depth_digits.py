@@ -13,6 +13,4 @@ train_dataloader = dict(
     dataset=dict(indices=3000, pipeline=_base_.test_pipeline))
 val_dataloader = dict(num_workers=0, persistent_workers=False)
 test_dataloader = val_dataloader
-custom_hooks = [
-    dict(type='mmsinger.CacheFeaturesHook', folder='work_dirs/features'),
-]
+custom_hooks = [dict(type='mmsinger.CacheFeaturesHook')]

@@ -1,10 +1,11 @@
 """Token norms inside transformer blocks, read during a forward pass."""
-from typing import Any, Dict, List, NamedTuple, Sequence
+import contextlib
+from typing import Dict, NamedTuple, Sequence
 
 from torch import Tensor, nn
 
 from mmsinger.metrics import token_norms
-from mmsinger.models.features.anatomy import Blocks
+from mmsinger.models.features.anatomy import Blocks, find_part
 from mmsinger.models.features.taps import first_output
 
 
@@ -29,7 +30,7 @@ class Inflation(NamedTuple):
     delta_sa: Tensor
 
 
-class BlockNorms:
+class BlockNorms(contextlib.ExitStack):
     """Record token norms at five places of transformer blocks.
 
     A context manager; its hooks live only inside it, and keep norms, not
@@ -45,33 +46,27 @@ class BlockNorms:
     """
 
     def __init__(self, blocks: Blocks, layers: Sequence[int]) -> None:
+        super().__init__()
         self.blocks = blocks
         self.layers = layers
         self._norms: Dict[int, Dict[str, Tensor]] = {}
-        self._handles: List[Any] = []
 
     def __enter__(self) -> 'BlockNorms':
         for layer in self.layers:
             self._watch(layer, self.blocks.modules[layer])
-        return self
-
-    def __exit__(self, *_) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        return super().__enter__()
 
     def _watch(self, layer: int, block: nn.Module) -> None:
         norms = self._norms[layer] = {}
-        ffn = getattr(block, 'ffn', None) or block.mlp
-        norm = getattr(block, 'ln2', None) or getattr(block, 'norm2', None)
+        ffn, norm = find_part(block, 'ffn'), find_part(block, 'ffn_norm')
         last = [m for m in ffn.modules() if isinstance(m, nn.Linear)][-1]
 
         def at_input(module: nn.Module, name: str) -> None:
-            self._handles.append(module.register_forward_pre_hook(
+            self.enter_context(module.register_forward_pre_hook(
                 lambda _, args: keep(name, args[0])))
 
         def at_output(module: nn.Module, name: str) -> None:
-            self._handles.append(module.register_forward_hook(
+            self.enter_context(module.register_forward_hook(
                 lambda _, args, output: keep(name, first_output(output))))
 
         def keep(name: str, tokens: Tensor) -> None:

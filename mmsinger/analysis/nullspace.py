@@ -5,12 +5,12 @@ from typing import (Any, Callable, Dict, Iterable, List, NamedTuple, Optional,
 import torch
 from torch import Tensor
 
-from mmsinger.analysis.separation import subspace_overlap
 from mmsinger.errors import ConfigError
 from mmsinger.metrics import (Deviation, differentiable, gramian_product,
                               orthonormal_rows, output_deviation,
                               perturb_along, random_rows, random_signs,
-                              smallest_directions, subspace_energy)
+                              smallest_directions, subspace_energy,
+                              subspace_overlap)
 from mmsinger.models.adapters.nullspace import (left_nullspace,
                                                 left_singular_directions,
                                                 linearised_ffn)
@@ -72,25 +72,30 @@ def null_directions(passes: Sequence[BlockTaps], layer: int, ffn: Tensor,
         ffn, jacobian, orthonormal_rows(random_rows(rank, dim, seed)))
 
 
-def deviation_along(tokens: Tokens, following: Tensor, directions: Tensor,
-                    coefficients: Tensor, strength: float,
-                    next_block: Callable[[Tokens], Tensor]) -> Deviation:
-    """How the next block's output changes when its input moves (Table 8).
+@torch.no_grad()
+def deviations(tokens: Tokens, following: Tensor, directions: NullDirections,
+               strength: float, generator: torch.Generator,
+               next_block: Callable[[Tokens], Tokens]) -> List[Deviation]:
+    """How the next block's output changes when its input moves along each
+    estimate of its null directions (Table 8), by the same coefficients.
 
     Args:
         tokens (Tokens): Its input, values of shape (B, N, D).
         following (Tensor): Patch tokens of its output, (B, P, D).
-        directions (Tensor): Orthonormal rows (r, D).
-        coefficients (Tensor): Each patch's direction, shape (B, P, r).
+        directions (NullDirections): Orthonormal rows, each (r, D).
         strength (float): Length of the steps over the tokens' norms.
-        next_block (Callable): Runs it: tokens to patch tokens (B, P, D).
+        generator (Generator): Draws each patch's direction.
+        next_block (Callable): Runs it.
 
     Returns:
-        Deviation: Its fields have shape (B, ).
+        list[Deviation]: For each estimate; fields of shape (B, ).
     """
-    moved = tokens.with_patches(perturb_along(
-        tokens.patches, directions, coefficients, strength))
-    return output_deviation(following, next_block(moved))
+    coefficients = torch.randn(
+        (*tokens.patches.shape[:2], len(directions.ffn)), generator=generator)
+    return [output_deviation(following, next_block(
+        tokens.with_patches(perturb_along(
+            tokens.patches, rows, coefficients, strength))).patches)
+        for rows in directions]
 
 
 # -- of a distiller ----------------------------------------------------------
@@ -264,26 +269,14 @@ def _compare_block(passes: List[BlockTaps], layer: int, rank: int,
     ffn = left_nullspace(linearised_ffn(
         passes[0].blocks.modules[layer + 1]), rank).basis
     found = null_directions(passes, layer, ffn, products, seed)
+    generator = torch.Generator().manual_seed(seed)
+    mean = sum(torch.stack([torch.cat(deviation) for deviation in deviations(
+        taps.tokens(layer), taps.tokens(layer + 1).patches, found, STRENGTH,
+        generator, lambda moved: moved._replace(
+            values=taps.rerun(layer + 1, moved.values)))])
+        for taps in passes) / len(passes)  # (estimates, fields)
     return dict(
         block=layer + 1, rank=rank, chance=rank / ffn.shape[1],
         overlap=subspace_overlap(found.ffn, found.jacobian),
-        **{name: _mean_deviation(passes, layer, rows, seed)
-           for name, rows in found._asdict().items()})
-
-
-@torch.no_grad()
-def _mean_deviation(passes: List[BlockTaps], layer: int, rows: Tensor,
-                    seed: int) -> Dict[str, float]:
-    """Means over images; every subspace gets the same coefficients."""
-    generator = torch.Generator().manual_seed(seed)
-    values = []
-    for taps in passes:
-        tokens, following = taps.tokens(layer), taps.tokens(layer + 1)
-        coefficients = torch.randn((1, tokens.patches.shape[1], len(rows)),
-                                   generator=generator)
-        values.append(torch.stack(deviation_along(
-            tokens, following.patches, rows, coefficients, STRENGTH,
-            lambda moved: moved._replace(
-                values=taps.rerun(layer + 1, moved.values)).patches)))
-    mean = torch.cat(values, dim=1).mean(dim=1)
-    return dict(zip(Deviation._fields, mean.tolist()))
+        **{name: dict(zip(Deviation._fields, values))
+           for name, values in zip(found._fields, mean.tolist())})

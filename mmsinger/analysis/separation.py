@@ -211,17 +211,3 @@ def spanned_dimensions(rows: Tensor, energy: float = 0.9) -> int:
     squares = torch.linalg.svdvals(rows.double().cpu()).square()
     cumulated = squares.cumsum(0) / squares.sum()
     return int((cumulated < energy).sum()) + 1
-
-
-def subspace_overlap(a: Tensor, b: Tensor) -> float:
-    """Mean squared cosine of the principal angles of two subspaces: 1 if they
-    are the same, r / D on average if one is random.
-
-    Args:
-        a (Tensor): Orthonormal rows, shape (r, D).
-        b (Tensor): Orthonormal rows, shape (r, D).
-
-    Returns:
-        float: In [0, 1].
-    """
-    return float((a.double() @ b.double().T).square().sum() / len(a))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmsinger.analysis.block_norms import BlockNorms, Inflation
-from mmsinger.analysis.nullspace import NullDirections, deviation_along
+from mmsinger.analysis.nullspace import NullDirections, deviations
 from mmsinger.metrics import (Deviation, Moments, Sample, gram_distance,
                               token_cosine)
 from mmsinger.models.distillers import FeatureDistiller
@@ -138,37 +138,33 @@ class DeviationStream(Stream):
         directions (dict[int, NullDirections]): By layer.
     """
 
+    estimates = ('ours', 'jacobian', 'random')  # as in the table
+
     def __init__(self, distiller: FeatureDistiller, seed: int,
                  strength: float, directions: Dict[int, NullDirections]
                  ) -> None:
         super().__init__(distiller, seed)
         self.strength = strength
-        self.directions = {
-            layer: dict(zip(('ours', 'jacobian', 'random'), rows))
-            for layer, rows in directions.items()}
+        self.directions = directions
         self.generator = torch.Generator().manual_seed(seed)
 
     def update(self, outputs, student):
-        for layer, estimates in self.directions.items():
-            tokens = outputs.tokens(layer)
-            following = outputs.tokens(layer + 1)
-            shape = (*tokens.patches.shape[:2], len(estimates['ours']))
-            coefficients = torch.randn(shape, generator=self.generator)
-            for name, rows in estimates.items():
-                deviation = deviation_along(
-                    tokens, following.patches, rows, coefficients,
-                    self.strength, lambda moved: outputs.next_block(
-                        layer, moved).patches)
+        for layer, directions in self.directions.items():
+            found = deviations(
+                outputs.tokens(layer), outputs.tokens(layer + 1).patches,
+                directions, self.strength, self.generator,
+                lambda moved: outputs.next_block(layer, moved))
+            for name, deviation in zip(self.estimates, found):
                 for field, values in deviation._asdict().items():
                     self.add(layer, f'{name}.{field}', values)
 
     def result(self):
         results = {}
-        for layer, estimates in self.directions.items():
+        for layer in self.directions:
             values = self.summaries(layer)
             results[str(layer)] = dict(block=layer + 1, **{
                 name: {field: values[f'{name}.{field}']
                        for field in Deviation._fields}
-                for name in estimates
+                for name in self.estimates
             })
         return results

@@ -1,7 +1,6 @@
 """A checkpoint of another library, for mmpretrain's VisionTransformer."""
 import argparse
 import collections
-import contextlib
 import copy
 import hashlib
 import os
@@ -254,7 +253,8 @@ def convert_checkpoint(source: str, out: str, prefix: str = 'backbone.',
     if '://' in source:
         raise ConfigError(f'SOURCE={source!r} is not a local file. Download '
                           'it first.')
-    with _namespaces():
+    # UNIC keeps the parsed arguments beside the weights
+    with torch.serialization.safe_globals([argparse.Namespace]):
         checkpoint = load_checkpoint(source, 'SOURCE')
     if os.path.exists(out) and os.path.samefile(source, out):
         raise ConfigError(f'OUT={out!r} is SOURCE, which would be lost.')
@@ -290,11 +290,6 @@ def _chosen_weights(checkpoint: dict, source: str, key: Optional[str]
         raise ConfigError(
             f'{source!r} has weights under {", ".join(map(repr, holding))}. '
             f'Choose with --key, for instance --key {holding[0]}.') from None
-
-
-def _namespaces() -> contextlib.AbstractContextManager:
-    """Allow the parsed arguments that UNIC keeps beside the weights."""
-    return torch.serialization.safe_globals([argparse.Namespace])
 
 
 def _sha256(path: str) -> str:

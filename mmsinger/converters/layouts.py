@@ -313,27 +313,6 @@ def rename(weights: Dict[str, Tensor], family: str, head: bool = False
     return renamed
 
 
-def timm_to_mmpretrain(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Rename the weights of a timm ViT for mmpretrain's VisionTransformer.
-
-    Names alone: see :func:`mmsinger.converters.convert` for position
-    embeddings of another size or without a class token, and registers.
-
-    Args:
-        state_dict (dict[str, Tensor]): Of a timm ``VisionTransformer``
-            (augreg, DeiT, with or without LayerScale); heads are dropped.
-
-    Returns:
-        dict[str, Tensor]: Loads strictly into ``VisionTransformer`` with
-        ``layer_scale_init_value`` set if there is LayerScale.
-
-    Raises:
-        ConfigError: If a key is not known.
-    """
-    return {r.target: state_dict[r.source]
-            for r in rename(state_dict, 'timm') if r.target}
-
-
 def _template(key: str) -> Tuple[str, str]:
     """A key with ``{}`` for its block's number, and the number. Training of
     DINOv2 cuts the blocks into chunks: blocks.CHUNK.NUMBER."""

@@ -1,3 +1,1 @@
-from mmsinger.datasets.digit_scenes import make_digit_scenes
-
-__all__ = ['make_digit_scenes']
+"""Data sets of the linear evaluation, and transforms of images."""

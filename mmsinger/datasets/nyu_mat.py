@@ -89,11 +89,8 @@ class NYUMatDataset(NYUDataset):
 
 def _frames_of(path: str, key: str) -> np.ndarray:
     from scipy.io import loadmat
-    if not os.path.isfile(path):
-        raise ConfigError(
-            f'NYUMatDataset: no file {path!r} (working directory '
-            f'{os.getcwd()}). Fetch splits.mat from the site of the data '
-            'set (indoor_seg_sup) and put it beside the labelled file.')
+    _check_file(path, 'Fetch splits.mat from the site of the data set '
+                '(indoor_seg_sup) and put it beside the labelled file.')
     try:
         return loadmat(path)[key].ravel()
     except Exception as error:
@@ -110,11 +107,8 @@ def _open(path: str):
             'NYUMatDataset needs the package h5py: `pip install h5py`. '
             "mmseg's NYUDataset reads a folder of images without it."
         ) from error
-    if not os.path.isfile(path):
-        raise ConfigError(
-            f'NYUMatDataset: no file {path!r} (working directory '
-            f'{os.getcwd()}). Fetch the labelled data set of NYU Depth V2, '
-            'or set data_root to where it is.')
+    _check_file(path, 'Fetch the labelled data set of NYU Depth V2, or set '
+                'data_root to where it is.')
     try:
         file = h5py.File(path, 'r')
     except OSError as error:
@@ -128,3 +122,9 @@ def _open(path: str):
                 f'NYUMatDataset: {path!r} has no {name!r} of {axes} axes. '
                 'It must be nyu_depth_v2_labeled.mat as published.')
     return file
+
+
+def _check_file(path: str, fix: str) -> None:
+    if not os.path.isfile(path):
+        raise ConfigError(f'NYUMatDataset: no file {path!r} (working '
+                          f'directory {os.getcwd()}). {fix}')

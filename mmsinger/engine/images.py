@@ -1,18 +1,16 @@
 """The images that a distiller is looked at with."""
-from typing import Iterator, Optional, Sequence
+from typing import Iterator, Sequence
 
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS
-from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from mmsinger.engine.checks import check_data_folders
 from mmsinger.engine.hooks.target_norm_hook import preserved_random_states
 from mmsinger.errors import ConfigError
-from mmsinger.images import Size, dataset_batches, read_files
+from mmsinger.images import Size, check_patch, dataset_batches
 from mmsinger.models.distillers import FeatureDistiller
-from mmsinger.models.features.anatomy import patch_stride
 from mmsinger.models.teachers.frozen import FrozenTeacher
 
 
@@ -75,40 +73,6 @@ class ImageBatches:
             yield batch['inputs']
 
 
-def read_images(paths: Sequence[str], distiller: FeatureDistiller,
-                size: Optional[Size] = None) -> Tensor:
-    """Read image files as the student is fed with them.
-
-    Args:
-        paths (Sequence[str]): Files.
-        distiller (FeatureDistiller): Its data preprocessor is used.
-        size (tuple[int, int], optional): H and W, see
-            :func:`mmsinger.images.cover`. Defaults to None: the student's own
-            ``img_size``, 224 if it names none.
-
-    Returns:
-        Tensor: Preprocessed images, shape (B, 3, H, W).
-
-    Raises:
-        ConfigError: If a file is missing, is no image, or is smaller than a
-            patch of teacher or student; or if ``size`` is.
-    """
-    student = distiller.student_backbone
-    patches = [features.stride for features in (
-        distiller.teacher.blocks, distiller.student_features)]
-    images = read_files(paths, size or natural_size(student),
-                        tuple(map(max, *patches)))
-    preprocessor = distiller.data_preprocessor
-    # mmseg's asks for samples where it pads pictures
-    samples = [BaseDataElement() for _ in images] if getattr(
-        preprocessor, 'test_cfg', None) else None
-    inputs = preprocessor(dict(  # data pipelines hand over BGR
-        inputs=[image.flip(0) for image in images],
-        data_samples=samples), False)['inputs']
-    return inputs if torch.is_tensor(inputs) else \
-        torch.stack([image.float() for image in inputs])
-
-
 def natural_size(model: nn.Module) -> Size:
     """The image size (H, W) that a model was made for.
 
@@ -131,9 +95,4 @@ def check_size(size: Sequence[int], teacher: FrozenTeacher) -> None:
     if len(size) != 2:
         raise ConfigError(f'--size {" ".join(map(str, size))}: give one '
                           'number, or height and width.')
-    patch = patch_stride(teacher.blocks.patch_embed)
-    if size[0] < patch[0] or size[1] < patch[1]:
-        raise ConfigError(
-            f'--size {size[0]} {size[1]} is smaller than a patch of the '
-            f'teacher, {patch[0]} x {patch[1]} px. Leave --size out for its '
-            'own size, or make it a multiple of the patch.')
+    check_patch(f'--size {size[0]} {size[1]}', size, teacher.blocks.stride)

@@ -142,7 +142,7 @@ def load_subject(cfg: Config, checkpoint: Optional[str] = None,
     if (mean is None) != (std is None):
         raise ConfigError('--mean and --std belong together: got '
                           f'--mean {mean}, --std {std}.')
-    source, settings = _teacher_settings(cfg)
+    source, settings = teacher_settings(cfg)
     if checkpoint is not None:
         settings['checkpoint'] = checkpoint
     if source == 'model.backbone' and _prefixed(settings, cfg):
@@ -172,7 +172,7 @@ def load_subject(cfg: Config, checkpoint: Optional[str] = None,
                    distilled_layers(cfg, source))
 
 
-def _teacher_settings(cfg: Config) -> Tuple[str, Dict[str, Any]]:
+def teacher_settings(cfg: Config) -> Tuple[str, Dict[str, Any]]:
     """Where a config has its teacher, and :class:`FrozenTeacher`'s arguments
     there."""
     model = cfg.get('model') or {}

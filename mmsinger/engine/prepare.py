@@ -78,8 +78,8 @@ def prepare_training(cfg: Config) -> None:
     Adds the hooks that the model needs (recipes and stock configs list none
     of ours), fits the config to the machine, and ends in a
     :class:`ConfigError` where training could not start: a work dir that is
-    not writable or in use, a data folder that is missing or empty, a teacher checkpoint
-    that is not there.
+    not writable or in use, a data folder that is missing or empty, a teacher
+    checkpoint that is not there.
 
     Args:
         cfg (Config): The config; changed in place.

@@ -35,8 +35,8 @@ def resume_from_intact_checkpoint(cfg: Config) -> None:
     """
     if cfg.get('load_from') == '':
         raise ConfigError(
-            "load_from='' (or --resume '') names no checkpoint. Give its path; "
-            '--resume alone takes the newest one in the work dir.')
+            "load_from='' (or --resume '') names no checkpoint. Give its "
+            'path; --resume alone takes the newest one in the work dir.')
     if not cfg.get('resume') or cfg.get('load_from'):
         return
     found = [path for kind in ('iter_*.pth', 'epoch_*.pth')
@@ -181,8 +181,9 @@ def check_fit(runner: Any, checkpoint: Dict[str, Any], changed: List[str]
         return
     problems = [f'{len(keys)} tensors {title}: {", ".join(keys[:4])}'
                 + (', …' if len(keys) > 4 else '')
-                for title, keys in (('differ', wrong), ('are missing', missing),
-                                    ('are left over', extra)) if keys]
+                for title, keys in (
+                    ('differ', wrong), ('are missing', missing),
+                    ('are left over', extra)) if keys]
     raise ConfigError(
         f'{name} is not a checkpoint of this model.\n  '
         + '\n  '.join(problems)
@@ -344,8 +345,9 @@ def take_over_settings(runner: Any, checkpoint: Dict[str, Any],
             'load_from.')
     groups = wrapper.state_dict()['param_groups']
     schedules = runner.param_schedulers
-    if ids != names and before == names and not _changed_groups(saved['param_groups'], groups) \
-            and not _changed_schedules(checkpoint, schedules):
+    if ids != names and before == names and \
+            not _changed_groups(saved['param_groups'], groups) and \
+            not _changed_schedules(checkpoint, schedules):
         return
     if isinstance(schedules, list):
         _replay(schedules, runner, checkpoint['meta'])

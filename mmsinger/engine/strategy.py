@@ -43,8 +43,8 @@ class FSDPStrategy(MMEngineFSDPStrategy):
         **kwargs: See mmengine's ``FSDPStrategy``.
 
     Raises:
-        ConfigError: If ``state_dict_cfg`` is not ``'full'``, or the teacher
-            cannot be divided.
+        ConfigError: If ``state_dict_cfg`` is not ``'full'``,
+            ``skip_init_weights`` is set, or the teacher cannot be divided.
     """
 
     def __init__(self,
@@ -52,7 +52,13 @@ class FSDPStrategy(MMEngineFSDPStrategy):
                  shard_teacher: bool = False,
                  model_wrapper: Optional[dict] = None,
                  state_dict_cfg: str = 'full',
+                 skip_init_weights: bool = False,
                  **kwargs) -> None:
+        if skip_init_weights:
+            raise ConfigError(
+                'strategy.skip_init_weights=True builds models without '
+                'weights, but a distiller has to load its teacher and start '
+                'adapters and projectors. Leave it out.')
         if state_dict_cfg != 'full':
             raise ConfigError(
                 f'strategy.state_dict_cfg={state_dict_cfg!r} is not '

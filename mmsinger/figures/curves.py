@@ -1,13 +1,12 @@
 """Training curves from the logs in work dirs."""
-import fnmatch
 import glob
 import json
 import math
 import os
 from collections import defaultdict
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Sequence
 
-from mmsinger.errors import ConfigError, near_matches, near_paths
+from mmsinger.errors import ConfigError, near_paths
 from mmsinger.figures.style import add_caption, line_style, new_figure
 
 LOG = 'scalars.json'
@@ -89,43 +88,6 @@ def _lines(path: str):
                 yield line
 
 
-def choose_keys(curves: Dict[str, Curve], patterns: Optional[Sequence[str]]
-                ) -> List[str]:
-    """Which curves to draw.
-
-    Args:
-        curves (dict[str, Curve]): All there are.
-        patterns (Sequence[str], optional): Names, or patterns such as
-            ``'diagnostics/cosine_*'``. None: losses and accuracies.
-
-    Returns:
-        list[str]: Names, in order.
-
-    Raises:
-        ConfigError: If a pattern fits none; near matches are listed.
-    """
-    names = sorted(curves)
-    if not patterns:
-        chosen = [name for name in names if 'loss' in name or not (
-            name.startswith(('diagnostics/', 'distill.')) or 'lr' in name
-            or 'grad_norm' in name)]
-        if not chosen:
-            raise ConfigError(
-                'The logs hold no losses and no accuracies. Choose with '
-                f'--keys from {", ".join(names)}.')
-        return chosen
-    chosen: List[str] = []
-    for pattern in patterns:
-        found = fnmatch.filter(names, pattern)
-        if not found:
-            raise ConfigError(
-                f'--keys {pattern}: nothing in the logs is called so.'
-                f'{near_matches(pattern, names)} There are '
-                f'{", ".join(names)}.')
-        chosen += [name for name in found if name not in chosen]
-    return chosen
-
-
 def draw_curves(runs: Dict[str, Dict[str, Curve]], keys: Sequence[str]
                 ) -> Any:
     """A panel a value, a line a run.
@@ -170,26 +132,3 @@ def draw_curves(runs: Dict[str, Dict[str, Curve]], keys: Sequence[str]
                 'smoothed any further. Lines go through all values; markers '
                 'stand on some, to tell lines apart.')
     return figure
-
-
-def run_names(work_dirs: Sequence[str]) -> List[str]:
-    """Short names that differ: as many last folders as it takes.
-
-    Args:
-        work_dirs (Sequence[str]): Paths.
-
-    Returns:
-        list[str]: A name for each.
-
-    Raises:
-        ConfigError: If a path is given twice.
-    """
-    parts = [os.path.normpath(os.path.abspath(path)).split(os.sep)
-             for path in work_dirs]
-    if len(set(map(tuple, parts))) < len(parts):
-        raise ConfigError('A work dir is given twice.')
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ['/'.join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
-            break
-    return names

@@ -11,7 +11,7 @@ from mmsinger.metrics.norms import (MAD_TO_STD, NormStatistics, lower_median,
                                     quantile_outliers, robust_outliers,
                                     robust_threshold, token_norms)
 from mmsinger.metrics.subspaces import (orthonormal_rows, random_rows,
-                                        subspace_energy)
+                                        subspace_energy, subspace_overlap)
 
 __all__ = [
     'Deviation', 'MAD_TO_STD', 'Moments', 'NormStatistics', 'Sample',
@@ -20,5 +20,5 @@ __all__ = [
     'outlier_threshold', 'output_deviation', 'perturb_along',
     'quantile_outliers', 'random_rows', 'random_signs', 'relative_l2',
     'robust_outliers', 'robust_threshold', 'smallest_directions',
-    'subspace_energy', 'token_cosine', 'token_norms'
+    'subspace_energy', 'subspace_overlap', 'token_cosine', 'token_norms'
 ]

@@ -57,3 +57,17 @@ def subspace_energy(rows: Tensor,
     total = energy.sum()
     return ((energy[-count:].sum() / total).item(),
             (energy[:count].sum() / total).item())
+
+
+def subspace_overlap(a: Tensor, b: Tensor) -> float:
+    """Mean squared cosine of the principal angles of two subspaces: 1 if they
+    are the same, r / D on average if one is random.
+
+    Args:
+        a (Tensor): Orthonormal rows, shape (r, D).
+        b (Tensor): Orthonormal rows, shape (r, D).
+
+    Returns:
+        float: In [0, 1].
+    """
+    return float((a.double() @ b.double().T).square().sum() / len(a))

@@ -8,12 +8,12 @@ import sys
 import cv2
 import numpy as np
 import pytest
+from dataset_check import check
+from dataset_check.check import check_config, check_known
+from dataset_check.known import KNOWN, TRAIN, VAL
 from mmengine.config import Config
 
 import trees
-from mmsinger.datasets import check
-from mmsinger.datasets.check import check_config, check_known
-from mmsinger.datasets.known import KNOWN, TRAIN, VAL
 from mmsinger.errors import ConfigError
 
 BOTH = {TRAIN: trees.PER_SPLIT, VAL: trees.PER_SPLIT}

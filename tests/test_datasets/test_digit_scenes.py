@@ -7,16 +7,15 @@ import shutil
 import sys
 
 import cv2
+import make_digit_scenes as digit_scenes
 import numpy as np
 import pytest
 import torch
+from make_digit_scenes import (DIGIT_SCENES_CLASSES, DIGIT_SCENES_PALETTE,
+                               make_digit_scenes, split_digits)
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 
-from mmsinger.datasets import digit_scenes
-from mmsinger.datasets.digit_scenes import (DIGIT_SCENES_CLASSES,
-                                            DIGIT_SCENES_PALETTE,
-                                            make_digit_scenes, split_digits)
 from mmsinger.errors import ConfigError
 
 pytest.importorskip('sklearn')

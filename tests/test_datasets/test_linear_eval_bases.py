@@ -5,13 +5,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from dataset_check.known import KNOWN, TRAIN, VAL
 from mmengine.config import Config
 from mmengine.registry import (DATASETS, EVALUATOR, METRICS, TRANSFORMS,
                                DefaultScope, init_default_scope)
 from PIL import Image
 
 import trees
-from mmsinger.datasets.known import KNOWN, TRAIN, VAL
 
 REPO = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 BASES = f'{REPO}/configs/_base_/datasets/linear_eval'

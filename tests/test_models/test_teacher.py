@@ -5,13 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from mmsinger.converters import timm_to_mmpretrain
 from mmsinger.errors import ConfigError
 from mmsinger.models import FrozenTeacher, SiNGERDistiller
 from mmsinger.models.features.anatomy import find_blocks
 from mmsinger.models.features.taps import BlockTaps
 from mmsinger.models.teachers.frozen import Normalisation, feature_settings
-from tiny import build, seg_vit, timm_vit, vit
+from tiny import build, renamed_timm, seg_vit, timm_vit, vit
 
 PLAIN = Normalisation(None, None)
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -398,12 +397,12 @@ def test_timm_file_for_an_mmpretrain_backbone(saved):
     raw = timm.timm_model.state_dict()
     text = message(saved(raw))
     assert 'mmpretrain.TIMMBackbone' in text
-    assert 'mmsinger.converters.timm_to_mmpretrain' in text
+    assert 'tools/convert_checkpoint.py' in text
     # the hint works, both ways
     images = torch.randn(1, 3, 32, 32)
     expected = reference_features(timm, images)
     same = timm_vit('vit_tiny_patch16_224', mlp_ratio=2)
-    for kwargs in (saved(timm_to_mmpretrain(raw), 'converted.pth'),
+    for kwargs in (saved(renamed_timm(raw), 'converted.pth'),
                    saved(raw, 'raw.pth', backbone=same),
                    saved(timm.state_dict(), 'whole.pth', backbone=same)):
         teacher = FrozenTeacher(**kwargs)

@@ -129,7 +129,8 @@ def as_tar(content, path):
     with tarfile.open(path, 'w') as file:
         for name, values in (('sys_info', [dict(
                 protocol_version=1000, little_endian=True, type_sizes={})]),
-                ('storages', [0, []]), ('tensors', [0]), ('pickle', [content])):
+                ('storages', [0, []]), ('tensors', [0]),
+                ('pickle', [content])):
             data = b''.join(pickle.dumps(value, 2) for value in values)
             member = tarfile.TarInfo(name)
             member.size = len(data)

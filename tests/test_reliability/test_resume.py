@@ -136,13 +136,31 @@ def test_a_teacher_is_no_student(place, run):
     (['model.target_norm=standardise'],
      "model.target_norm: 'not set' then, 'standardise' now"),
     (['model.student.decode_head.num_classes=4'],
-     'model.student.decode_head.num_classes: 3 then, 4 now'),
-    (['model.type=mmsinger.GatedSiNGERDistiller'], 'model.type: ')])
+     'model.student.decode_head.num_classes: 3 then, 4 now')])
 def test_checkpoints_of_other_models(run, start_from, options, words):
     message = message_of(start_from('run/iter_4.pth', *options))
     assert 'run/iter_4.pth' in message
     assert words in message
     assert 'Give the config' in message
+
+
+@pytest.mark.parametrize('how', ['--resume', 'load_from'])
+def test_checkpoints_of_another_method(place, run, how):
+    config = os.path.join(place, 'fitnet.py')
+    with open(config, 'w') as file:
+        file.write(f"""\
+_base_ = [{tiny.SEG_CONFIG!r}]
+model = dict(
+    _delete_=True, type='mmsinger.FitNetDistiller', layers=(1, 3),
+    student={{{{_base_.model.student}}}}, teacher={{{{_base_.model.teacher}}}})
+""")
+    args = ['--resume', 'run/iter_4.pth'] if how == '--resume' else \
+        ['--cfg-options', 'load_from=run/iter_4.pth']
+    message = message_of(forked.run(
+        'train.py', config, '--work-dir', 'other', *args, cwd=place,
+        check=False))
+    assert "model.type: 'mmsinger.SiNGERDistiller' then, " \
+        "'mmsinger.FitNetDistiller' now" in message
 
 
 def test_a_plain_student_may_start_a_distiller(place, run):

@@ -90,7 +90,7 @@ class Cell:
 
     @property
     def all_sources(self) -> List[Source]:
-        """Of all seeds, in order."""
+        """All seeds' results, in order."""
         return [source for members in self.sources for source in members]
 
 

@@ -91,7 +91,7 @@ def set_random_states(states: Dict[str, Any]) -> None:
 
 
 def set_torch_states(states: Dict[str, Any]) -> None:
-    """The same for torch's generators alone."""
+    """Put torch's generators alone into the states."""
     torch.set_rng_state(states['torch'].cpu())
     if 'cuda' in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states['cuda'].cpu())

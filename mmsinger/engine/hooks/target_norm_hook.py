@@ -32,8 +32,8 @@ class TargetNormHook(Hook):
 
     priority = 'NORMAL'
 
-    def __init__(self, num_images: int = NUM_IMAGES,
-                 batch_size: int = 32) -> None:
+    def __init__(self, num_images: int = NUM_IMAGES, batch_size: int = 32
+                 ) -> None:
         self.num_images = num_images
         self.batch_size = batch_size
 

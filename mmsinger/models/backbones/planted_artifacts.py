@@ -99,7 +99,7 @@ class PlantedArtifacts(BaseModule):
         self._register_load_state_dict_pre_hook(self._accept_clean_backbone)
 
     def forward(self, images: Tensor, *args, **kwargs):
-        """As the backbone. :attr:`planted_mask` then tells which patch tokens
+        """Run the backbone. :attr:`planted_mask` then tells which patch tokens
         of this batch are artifacts, bool, shape (B, P)."""
         if not args:
             kwargs = {**unmasked(self.backbone), **kwargs}
@@ -107,7 +107,7 @@ class PlantedArtifacts(BaseModule):
 
     @property
     def timm_model(self) -> nn.Module:
-        """Of a TIMMBackbone inside, which timm's own checkpoints fit."""
+        """The timm model of a TIMMBackbone inside, for timm's checkpoints."""
         return self.backbone.timm_model
 
     def basis(self) -> Tensor:

@@ -237,7 +237,7 @@ class BaseDistiller(BaseModel):
     def forward(self, inputs: Tensor, data_samples: Optional[list] = None,
                 mode: str = 'tensor') -> Union[Dict[str, Tensor], list,
                                                Tensor, tuple]:
-        """As any OpenMMLab model.
+        """Run the model in one of OpenMMLab's modes.
 
         Args:
             inputs (Tensor): Preprocessed images, shape (B, 3, H, W).

@@ -88,25 +88,20 @@ class FrozenBackbone(FrozenTeacher, BaseModule):
             return weights
         return student_state_dict(weights) or weights
 
-    def forward(self, inputs: Union[Tensor, Tokens]) -> Tuple[Tensor]:
+    def forward(self, inputs: Union[Tensor, Tuple[Tensor]]) -> Tuple[Tensor]:
         """What the head gets, without gradients.
 
         Args:
-            inputs (Tensor | Tokens): Preprocessed images (B, 3, H, W), or
-                this backbone's tokens, computed earlier.
+            inputs (Tensor | tuple[Tensor]): Preprocessed images
+                (B, 3, H, W), or what this returned for them earlier.
 
         Returns:
             tuple[Tensor]: One tensor, see ``output``.
         """
-        tokens = inputs if isinstance(inputs, Tokens) else \
-            self.tokens(inputs)
-        return (form_output(tokens, self.output), )
-
-    def tokens(self, images: Tensor) -> Tokens:
-        """The block's output for images of shape (B, 3, H, W)."""
-        taps = super().forward(images, [self.layer],
-                               Normalisation(None, None))
-        return taps.tokens(self.layer)
+        if isinstance(inputs, tuple):
+            return inputs
+        taps = super().forward(inputs, [self.layer], Normalisation(None, None))
+        return (form_output(taps.tokens(self.layer), self.output), )
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -144,7 +144,7 @@ class Refine(TargetStep):
         })
 
     def extra_layers(self, layers: Sequence[int]) -> List[int]:
-        """Of intermediate layers, the next block."""
+        """The next block of each intermediate layer."""
         return [layer + 1 for layer in layers if layer != self.last_layer]
 
     def init_weights(self, teacher: nn.Module) -> None:

@@ -86,7 +86,6 @@ class FrozenModule(nn.Module):
         module = dict(module)
         checkpoint, prefix = _weights_of_init_cfg(
             module.pop('init_cfg', None), checkpoint, prefix)
-        self.config = module
         self.add_module(self.part, MODELS.build(module))
         self.checkpoint = checkpoint
         self.prefix = _with_dot(prefix)
@@ -173,7 +172,7 @@ class FrozenModule(nn.Module):
             return ('The file has timm keys (blocks.…) and the backbone has '
                     "mmpretrain's (layers.…): use type="
                     "'mmpretrain.TIMMBackbone', or convert the file with "
-                    'mmsinger.converters.timm_to_mmpretrain.')
+                    'tools/convert_checkpoint.py.')
         return (f'Make {self.role}.{self.part} the architecture that the '
                 'file was saved from; list left-over heads in '
                 f"{self.role}.ignore_keys, for instance ['head.'].")

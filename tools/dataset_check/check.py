@@ -16,8 +16,8 @@ from mmengine.fileio import get as read_bytes
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 
+from dataset_check.known import KNOWN, TEST, TRAIN, VAL, Known
 from mmsinger import paths
-from mmsinger.datasets.known import KNOWN, TEST, TRAIN, VAL, Known
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, check_choice
 
