@@ -3,7 +3,9 @@ import copy
 
 import pytest
 import torch
+from mmengine.structures import PixelData
 
+from mmsinger.checkpoint import load_strict
 from mmsinger.errors import ConfigError
 from mmsinger.models import FitNetDistiller, SiNGERDistiller
 from mmsinger.models.features.anatomy import (Blocks, find_features,
@@ -74,13 +76,16 @@ STUDENTS = dict(
                      window_size=[7, 7, 14, 7]),
     levit=pretrain('LeViT', arch='128s'),
     twins=seg('SVT', embed_dims=[8, 16, 24, 32], num_heads=TINY,
-              depths=TINY, windiow_sizes=[7] * 4),
+              depths=TINY, windiow_sizes=[7] * 4,
+              mlp_ratios=TINY, sr_ratios=TINY),
     segformer=seg('MixVisionTransformer', embed_dims=8, num_layers=TINY,
                   num_heads=TINY),
     segnext=seg('MSCAN', embed_dims=[8, 16, 24, 32], depths=TINY,
                 mlp_ratios=[2] * 4, norm_cfg=dict(type='BN')),
     # blocks that are no plain ViT's
-    mixer=pretrain('MlpMixer', arch='b', img_size=224),
+    mixer=pretrain('MlpMixer', img_size=64, arch=dict(
+        embed_dims=16, num_layers=2, tokens_mlp_dims=8,
+        channels_mlp_dims=16)),
     xcit=pretrain('XCiT', embed_dims=32, depth=2, num_heads=4,
                   patch_size=16),
     conformer=pretrain('Conformer', arch='tiny'),
@@ -95,7 +100,8 @@ STUDENTS = dict(
              channels=(8, 16, 32, 64, 128), bottleneck_type='cat',
              norm_cfg=dict(type='BN'), act_cfg=dict(type='ReLU'),
              num_convs=4),
-    unet=seg('UNet', base_channels=4),
+    unet=seg('UNet', base_channels=4, upsample_cfg=dict(
+        type='mmseg.InterpConv')),
     # of timm
     timm_resnet=timm('resnet10t'),
     timm_convnext=timm('convnext_atto'),
@@ -132,12 +138,12 @@ def test_any_backbone(name):
     assert any(p.grad is not None and p.grad.any()
                for p in model.student.parameters())
     plain = MODELS.build(copy.deepcopy(STUDENTS[name]))
-    plain.load_state_dict(model.student.state_dict(), strict=True)
+    load_strict(plain, model.student.state_dict(), name, '')
     model.eval(), plain.eval()
     with torch.no_grad():
         for ours, theirs in zip(flat(model.student(images)),
                                 flat(plain(images)), strict=True):
-            assert torch.equal(ours, theirs)
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -146,10 +152,11 @@ def test_tokens_are_the_maps(name):
     """Row-major, channel by channel, at the place of the map."""
     backbone = MODELS.build(dict(
         STUDENTS[name], out_indices=(0, 1, 2, 3))
-        if name != 'hrnet' else STUDENTS[name]).eval()
-    model = distiller(STUDENTS[name], student_layers=(0, -1)).eval()
+        if name != 'hrnet' else STUDENTS[name])
+    backbone.eval()  # alone: it returns None
+    model = distiller(STUDENTS[name], student_layers=(0, -1))
     model.student.load_state_dict(backbone.state_dict(), strict=False)
-    images = torch.randn(2, 3, 64, 96)
+    images = torch.randn(2, 3, 256, 384)
     tokens = model.student_tokens(images)
     for layer, index in ((1, 0), (3, -1)):
         values = tokens[layer].patches.unflatten(1, tokens[layer].grid)
@@ -158,7 +165,7 @@ def test_tokens_are_the_maps(name):
             assert torch.equal(values.permute(0, 3, 1, 2), expected)
         assert tokens[layer].num_prefix == 0
         stride = model.student_features.strides[index]
-        assert tokens[layer].grid == (64 // stride[0], 96 // stride[1])
+        assert tokens[layer].grid == (256 // stride[0], 384 // stride[1])
 
 
 def test_layers_of_a_pyramid_by_index_name_and_path():
@@ -294,7 +301,8 @@ def padded_batch(fill):
     found = samples('segmentor')
     for image, sample in zip(inputs, found):
         height, width = image.shape[1:]
-        sample.gt_sem_seg.data = sample.gt_sem_seg.data[:, :height, :width]
+        sample.gt_sem_seg = PixelData(
+            data=sample.gt_sem_seg.data[:, :height, :width])
         sample.set_metainfo(dict(img_shape=(height, width)))
     preprocess = MODELS.build(dict(SEGMENTOR['data_preprocessor'],
                                    pad_val=fill, mean=[120.] * 3,
@@ -334,6 +342,8 @@ def test_padding_changes_nothing(make, cls, norm, monkeypatch):
             buffer.fill_(float('nan'))
         model.calibrate_target_norms([batch])
     for name, value in model.loss(**batch).items():
+        if name == 'distill.loss_info':
+            continue  # in it a block of the teacher sees all tokens
         assert torch.equal(value, clean[name]), name
         assert value > 0
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mmsinger.checkpoint import safe_loading
 from mmsinger.errors import ConfigError, check_choice, check_keys
 from mmsinger.images import first_view
+from mmsinger.models.features.anatomy import find_part
 from mmsinger.models.teachers.frozen import (PRECISIONS, FrozenModule,
                                              FrozenTeacher, Normalisation)
 from mmsinger.registry import MODELS, argument_names
@@ -28,10 +29,10 @@ class BaseDistiller(BaseModel):
     :class:`FeatureDistiller`, with a :meth:`distill` alone.
 
     Args:
-        student (dict): Config of any mmpretrain or mmseg model with a vision
-            transformer as ``backbone`` (ImageClassifier, EncoderDecoder,
-            DepthEstimator, with or without a head), exactly as in a plain
-            config; or of a backbone alone.
+        student (dict): Config of any mmpretrain or mmseg model with a
+            ``backbone`` (ImageClassifier, EncoderDecoder, DepthEstimator,
+            with or without a head), exactly as in a plain config; or of a
+            backbone alone.
         teacher (dict): Arguments of :attr:`teacher_class`.
         task_loss_weight (float): Factor of the student's own losses. 0 trains
             on the teacher alone: labels are not used, and what its outputs do
@@ -129,8 +130,8 @@ class BaseDistiller(BaseModel):
 
     @property
     def student_backbone(self) -> nn.Module:
-        """The student's vision transformer."""
-        return getattr(self.student, 'backbone', self.student)
+        """The student's backbone; the student itself if it is one."""
+        return find_part(self.student, 'backbone') or self.student
 
     def init_weights(self) -> None:
         """Initialise the student as its config says, load the teacher, and

@@ -7,11 +7,12 @@ beside a patch embedding. Every other backbone shows :class:`Maps`: its stages,
 or what it returns. One that calls its parts otherwise needs an entry in
 :data:`NAMES`, and nothing else.
 """
+import contextlib
 import copy
 import inspect
 import re
-from typing import (Any, Callable, Dict, List, NamedTuple, Optional,
-                    Tuple, Union)
+from typing import (Any, Callable, Dict, List, NamedTuple,
+                    Optional, Tuple, Union)
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ Layer = Union[int, str]
 
 # What the parts are called, as dotted paths; the first that is there counts.
 NAMES: Dict[str, List[str]] = dict(
+    backbone=['backbone', 'image_encoder.backbone', 'image_encoder.0'],
     patch_embed=['patch_embed'],  # beside the list of blocks, or above it
     cls_token=['cls_token'],
     # in a block
@@ -48,7 +50,8 @@ def find_part(module: nn.Module, part: str) -> Any:
     """A part of a module, whatever it is called there.
 
     Args:
-        module (nn.Module): A block, or what holds the list of blocks.
+        module (nn.Module): A model, a block, or what holds the list of
+            blocks.
         part (str): A key of :data:`NAMES`.
 
     Returns:
@@ -198,13 +201,10 @@ class Maps(NamedTuple):
         """Tokens from what a module returned, see :meth:`Blocks.read`."""
         if self.picks[layer] is not None:
             output = output[self.picks[layer]]
-        values = first_output(output)
+        values, grid = _split(output)
         layout = self.layouts[layer]
         if layout == 'NLC':
-            if isinstance(output, (tuple, list)):
-                height, width = output[1]
-                return Tokens(values, (int(height), int(width)))
-            return Tokens(values, tuple(
+            return Tokens(values, grid or tuple(
                 -(-length // step)
                 for length, step in zip(size, self.strides[layer])))
         if layout == 'NCHW':  # (B, C, h, w) -> (B, h, w, C)
@@ -225,7 +225,8 @@ def find_features(backbone: nn.Module, owner: str) -> Features:
     Returns:
         Blocks | Maps: Blocks of a plain vision transformer; else the stages
         of a pyramid, the last of each resolution; else the maps that the
-        backbone returns.
+        backbone returns, in training as in evaluation; else those of any
+        list of modules.
 
     Raises:
         ConfigError: If there is no feature map.
@@ -244,60 +245,88 @@ def _check_blocks(backbone: nn.Module, blocks: Blocks) -> None:
     outputs: List[Any] = []
     # On a copy: some backbones keep buffers of the last image's size
     copied = copy.deepcopy(backbone)
-    copied.eval()  # alone: mmpretrain's backbones return None from it
     own = find_blocks(copied, '')
     own.watch_input(grids.append)
     for block in own.modules:
         block.register_forward_hook(
             lambda module, args, output: outputs.append(output))
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        copied(example_images(blocks, backbone), **unmasked(copied))
+    _run(copied, example_images(blocks, backbone))
     for i, output in enumerate(outputs):
         blocks.read(i, output, grids[-1])
+
+
+def _run(backbone: nn.Module, images: Tensor, training: bool = False) -> Any:
+    """What a backbone returns for images, without gradients.
+
+    Raises:
+        ConfigError: If it cannot be run on them.
+    """
+    backbone.train(training)  # alone: some backbones return None from it
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            return backbone(images, **unmasked(backbone))
+    except Exception as error:  # too small, or not divided by its stride
+        said = (str(error) or repr(error)).splitlines()[0][:200]
+        raise ConfigError(f'{tuple(images.shape)}: {said}') from error
 
 
 def _find_maps(backbone: nn.Module, owner: str, error: ConfigError) -> Maps:
     # On a copy: some backbones keep buffers of the last image's size
     copied = copy.deepcopy(backbone)
-    copied.eval()  # alone: mmpretrain's backbones return None from it
-    modules = dict(copied.named_modules())
-    reasons = []
-    for size in _sizes(backbone):
-        found: Dict[str, Any] = {}
-        handles = [modules[path].register_forward_hook(
+    stages = _stage_paths(backbone)
+    found: Dict[str, Any] = {}
+    for path in {path for paths in stages.values() for path in paths}:
+        copied.get_submodule(path).register_forward_hook(
             lambda module, args, output, path=path: found.update(
                 {path: output}))
-            for paths in _stage_paths(backbone) for path in paths]
-        images = torch.randn(1, image_channels(backbone), *size)
+    reasons = []
+    for size in _sizes(backbone):
+        images = torch.randn(2, image_channels(backbone), *size)
+        found.clear()
         try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                outputs = copied(images, **unmasked(copied))
-        except Exception as reason:  # too small, or not divided by its stride
-            reasons.append(f'{size}: {str(reason).splitlines()[0][:200]}'
-                           if str(reason) else repr(reason))
+            outputs = _run(copied, images)
+        except ConfigError as reason:
+            reasons.append(str(reason))
             continue
-        finally:
-            for handle in handles:
-                handle.remove()
-        for paths in _stage_paths(backbone):
-            maps = [(path, None, _describe(found.get(path), size))
-                    for path in paths]
-            maps = _last_of_each_stride([m for m in maps if m[2]])
-            if len(maps) > 1:
-                return _maps(backbone, maps, size)
-        returned = outputs if isinstance(outputs, (tuple, list)) else [outputs]
-        maps = [('', i, _describe(value, size))
-                for i, value in enumerate(returned)]
-        maps = [m for m in maps if m[2]]
-        if isinstance(outputs, Tensor):
-            maps = [('', None, m[2]) for m in maps]
-        if maps:
-            return _maps(backbone, maps, size)
+        in_stages = {name: _last_of_each_stride(_maps_among(
+            [(path, None, found.get(path)) for path in paths], size))
+            for name, paths in stages.items()}
+        in_stages = {k: maps for k, maps in in_stages.items() if len(maps) > 1}
+        named = next((in_stages[name] for name in in_stages
+                      if name.split('.')[-1] in NAMES['stages']), None)
+        if named:
+            return _maps(backbone, named, size)
+        returned = _returned(outputs, size)
+        with contextlib.suppress(ConfigError):
+            if _returned(_run(copied, images, training=True),
+                         size) != returned:
+                returned = []
+        # The coarsest of lists with another name, then the longest
+        others = sorted(in_stages, key=lambda name: (
+            name.count('.'), -max(m.stride[0] for _, _, m in in_stages[name]),
+            -len(in_stages[name])))
+        if returned or others:
+            return _maps(backbone, returned or in_stages[others[0]], size)
     raise ConfigError(
         f'{owner}: {type(backbone).__name__} shows no feature map: neither '
         'its stages nor what it returns is spatial. '
         + (f'It could not be run on random images: {"; ".join(reasons)}. '
            if reasons else '') + f'As a vision transformer: {error}')
+
+
+def _returned(outputs: Any, size: Grid) -> list:
+    """The maps among what a backbone returned."""
+    if isinstance(outputs, (tuple, list)):
+        return _maps_among([('', i, one) for i, one in enumerate(outputs)],
+                           size)
+    return _maps_among([('', None, outputs)], size)
+
+
+def _maps_among(outputs: list, size: Grid) -> list:
+    """Where each map comes from, and how to read it."""
+    described = [(path, pick, _describe(output, size))
+                 for path, pick, output in outputs]
+    return [one for one in described if one[2]]
 
 
 def _sizes(backbone: nn.Module) -> List[Grid]:
@@ -314,24 +343,31 @@ def _sizes(backbone: nn.Module) -> List[Grid]:
         for size in named[:1]), (224, 224)]
 
 
-def _stage_paths(backbone: nn.Module) -> List[List[str]]:
-    """Module paths that may be stages, a list for each way to find them."""
-    roots = [('', backbone)] + [
-        (f'{name}.', child) for name, child in backbone.named_children()
-        if not isinstance(child, (nn.ModuleList, nn.Sequential))]
-    found = []
-    for prefix, root in roots:
-        for name in NAMES['stages']:
-            if name.endswith('*'):
-                numbered = [child for child, _ in root.named_children()
-                            if re.fullmatch(rf'{name[:-1]}_?\d+', child)]
-                found.append([prefix + child for child in sorted(
-                    numbered, key=lambda n: int(re.sub(r'\D', '', n)))])
-            elif isinstance(getattr(root, name, None),
-                            (nn.ModuleList, nn.Sequential)):
-                found.append([f'{prefix}{name}.{child}' for child, _ in
-                              getattr(root, name).named_children()])
-    return [paths for paths in found if len(paths) > 1]
+def _stage_paths(backbone: nn.Module) -> Dict[str, List[str]]:
+    """Module paths that may be stages, by the list that they are in, or by
+    what they are called before their number (``'layer*'``); names in
+    :data:`NAMES` first."""
+    lists = (nn.ModuleList, nn.Sequential)
+    groups: Dict[str, List[str]] = {}
+    for prefix, root in [('', backbone)] + [
+            (f'{name}.', child) for name, child in backbone.named_children()
+            if not isinstance(child, lists)]:
+        for name, child in root.named_children():
+            number = re.search(r'_?(\d+)$', name)
+            if number:
+                groups.setdefault(f'{prefix}{name[:number.start()]}*',
+                                  []).append(prefix + name)
+            elif isinstance(child, lists):
+                groups[prefix + name] = [f'{prefix}{name}.{below}' for below, _
+                                         in child.named_children()]
+    for name, paths in groups.items():
+        if name.endswith('*'):
+            paths.sort(key=lambda path: int(re.findall(r'\d+', path)[-1]))
+    names = NAMES['stages']
+    order = sorted(groups, key=lambda name: (
+        name.count('.'), names.index(name.split('.')[-1])
+        if name.split('.')[-1] in names else len(names)))
+    return {name: groups[name] for name in order if len(groups[name]) > 1}
 
 
 class _Map(NamedTuple):
@@ -340,14 +376,19 @@ class _Map(NamedTuple):
     stride: Grid
 
 
+def _split(output: Any) -> Tuple[Any, Optional[Grid]]:
+    """The tensor in what a module returned, and its grid if it came along, as
+    in ``(tokens, (h, w))``; of several tensors in a tuple, the first."""
+    if isinstance(output, (tuple, list)) and len(output) == 2 and not \
+            isinstance(output[1], Tensor) and len(output[1]) == 2:
+        return output[0], (int(output[1][0]), int(output[1][1]))
+    return (output[0] if isinstance(output, tuple) and output
+            else output), None
+
+
 def _describe(output: Any, size: Grid) -> Optional[_Map]:
     """How to read an output for images of a size; None if it is no map."""
-    grid = None
-    if isinstance(output, (tuple, list)):
-        if len(output) != 2 or not isinstance(output[0], Tensor) or \
-                isinstance(output[1], Tensor):
-            return None
-        output, grid = output
+    output, grid = _split(output)
     if not isinstance(output, Tensor):
         return None
     shape = tuple(output.shape)
