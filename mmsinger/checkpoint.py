@@ -335,8 +335,12 @@ def load_strict(module: nn.Module, weights: Dict[str, torch.Tensor],
         raise ConfigError(f'{what}: shapes differ.\n  '
                           + '\n  '.join(_shorten(lines[1:] or lines))
                           + f'\n{fix}') from error
+    missing = set(result.missing_keys)
+    if missing:  # Swin V2 passes over what it computes anew
+        missing -= set(module.load_state_dict(
+            module.state_dict(), strict=False).missing_keys)
     problems = []
-    for title, keys in (('missing', result.missing_keys),
+    for title, keys in (('missing', sorted(missing)),
                         ('unexpected', result.unexpected_keys)):
         if keys:
             problems.append(f'{len(keys)} {title} keys:\n    '

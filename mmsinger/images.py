@@ -1,6 +1,6 @@
 """Images to look at: from files, from folders, from data sets."""
 import os
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import cv2
 import mmcv
@@ -149,9 +149,18 @@ def cover(image: np.ndarray, size: Sequence[int]) -> Tensor:
     return torch.from_numpy(image.transpose(2, 0, 1).copy())
 
 
-def dataset_images(dataset: Any, indices: Sequence[int], batch_size: int,
-                   preprocess: Callable, training: bool = False,
-                   collate: Callable = pseudo_collate) -> Iterator[Tensor]:
+def first_view(inputs: Any) -> Tensor:
+    """The images of a batch, or their first view where a data preprocessor
+    gives several; shape (B, 3, H, W)."""
+    while isinstance(inputs, (list, tuple)):
+        inputs = inputs[0]
+    return inputs
+
+
+def dataset_batches(dataset: Any, indices: Sequence[int], batch_size: int,
+                    preprocess: Callable, training: bool = False,
+                    collate: Callable = pseudo_collate
+                    ) -> Iterator[Dict[str, Any]]:
     """Images of a data set as a model gets them, past any sampler.
 
     Args:
@@ -165,9 +174,12 @@ def dataset_images(dataset: Any, indices: Sequence[int], batch_size: int,
             ``pseudo_collate``.
 
     Yields:
-        Tensor: Preprocessed images, shape (B, 3, H, W).
+        dict: ``inputs``, preprocessed images of shape (B, 3, H, W), the first
+        view of several, and ``data_samples``, their annotations.
     """
     for start in range(0, len(indices), batch_size):
         batch = collate([dataset[i]
                          for i in indices[start:start + batch_size]])
-        yield preprocess(batch, training)['inputs']
+        batch = preprocess(batch, training)
+        yield dict(inputs=first_view(batch['inputs']),
+                   data_samples=batch.get('data_samples'))

@@ -64,7 +64,7 @@ def argument_names(cls: type) -> List[str]:
     return names
 
 
-def build_part(key: str, cfg: Any, default: str = '') -> Any:
+def build_part(key: str, cfg: Any, default: str = '', **given: Any) -> Any:
     """Build a part of a model from its config.
 
     Args:
@@ -73,6 +73,7 @@ def build_part(key: str, cfg: Any, default: str = '') -> Any:
         cfg (dict, optional): The config; ``type`` may be left out if there
             is a default. Of our own types the scope may be left out.
         default (str): The type then. Defaults to none.
+        **given: Arguments that are not the user's to set.
 
     Returns:
         nn.Module: The part.
@@ -102,4 +103,4 @@ def build_part(key: str, cfg: Any, default: str = '') -> Any:
                 for p in inspect.signature(cls).parameters.values())):
         check_keys(key, cfg, ['type', '_scope_', *argument_names(cls)],
                    cls.__name__)
-    return MODELS.build(cfg)
+    return MODELS.build(dict(cfg, **given))

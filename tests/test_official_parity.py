@@ -115,7 +115,7 @@ def test_features_and_refined_tokens(reference):
     taps = model.teacher(reference['image'], reference.layers,
                          Normalisation(None, None))
     with torch.no_grad(), BlockTaps(
-            model._student_blocks, reference.student_layers) as student:
+            model.student_features, reference.student_layers) as student:
         student.run(model.student, reference['image'])
     for layer, ours in zip(reference.layers, reference.student_layers):
         tokens = taps.tokens(layer)

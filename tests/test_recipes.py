@@ -42,7 +42,11 @@ TEACHER_FACTS = {
     'deit3s': (12, 384, 22, [8, 11]),
     'dinov2l': (24, 1024, 304, [17, 23]),
 }
-STUDENT_MILLIONS = {'vits': 22, 'vitt': 5.5, 'deit3b': 86, 'deit3t': 5.5}
+STUDENT_MILLIONS = {'vits': 22, 'vitt': 5.5, 'deit3b': 86, 'deit3t': 5.5,
+                    'r50': 23.5, 'convnextt': 27.8, 'segformerb0': 3.3,
+                    'swint': 27.5}
+# Four stages instead of twelve blocks
+PYRAMIDS = ('r50', 'convnextt', 'segformerb0', 'swint')
 
 NARROW = dict(_delete_=True, embed_dims=32, num_layers=24, num_heads=4,
               feedforward_channels=64)
@@ -74,6 +78,13 @@ HEAD_CUT = {
     },
 }
 
+PYRAMID_CUT = {
+    'r50': {'model.student.backbone.depth': 18},
+    'convnextt': {'model.student.backbone.arch': 'atto'},
+    **{student: {'model.student.data_preprocessor.size': (64, 64)}
+       for student in ('segformerb0', 'swint')},
+}
+
 
 def name_of(path):
     return os.path.splitext(os.path.basename(path))[0]
@@ -103,12 +114,15 @@ def test_all_pairs_and_tasks_are_there():
     # DINOv2 has no classifier, and its student is that of vitl_to_vits
     assert {name for name in names if name.endswith('_in1k')} == {
         f'{method}_{pair}_in1k' for method in (*LOSSES, 'none')
-        for pair in PAIRS} - {'logit_kd_dinov2l_to_vits_in1k',
+        for pair in PAIRS} | {f'singer_vitl_to_{student}_in1k'
+                              for student in ('r50', 'convnextt')} - {'logit_kd_dinov2l_to_vits_in1k',
                               'none_dinov2l_to_vits_in1k'}
     assert names >= {
         f'{method}_vitl_to_vits_{task}' for method in ('fitnet', 'singer')
         for task in ('ade20k', 'nyu')}
-    assert 'singer_vitl_to_vits_in1k_official' in names
+    assert names >= {'singer_vitl_to_vits_in1k_official',
+                     'singer_dinov2l_to_segformerb0_ade20k',
+                     'singer_dinov2l_to_swint_ade20k'}
 
 
 @pytest.mark.parametrize('path', RECIPES, ids=name_of)
@@ -158,7 +172,8 @@ def test_feature_recipe_builds_at_full_size(path, monkeypatch):
         assert (model.mimic_weight, model.generate_weight) == (3e-5, 3e-6)
     else:
         assert model.layers == layers
-        assert model.student_layers == [8, 11]
+        assert model.student_layers == (
+            [2, 3] if student in PYRAMIDS else [8, 11])
     assert count(model.student_backbone) == pytest.approx(
         STUDENT_MILLIONS[student], rel=0.06)
     assert model.student_backbone is not model.student
@@ -209,7 +224,7 @@ def cut(path):
     """A recipe with its models cut through options; depth and layers
     stay."""
     plain = load_config(path)
-    method, teacher, _, _ = parts_of(path)
+    method, teacher, student, _ = parts_of(path)
     part = 'model.teacher'
     options = {}
     if method == 'logit_kd':
@@ -223,11 +238,11 @@ def cut(path):
         f'{part}.backbone.arch': dict(
             NARROW, num_layers=TEACHER_FACTS[teacher][0]),
         'model.teacher.checkpoint': None,
-        **STUDENT_CUT[plain.default_scope]}
+        **PYRAMID_CUT.get(student, STUDENT_CUT[plain.default_scope])}
     if method == 'singer':
         options['model.adapter.rank'] = 8
     head = plain.model.student.get('decode_head')
-    if head is not None:
+    if head is not None and student not in PYRAMIDS:
         options.update(HEAD_CUT[head.type])
     return load(path, options)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mmsinger.engine.checks import check_data_folders
 from mmsinger.engine.hooks.target_norm_hook import preserved_random_states
 from mmsinger.errors import ConfigError
-from mmsinger.images import Size, check_patch, dataset_images
+from mmsinger.images import Size, check_patch, dataset_batches
 from mmsinger.models.distillers import FeatureDistiller
 from mmsinger.models.teachers.frozen import FrozenTeacher
 
@@ -66,11 +66,11 @@ class ImageBatches:
         """Yield images (B, 3, H, W)."""
         for start in range(0, len(self), self.batch_size):
             with preserved_random_states(self.seed + start):
-                batch, = dataset_images(
+                batch, = dataset_batches(
                     self.dataset, self.indices[start:start + self.batch_size],
                     self.batch_size, self._preprocess,
                     self.source == 'train_dataloader')
-            yield batch
+            yield batch['inputs']
 
 
 def natural_size(model: nn.Module) -> Size:

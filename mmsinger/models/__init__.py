@@ -5,6 +5,8 @@ from mmsinger.models.backbones import (ConvStem, PlantedArtifacts,
 from mmsinger.models.distillers import (BaseDistiller, FeatureDistiller,
                                         FitNetDistiller, LogitKDDistiller,
                                         SiNGERDistiller, ViTKDDistiller)
+from mmsinger.models.distillers.projectors import (LinearProjector,
+                                                   MLPProjector)
 from mmsinger.models.losses import (FeatureCosineLoss, FeatureLoss,
                                     FeatureMSELoss, FeatureSmoothL1Loss,
                                     GramInformationLoss, LogitKLLoss,
@@ -17,10 +19,10 @@ from mmsinger.models.teachers import FrozenClassifier, FrozenTeacher
 
 __all__ = [
     'BaseDistiller', 'ClipNorms', 'ConvStem', 'FeatureCosineLoss',
-    'FeatureDistiller', 'FeatureLoss', 'FeatureMSELoss',
-    'FeatureSmoothL1Loss', 'FitNetDistiller', 'FrozenBackbone',
-    'FrozenClassifier', 'FrozenTeacher', 'GramInformationLoss',
-    'KNNClassifier', 'LinearDepthHead', 'LogitKDDistiller', 'LogitKLLoss',
+    'FeatureDistiller', 'FeatureLoss', 'FeatureMSELoss', 'FeatureSmoothL1Loss',
+    'FitNetDistiller', 'FrozenBackbone', 'FrozenClassifier', 'FrozenTeacher',
+    'GramInformationLoss', 'KNNClassifier', 'LinearDepthHead',
+    'LinearProjector', 'LogitKDDistiller', 'LogitKLLoss', 'MLPProjector',
     'MaskTokens', 'OutlierSuppressionLoss', 'PlantedArtifacts', 'Refine',
     'SiNGERAdapter', 'SiNGERDistiller', 'TargetStep', 'ViTKDDistiller',
     'VisionTransformerWithRegisters'

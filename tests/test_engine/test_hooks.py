@@ -324,7 +324,7 @@ def test_no_calibration_where_nothing_is_to_calibrate(make, monkeypatch):
     def fail(*args):
         raise AssertionError('the data was read')
 
-    monkeypatch.setattr(target_norm_hook, 'training_images', fail)
+    monkeypatch.setattr(target_norm_hook, 'training_batches', fail)
     for mode in (None, 'layernorm'):
         make(1, **{'model.target_norm': mode}).train()
 

@@ -322,7 +322,7 @@ def test_building_leaves_the_student_as_it_is(name):
 def test_nothing_is_computed_twice(weight):
     model = distiller('segmentor', task_loss_weight=weight)
     teacher = model.teacher.blocks.modules
-    student = model._student_blocks.modules
+    student = model.student_features.modules
     calls = calls_of(*teacher, *student, model.student.backbone,
                      model.teacher.backbone, model.teacher.backbone.ln1,
                      model.student.decode_head.conv_seg,
@@ -605,7 +605,7 @@ def test_averaged_copy():
     losses = average.module.loss(images(), samples('segmentor'))
     assert all(torch.isfinite(v).all() for v in losses.values())
     # each reads its own student
-    with BlockTaps(average.module._student_blocks, [0]) as taps:
+    with BlockTaps(average.module.student_features, [0]) as taps:
         average.module.student.backbone(images())
     assert taps.tokens(0).values.shape == (2, 17, 16)
 
@@ -726,8 +726,14 @@ def test_inlier_variance_is_measured_on_request():
         'no common input', '3 channels', 'teacher of 1', 'in_channels']),
     (dict(student=vit(arch=SMALL, in_channels=4)), [
         'no common input', 'takes images of 4 channels']),
-    (dict(student=dict(type='mmpretrain.ResNet', depth=18)),
-     ['student: ResNet is no vision transformer']),
+    (dict(student=dict(type='mmpretrain.RevVisionTransformer', arch=SMALL,
+                       img_size=32, patch_size=8)),
+     ['reaches no parameter of RevVisionTransformer']),
+    (dict(student=vit(arch=SMALL, frozen_stages=2)),
+     ['reaches no parameter', 'all its parameters are frozen']),
+    (dict(projector=dict(type='MLPProjektor')), [
+        'model.projector.type', "Did you mean 'MLPProjector'"]),
+    (dict(resample='techer'), ['resample', "Did you mean 'teacher'"]),
     (dict(student='mmpretrain'), ['student must be a model config']),
     (dict(student=FEATURES_ONLY['headless'], task_loss_weight=1.),
      ['task_loss_weight=1.0', 'ImageClassifier has no head',

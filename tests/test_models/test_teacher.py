@@ -79,7 +79,7 @@ def test_a_copy_shares_it(distiller):
     assert twin.teacher.backbone is distiller.teacher.backbone
     # … and its own blocks are read, not the original's
     assert twin.student is not distiller.student
-    assert twin._student_blocks.modules[0] is twin.student.layers[0]
+    assert twin.student_features.modules[0] is twin.student.layers[0]
 
 
 def test_moves_with_the_distiller(distiller):

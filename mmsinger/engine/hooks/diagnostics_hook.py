@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmsinger.engine.diagnostics import adapter_energies, step_diagnostics
 from mmsinger.engine.hooks.target_norm_hook import (preserved_random_states,
-                                                    training_images)
+                                                    training_batches)
 from mmsinger.engine.unwrap import full_parameters, is_sharded, unwrap
 from mmsinger.errors import ConfigError
 from mmsinger.models import FeatureDistiller
@@ -159,8 +159,9 @@ class DiagnosticsHook(Hook):
                                       pictures_of, to_array)
         if self._images is None:
             with preserved_random_states(seed=0):
-                self._images = torch.cat(list(training_images(
-                    runner, self.draw_images, self.draw_images))).cpu()
+                self._images = torch.cat([
+                    batch['inputs'] for batch in training_batches(
+                        runner, self.draw_images, self.draw_images)]).cpu()
         with preserved_random_states(seed=0):
             features = extract_features(
                 model, self._images.to(next(model.parameters()).device))

@@ -1,17 +1,16 @@
 import contextlib
 import random
-from typing import Iterator
+from typing import Any, Dict, Iterator
 
 import numpy as np
 import torch
 from mmengine.dist import broadcast
 from mmengine.hooks import Hook
-from torch import Tensor
 
 from mmsinger.engine.hooks.random_state_hook import (random_states,
                                                      set_random_states)
 from mmsinger.engine.unwrap import unwrap
-from mmsinger.images import dataset_images
+from mmsinger.images import dataset_batches
 from mmsinger.registry import HOOKS
 
 NUM_IMAGES = 256
@@ -44,7 +43,7 @@ class TargetNormHook(Hook):
             return
         with preserved_random_states(seed=0):
             scales = model.calibrate_target_norms(
-                training_images(runner, self.num_images, self.batch_size))
+                training_batches(runner, self.num_images, self.batch_size))
         count = min(self.num_images, len(runner.train_dataloader.dataset))
         for buffer in model.target_norms.buffers():
             broadcast(buffer)
@@ -54,8 +53,8 @@ class TargetNormHook(Hook):
             ', '.join(f'{k}: {v:.4g}' for k, v in scales.items()))
 
 
-def training_images(runner, num_images: int, batch_size: int
-                    ) -> Iterator[Tensor]:
+def training_batches(runner, num_images: int, batch_size: int
+                     ) -> Iterator[Dict[str, Any]]:
     """Evenly spaced training images, read past the sampler.
 
     Args:
@@ -64,13 +63,13 @@ def training_images(runner, num_images: int, batch_size: int
         batch_size (int): Images at a time.
 
     Yields:
-        Tensor: Preprocessed images, shape (B, 3, H, W).
+        dict: See :func:`~mmsinger.images.dataset_batches`.
     """
     loader = runner.train_dataloader
     total = len(loader.dataset)
     count = min(num_images, total)
     indices = [i * total // count for i in range(count)]
-    yield from dataset_images(
+    yield from dataset_batches(
         loader.dataset, indices, batch_size,
         unwrap(runner.model).data_preprocessor, True, loader.collate_fn)
 

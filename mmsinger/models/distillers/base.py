@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from mmsinger.checkpoint import safe_loading
 from mmsinger.errors import ConfigError, check_choice, check_keys
+from mmsinger.images import first_view
+from mmsinger.models.features.anatomy import find_part
 from mmsinger.models.teachers.frozen import (PRECISIONS, FrozenModule,
                                              FrozenTeacher, Normalisation)
 from mmsinger.registry import MODELS, argument_names
@@ -27,10 +29,10 @@ class BaseDistiller(BaseModel):
     :class:`FeatureDistiller`, with a :meth:`distill` alone.
 
     Args:
-        student (dict): Config of any mmpretrain or mmseg model with a vision
-            transformer as ``backbone`` (ImageClassifier, EncoderDecoder,
-            DepthEstimator, with or without a head), exactly as in a plain
-            config; or of a backbone alone.
+        student (dict): Config of any mmpretrain or mmseg model with a
+            ``backbone`` (ImageClassifier, EncoderDecoder, DepthEstimator,
+            with or without a head), exactly as in a plain config; or of a
+            backbone alone.
         teacher (dict): Arguments of :attr:`teacher_class`.
         task_loss_weight (float): Factor of the student's own losses. 0 trains
             on the teacher alone: labels are not used, and what its outputs do
@@ -87,11 +89,14 @@ class BaseDistiller(BaseModel):
 
     # -- what a method implements ------------------------------------------
 
-    def run_teacher(self, inputs: Tensor) -> Any:
+    def run_teacher(self, inputs: Tensor,
+                    data_samples: Optional[list] = None) -> Any:
         """Pass images through the teacher.
 
         Args:
             inputs (Tensor): Preprocessed images, shape (B, 3, H, W).
+            data_samples (list, optional): Annotations, of which only what
+                they say about padding may be read. Defaults to None.
 
         Returns:
             What :meth:`distill` needs of it, without gradients.
@@ -131,8 +136,8 @@ class BaseDistiller(BaseModel):
 
     @property
     def student_backbone(self) -> nn.Module:
-        """The student's vision transformer."""
-        return getattr(self.student, 'backbone', self.student)
+        """The student's backbone; the student itself if it is one."""
+        return find_part(self.student, 'backbone') or self.student
 
     def __getattr__(self, name: str) -> Any:
         # What the toolboxes' test-time augmentation and inference functions
@@ -198,21 +203,54 @@ class BaseDistiller(BaseModel):
                 f'{type(self.student).__name__} has no head to compute a '
                 'task loss with. Set task_loss_weight=0 (features only), or '
                 'give it a head.')
+        if self.task_loss_weight > 0 and is_pretraining(self.student):
+            raise ConfigError(
+                f'task_loss_weight={self.task_loss_weight}, but the student '
+                f'{type(self.student).__name__} is a method of pre-training, '
+                'which masks its images or compares views of them: what its '
+                "backbone sees there is not what the teacher sees. Set "
+                'task_loss_weight=0: its backbone learns from the teacher '
+                'alone, on the first view of each image.')
 
-    def _freeze_unreached(self) -> None:
-        """Without a task loss, what the distilled features (or logits) do not
-        depend on gets no gradient: the final norm, the heads and the blocks
-        after the last distilled one. DDP refuses parameters without
-        gradients, so they are marked as frozen."""
+    def _find_what_learns(self) -> None:
+        """See by one small backward pass which student parameters the
+        distilled features (or logits) reach.
+
+        Without a task loss what they do not reach gets no gradient: the final
+        norm, the heads and the blocks after the last distilled one. DDP
+        refuses parameters without gradients, so they are marked as frozen.
+
+        Raises:
+            ConfigError: If none is reached: nothing would be learnt.
+        """
         reached = self._parameters_reached()
-        frozen = 0
-        for parameter in self.student.parameters():
-            if parameter.requires_grad and id(parameter) not in reached:
-                parameter.requires_grad_(False)
-                frozen += parameter.numel()
+        parameters = list(self.student.parameters())
+        frozen = sum(p.numel() for p in parameters if not p.requires_grad)
+        if not reached:
+            why = 'all its parameters are frozen (frozen_stages, or ' \
+                'requires_grad=False)' if not any(
+                    p.requires_grad for p in self.student_backbone.parameters()
+                ) else 'its backbone does not hand gradients on to them: ' \
+                'what is distilled is frozen, or the backward pass is its ' \
+                'own (RevViT)'
+            raise ConfigError(
+                'student: distillation reaches no parameter of '
+                f'{type(self.student_backbone).__name__}, since {why}. Let '
+                'the distilled part train, or take another student.')
         if frozen:
+            total = sum(p.numel() for p in parameters)
+            print_log(f'The student config freezes {frozen:,} of the '
+                      f"student's {total:,} parameters", logger='current')
+        if self.task_loss_weight > 0:
+            return
+        unreached = [p for p in parameters
+                     if p.requires_grad and id(p) not in reached]
+        for parameter in unreached:
+            parameter.requires_grad_(False)
+        if unreached:
+            count = sum(p.numel() for p in unreached)
             print_log(
-                f'task_loss_weight=0: {frozen:,} student parameters '
+                f'task_loss_weight=0: {count:,} student parameters '
                 f'{self._not_reached} get no gradient and stay as they are',
                 logger='current')
 
@@ -251,7 +289,8 @@ class BaseDistiller(BaseModel):
         """Compute the student's own losses and ``distill.*``.
 
         Args:
-            inputs (Tensor): Preprocessed images, shape (B, 3, H, W).
+            inputs (Tensor | list[Tensor]): Preprocessed images, shape
+                (B, 3, H, W); of several views, the first counts.
             data_samples (list, optional): Annotations; not read if
                 ``task_loss_weight`` is 0.
 
@@ -259,7 +298,8 @@ class BaseDistiller(BaseModel):
             dict[str, Tensor]: Losses by name.
         """
         self._check_ready()
-        teacher_outputs = self.run_teacher(inputs)
+        inputs = first_view(inputs)
+        teacher_outputs = self.run_teacher(inputs, data_samples)
         losses, student_outputs = self.run_student(inputs, data_samples)
         for name, value in self.distill(
                 teacher_outputs, student_outputs).items():
@@ -305,20 +345,33 @@ def reached_parameters(module: nn.Module,
 
     Args:
         module (nn.Module): The module; it stays as it is.
-        run (Callable): Given a copy of it in evaluation mode, runs it and
-            returns a scalar.
+        run (Callable): Given a copy of it, runs it and returns a scalar.
 
     Returns:
-        set[int]: The ``id`` of each such parameter.
+        set[int]: The ``id`` of each such parameter; none if there are none in
+        training mode (reversible backbones have a backward pass of their
+        own there).
     """
-    # On a copy: EVA-02 for one keeps buffers of the last image's size
-    copied = copy.deepcopy(module)
-    copied.eval()  # alone: mmpretrain's backbones return None from it
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        total = run(copied)
-    total.backward()  # not autograd.grad(): checkpointing refuses it
-    return {id(ours) for ours, theirs in zip(
-        module.parameters(), copied.parameters()) if theirs.grad is not None}
+
+    def with_gradient(training: bool) -> set:
+        # On a copy: EVA-02 for one keeps buffers of the last image's size
+        copied = copy.deepcopy(module)
+        copied.train(training)  # alone: some backbones return None from it
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            total = run(copied)
+        if total.requires_grad:
+            total.backward()  # not autograd.grad(): checkpointing refuses it
+        return {id(ours) for ours, theirs in zip(
+            module.parameters(), copied.parameters())
+            if theirs.grad is not None}
+
+    try:
+        if not with_gradient(training=True):
+            return set()
+    except ValueError:  # batch norms of a single value
+        pass
+    # Where no drop path leaves anything out
+    return with_gradient(training=False)
 
 
 def build_student(cfg: dict, data_preprocessor: Optional[dict]) -> nn.Module:
@@ -365,6 +418,12 @@ def has_head(student: nn.Module) -> bool:
     if hasattr(student, 'decode_head'):
         return True
     return getattr(student, 'head', None) is not None
+
+
+def is_pretraining(student: nn.Module) -> bool:
+    """Whether a model is one of mmpretrain's self-supervised methods."""
+    return any(cls.__name__ == 'BaseSelfSupervisor'
+               for cls in type(student).__mro__)
 
 
 def _scaled(value: Any, factor: float) -> Any:

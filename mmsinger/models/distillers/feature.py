@@ -8,9 +8,10 @@ from mmsinger.errors import ConfigError, check_choice
 from mmsinger.models.distillers.base import BaseDistiller, reached_parameters
 from mmsinger.models.distillers.layer_map import LAYER_MAPS, map_layers
 from mmsinger.models.distillers.step_record import StepRecord
-from mmsinger.models.features.anatomy import (Blocks, Layer, example_images,
-                                              find_blocks, resolve_layer)
+from mmsinger.models.features.anatomy import (Features, Layer, example_images,
+                                              find_features, resolve_layer)
 from mmsinger.models.features.compiled import compile_blocks
+from mmsinger.models.features.padding import find_padding
 from mmsinger.models.features.taps import BlockTaps
 from mmsinger.models.features.tokens import Tokens, align_tokens
 from mmsinger.models.losses import FeatureMSELoss
@@ -48,6 +49,15 @@ class FeatureDistiller(BaseDistiller):
             own. As a dict, each has a name by which other configs and
             ``--cfg-options`` can change it. Defaults to none: the tokens as
             they are.
+        projector (dict, optional): Config of what brings student tokens to
+            the teacher's width, one for each layer:
+            :class:`LinearProjector`, :class:`MLPProjector`, or your own.
+            Defaults to None, linear.
+        resample (str): Whose tokens are resampled where the grids of student
+            and teacher differ: ``'student'``, to the teacher's grid;
+            ``'teacher'``, to the student's, which for a coarse map of a
+            pyramid compares fewer cells, none of them interpolated. Defaults
+            to ``'student'``.
         compile (bool | dict): Compile the blocks of teacher and student with
             ``torch.compile``; a dict holds its options. ``tools/train.py``
             sets it where a config has mmengine's ``compile``. Defaults to
@@ -76,16 +86,19 @@ class FeatureDistiller(BaseDistiller):
                  layer_map: str = 'relative',
                  target_norm: Optional[str] = None,
                  targets: StepConfigs = (),
+                 projector: Optional[dict] = None,
+                 resample: str = 'student',
                  compile: Union[bool, dict] = False,
                  loss_kd: Optional[dict] = None,
                  **kwargs: Any) -> None:
         # Mistakes are found before the models are built, which takes long.
         check_choice('layer_map', layer_map, self.layer_maps)
         check_choice('target_norm', target_norm, TARGET_NORMS)
+        check_choice('resample', resample, ('student', 'teacher'))
         steps = build_steps(targets, target_norm)
         kd = build_part('model.loss_kd', loss_kd, 'mmsinger.FeatureMSELoss')
         super().__init__(student=student, teacher=teacher, **kwargs)
-        self.find_student_blocks()
+        self.find_student_features()
         self.layers = self._resolve_layers(
             self.teacher.layers if layers is None else layers)
         self.student_layers = self._resolve_student_layers(
@@ -95,9 +108,13 @@ class FeatureDistiller(BaseDistiller):
 
         dim = self.teacher.blocks.dim
         self.projectors = nn.ModuleDict({
-            str(layer): nn.Linear(self._student_blocks.dim, dim)
-            for layer in self.layers
+            str(layer): build_part(
+                'model.projector', projector, 'mmsinger.LinearProjector',
+                in_channels=self.student_features.channels[student_layer],
+                out_channels=dim)
+            for layer, student_layer in zip(self.layers, self.student_layers)
         })
+        self.resample = resample
         self.target_norm = target_norm
         self.steps = steps
         for step in steps:
@@ -116,8 +133,7 @@ class FeatureDistiller(BaseDistiller):
         self._compile = compile
         # Put here by hooks, for the steps that they measure
         self.records: List[StepRecord] = []
-        if self.task_loss_weight == 0:
-            self._freeze_unreached()
+        self._find_what_learns()
 
     def feature_losses(self, targets: Dict[int, Tokens],
                        student_tokens: Dict[int, Tokens]
@@ -143,10 +159,12 @@ class FeatureDistiller(BaseDistiller):
 
     # -- building ----------------------------------------------------------
 
-    def find_student_blocks(self) -> Blocks:
-        """Find the student's blocks, anew where they have been wrapped."""
-        self._student_blocks = find_blocks(self.student_backbone, 'student')
-        return self._student_blocks
+    def find_student_features(self) -> Features:
+        """Find the student's blocks or maps, anew where they have been
+        wrapped."""
+        self.student_features = find_features(
+            self.student_backbone, 'student')
+        return self.student_features
 
     def _hold_parts_of_steps(self) -> None:
         # Under their own names: the order of steps is not in checkpoints
@@ -176,7 +194,7 @@ class FeatureDistiller(BaseDistiller):
 
     def _resolve_student_layers(self, layers: Optional[Sequence[Layer]],
                                 layer_map: str) -> List[int]:
-        blocks = self._student_blocks
+        blocks = self.student_features
         if layers is None:
             return map_layers(self.layers, len(self.teacher.blocks),
                               len(blocks), layer_map)
@@ -190,7 +208,7 @@ class FeatureDistiller(BaseDistiller):
                 for layer in layers]
 
     def _check_same_images(self) -> None:
-        ours = self._student_blocks.in_channels
+        ours = self.student_features.in_channels
         theirs = self.teacher.blocks.in_channels
         if ours != theirs:
             raise ConfigError(
@@ -201,12 +219,13 @@ class FeatureDistiller(BaseDistiller):
 
     @property
     def _not_reached(self) -> str:
-        return f'after block {max(self.student_layers)} (final norm, heads)'
+        last = self.student_features.paths[max(self.student_layers)]
+        return f'after {last} (final norm, heads)'
 
     def _parameters_reached(self) -> set:
 
         def run(backbone: nn.Module) -> Tensor:
-            blocks = find_blocks(backbone, 'student')
+            blocks = find_features(backbone, 'student')
             with BlockTaps(blocks, self.student_layers, stop=True) as taps:
                 taps.run(backbone, example_images(blocks, backbone))
             return sum(taps.tokens(layer).values.sum()
@@ -216,22 +235,29 @@ class FeatureDistiller(BaseDistiller):
 
     # -- running -----------------------------------------------------------
 
-    def run_teacher(self, inputs: Tensor) -> TeacherOutputs:
+    def run_teacher(self, inputs: Tensor,
+                    data_samples: Optional[list] = None) -> TeacherOutputs:
         taps = self.teacher(inputs, self.tapped_teacher_layers,
                             self.student_normalisation)
-        return TeacherOutputs(taps, self.target_norms, self.records)
+        return TeacherOutputs(taps, self.target_norms, self.records,
+                              find_padding(inputs, data_samples))
 
     def run_student(self, inputs: Tensor, data_samples: Optional[list]
                     ) -> Tuple[Dict[str, Any], Dict[int, Tokens]]:
         features_only = self.task_loss_weight == 0
         losses: Dict[str, Any] = {}
-        with BlockTaps(self._student_blocks, self.student_layers,
+        with BlockTaps(self.student_features, self.student_layers,
                        stop=features_only) as taps:
             if features_only:
                 taps.run(self.student_backbone, inputs)
             else:
                 losses = self.task_losses(inputs, data_samples)
-        return losses, self._by_teacher_layer(taps)
+        tokens = self._by_teacher_layer(taps)
+        padding = find_padding(inputs, data_samples)
+        if padding is not None:
+            tokens = {layer: padding.weigh(own)
+                      for layer, own in tokens.items()}
+        return losses, tokens
 
     @torch.no_grad()
     def student_tokens(self, inputs: Tensor) -> Dict[int, Tokens]:
@@ -247,7 +273,7 @@ class FeatureDistiller(BaseDistiller):
         training = self.training
         self.eval()
         try:
-            with BlockTaps(self._student_blocks, self.student_layers,
+            with BlockTaps(self.student_features, self.student_layers,
                            stop=True) as taps:
                 taps.run(self.student_backbone, inputs)
         finally:
@@ -292,7 +318,7 @@ class FeatureDistiller(BaseDistiller):
         if self._compile is not False:
             # Not while building: a copy made until then is a plain model
             options = {} if self._compile is True else self._compile
-            for blocks in (self.teacher.blocks, self._student_blocks):
+            for blocks in (self.teacher.blocks, self.student_features):
                 compile_blocks(blocks, **options)
             self._compile = False
         if self.target_norm == 'standardise' and self.needs_calibration:
@@ -336,7 +362,7 @@ class FeatureDistiller(BaseDistiller):
         """
         for record in self.records:
             record.add(layer, student=student)
-        student, target = align_tokens(student, target)
+        student, target = align_tokens(student, target, self.resample)
         return (student._replace(
                     values=self.projectors[str(layer)](student.values)),
                 target._replace(values=self.target_norms[str(layer)].target(
@@ -380,21 +406,30 @@ class FeatureDistiller(BaseDistiller):
         """Set the statistics of ``target_norm='standardise'``.
 
         Args:
-            batches (Iterable[Tensor]): Preprocessed images (B, 3, H, W).
-            tokens_per_image (int): Patch tokens to keep of each image, evenly
-                spaced. Defaults to 64.
+            batches (Iterable[Tensor | dict]): Preprocessed images
+                (B, 3, H, W); or dicts of them, ``inputs``, and their
+                ``data_samples``, whose padding does not count.
+            tokens_per_image (int): Patch tokens to look at in each image,
+                evenly spaced. Defaults to 64.
 
         Returns:
             dict[int, float]: The scale of each layer.
         """
         layers = [int(layer) for layer in self.target_norms]
         kept: Dict[int, List[Tensor]] = {layer: [] for layer in layers}
-        for inputs in batches:
-            taps = self.teacher(inputs, layers, self.student_normalisation)
+        for batch in batches:
+            if isinstance(batch, Tensor):
+                batch = dict(inputs=batch)
+            padding = find_padding(batch['inputs'], batch.get('data_samples'))
+            taps = self.teacher(batch['inputs'], layers,
+                                self.student_normalisation)
             for layer in layers:
-                patches = taps.tokens(layer).patches
-                step = max(1, patches.shape[1] // tokens_per_image)
-                kept[layer].append(patches[:, ::step].flatten(0, 1).float())
+                tokens = taps.tokens(layer)
+                step = max(1, tokens.patches.shape[1] // tokens_per_image)
+                patches = tokens.patches[:, ::step].float()  # (B, n, D)
+                kept[layer].append(patches.flatten(0, 1) if padding is None
+                                   else patches[padding.weigh(
+                                       tokens).patch_weight[:, ::step] > 0.99])
         if not any(kept.values()):
             raise ConfigError("target_norm='standardise' needs images to "
                               'calibrate on, but there are none.')

@@ -48,8 +48,7 @@ class LogitKDDistiller(BaseDistiller):
                 f'student and teacher do not have the same classes: {ours} '
                 f'and {theirs}. Set num_classes of the two heads to what the '
                 'data set has.')
-        if self.task_loss_weight == 0:
-            self._freeze_unreached()
+        self._find_what_learns()
 
     def _parameters_reached(self) -> set:
 
@@ -61,7 +60,8 @@ class LogitKDDistiller(BaseDistiller):
 
         return reached_parameters(self.student, run)
 
-    def run_teacher(self, inputs: Tensor) -> Tensor:
+    def run_teacher(self, inputs: Tensor,
+                    data_samples: Optional[list] = None) -> Tensor:
         return self.teacher(inputs, self.student_normalisation)
 
     def run_student(self, inputs: Tensor, data_samples: Optional[list]

@@ -44,9 +44,9 @@ class StepRecord:
         for name, value in values.items():
             if isinstance(value, Tokens):
                 weight = value.weight
-                kept = Tokens(
-                    self._copy(value.values), value.grid,
-                    None if weight is None else self._copy(weight))
+                kept = value._replace(
+                    values=self._copy(value.values),
+                    weight=None if weight is None else self._copy(weight))
             else:
                 kept = self._copy(value)
             self.layers[layer][name] = kept

@@ -94,7 +94,7 @@ class ViTKDDistiller(FeatureDistiller):
         if layers is None and layer_map == 'same':
             layers = (*self.layers[:-1], *map_layers(
                 self.layers[-1:], len(self.teacher.blocks),
-                len(self._student_blocks)))
+                len(self.student_features)))
         return super()._resolve_student_layers(layers, layer_map)
 
     def feature_losses(self, targets: Dict[int, Tokens],

@@ -1,30 +1,40 @@
 """What a backbone is made of: the only place that knows names inside one.
 
-Works on mmpretrain's VisionTransformer family, mmseg's VisionTransformer and
-timm models inside mmpretrain's ``TIMMBackbone``, and on whatever else keeps
-its blocks in one list beside a patch embedding. A backbone that calls its
-parts otherwise needs an entry in :data:`NAMES`, and nothing else.
+A plain vision transformer shows its :class:`Blocks`: mmpretrain's
+VisionTransformer family, mmseg's VisionTransformer, timm models inside
+mmpretrain's ``TIMMBackbone``, and whatever else keeps its blocks in one list
+beside a patch embedding. Every other backbone shows :class:`Maps`: its stages,
+or what it returns. One that calls its parts otherwise needs an entry in
+:data:`NAMES`, and nothing else.
 """
+import contextlib
+import copy
 import inspect
 import re
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import (Any, Callable, Dict, List, NamedTuple,
+                    Optional, Tuple, Union)
 
 import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError, near_matches
+from mmsinger.models.features.tokens import Grid, Tokens
 
 Layer = Union[int, str]
-Grid = Tuple[int, int]
 
 # What the parts are called, as dotted paths; the first that is there counts.
 NAMES: Dict[str, List[str]] = dict(
+    backbone=['backbone', 'image_encoder.backbone', 'image_encoder.0'],
     patch_embed=['patch_embed'],  # beside the list of blocks, or above it
+    cls_token=['cls_token'],
     # in a block
     attention=['attn'],
     ffn=['ffn', 'mlp'],
     ffn_norm=['ln2', 'norm2'],
     layer_scale=['gamma_2', 'ls2', 'ffn.gamma2'],
+    # of a pyramid: a list, or numbered modules
+    stages=['stages', 'layers', 'network', 'features', 'encoder', 'layer*',
+            'stage*'],
 )
 
 # Gated FFNs, output(act(gate(x)) * value(x)): where gate and value are (one
@@ -40,7 +50,8 @@ def find_part(module: nn.Module, part: str) -> Any:
     """A part of a module, whatever it is called there.
 
     Args:
-        module (nn.Module): A block, or what holds the list of blocks.
+        module (nn.Module): A model, a block, or what holds the list of
+            blocks.
         part (str): A key of :data:`NAMES`.
 
     Returns:
@@ -62,13 +73,21 @@ class Blocks(NamedTuple):
         path (str): Module path of their list, such as ``'layers'``.
         modules (list[nn.Module]): The blocks, first to last.
         patch_embed (nn.Module): The patch embedding in front of them.
+        has_cls (bool): Whether the first of the tokens before the patches, if
+            there are any, is a class token.
     """
     path: str
     modules: List[nn.Module]
     patch_embed: nn.Module
+    has_cls: bool = True
 
     def __len__(self) -> int:
         return len(self.modules)
+
+    @property
+    def paths(self) -> List[str]:
+        """Module path of each block."""
+        return [f'{self.path}.{i}' for i in range(len(self))]
 
     @property
     def dim(self) -> int:
@@ -77,15 +96,343 @@ class Blocks(NamedTuple):
             self.modules[0], 'ffn').modules() if isinstance(m, nn.Linear))
 
     @property
+    def channels(self) -> List[int]:
+        """Channels of each block's tokens."""
+        return [self.dim] * len(self)
+
+    @property
     def in_channels(self) -> int:
         """Channels of the images."""
-        return next(m.in_channels for m in self.patch_embed.modules()
-                    if isinstance(m, nn.Conv2d))
+        return image_channels(self.patch_embed)
 
     @property
     def stride(self) -> Grid:
         """Pixels between neighbouring patches, (rows, columns)."""
         return patch_stride(self.patch_embed)
+
+    @property
+    def image_size(self) -> Grid:
+        """A small size (H, W) that a backbone of any size takes."""
+        return tuple(2 * step for step in self.stride)
+
+    def watch_input(self, record: Callable[[Grid], None]) -> Any:
+        """Have the grid of patches recorded in each pass.
+
+        Args:
+            record (Callable): Is given h and w.
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+        """
+        return self.patch_embed.register_forward_hook(
+            lambda module, args, output: record(
+                patch_grid(module, args[0], output)))
+
+    def read(self, layer: int, output: Any, grid: Grid) -> Tokens:
+        """Tokens from what a block returned.
+
+        Args:
+            layer (int): Index of the block.
+            output: What it returned.
+            grid (tuple[int, int]): What was recorded, see
+                :meth:`watch_input`.
+
+        Returns:
+            Tokens: Values of shape (B, N, C).
+
+        Raises:
+            ConfigError: If they are not on the grid of the patch embedding.
+        """
+        tokens = Tokens(first_output(output), grid, has_cls=self.has_cls)
+        if tokens.values.dim() != 3 or tokens.num_prefix < 0:
+            raise ConfigError(
+                f'{self.paths[layer]} gives shape '
+                f'{tuple(tokens.values.shape)}; expected tokens (B, N, C) '
+                f'with N >= {grid[0]} x {grid[1]}, the patch grid. Token '
+                'dropping and windowed blocks are not supported.')
+        return tokens
+
+
+class Maps(NamedTuple):
+    """The feature maps of a backbone: what its stages give, or what it
+    returns. Has what :class:`Blocks` has but for the blocks.
+
+    Attributes:
+        backbone (nn.Module): The backbone.
+        paths (list[str]): Where each map comes from: ``'layer3'``,
+            ``'outputs.0'``.
+        modules (list[nn.Module]): Which module returns it.
+        picks (list[int | None]): Which of its outputs it is; None, the only
+            one.
+        layouts (list[str]): ``'NCHW'``, ``'NHWC'``, or ``'NLC'``, tokens.
+        channels (list[int]): Channels of each map.
+        strides (list[tuple[int, int]]): Pixels between neighbouring cells.
+        image_size (tuple[int, int]): A size (H, W) that the backbone takes.
+    """
+    backbone: nn.Module
+    paths: List[str]
+    modules: List[nn.Module]
+    picks: List[Optional[int]]
+    layouts: List[str]
+    channels: List[int]
+    strides: List[Grid]
+    image_size: Grid
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images."""
+        return image_channels(self.backbone)
+
+    @property
+    def stride(self) -> Grid:
+        """Pixels between neighbouring cells of the deepest map."""
+        return self.strides[-1]
+
+    def watch_input(self, record: Callable[[Grid], None]) -> Any:
+        """Have the size of images recorded in each pass, see
+        :meth:`Blocks.watch_input`."""
+        return self.backbone.register_forward_pre_hook(
+            lambda module, args: record(tuple(args[0].shape[-2:])))
+
+    def read(self, layer: int, output: Any, size: Grid) -> Tokens:
+        """Tokens from what a module returned, see :meth:`Blocks.read`."""
+        if self.picks[layer] is not None:
+            output = output[self.picks[layer]]
+        values, grid = _split(output)
+        layout = self.layouts[layer]
+        if layout == 'NLC':
+            return Tokens(values, grid or tuple(
+                -(-length // step)
+                for length, step in zip(size, self.strides[layer])))
+        if layout == 'NCHW':  # (B, C, h, w) -> (B, h, w, C)
+            values = values.permute(0, 2, 3, 1)
+        return Tokens(values.flatten(1, 2), tuple(values.shape[1:3]))
+
+
+Features = Union[Blocks, Maps]
+
+
+def find_features(backbone: nn.Module, owner: str) -> Features:
+    """Find what a backbone shows spatially: blocks, stages or outputs.
+
+    Args:
+        backbone (nn.Module): The backbone; it stays as it is.
+        owner (str): ``'teacher'`` or ``'student'``, for error messages.
+
+    Returns:
+        Blocks | Maps: Blocks of a plain vision transformer; else the stages
+        of a pyramid, the last of each resolution; else the maps that the
+        backbone returns, in training as in evaluation; else those of any
+        list of modules.
+
+    Raises:
+        ConfigError: If there is no feature map.
+    """
+    try:
+        blocks = find_blocks(backbone, owner)
+        _check_blocks(backbone, blocks)
+        return blocks
+    except ConfigError as error:
+        return _find_maps(backbone, owner, error)
+
+
+def _check_blocks(backbone: nn.Module, blocks: Blocks) -> None:
+    """Raise :class:`ConfigError` if blocks give no tokens on one grid."""
+    grids: List[Grid] = []
+    outputs: List[Any] = []
+    # On a copy: some backbones keep buffers of the last image's size
+    copied = copy.deepcopy(backbone)
+    own = find_blocks(copied, '')
+    own.watch_input(grids.append)
+    for block in own.modules:
+        block.register_forward_hook(
+            lambda module, args, output: outputs.append(output))
+    _run(copied, example_images(blocks, backbone))
+    for i, output in enumerate(outputs):
+        blocks.read(i, output, grids[-1])
+
+
+def _run(backbone: nn.Module, images: Tensor, training: bool = False) -> Any:
+    """What a backbone returns for images, without gradients.
+
+    Raises:
+        ConfigError: If it cannot be run on them.
+    """
+    backbone.train(training)  # alone: some backbones return None from it
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            return backbone(images, **unmasked(backbone))
+    except Exception as error:  # too small, or not divided by its stride
+        said = (str(error) or repr(error)).splitlines()[0][:200]
+        raise ConfigError(f'{tuple(images.shape)}: {said}') from error
+
+
+def _find_maps(backbone: nn.Module, owner: str, error: ConfigError) -> Maps:
+    # On a copy: some backbones keep buffers of the last image's size
+    copied = copy.deepcopy(backbone)
+    stages = _stage_paths(backbone)
+    found: Dict[str, Any] = {}
+    for path in {path for paths in stages.values() for path in paths}:
+        copied.get_submodule(path).register_forward_hook(
+            lambda module, args, output, path=path: found.update(
+                {path: output}))
+    reasons = []
+    for size in _sizes(backbone):
+        images = torch.randn(2, image_channels(backbone), *size)
+        found.clear()
+        try:
+            outputs = _run(copied, images)
+        except ConfigError as reason:
+            reasons.append(str(reason))
+            continue
+        in_stages = {name: _last_of_each_stride(_maps_among(
+            [(path, None, found.get(path)) for path in paths], size))
+            for name, paths in stages.items()}
+        in_stages = {k: maps for k, maps in in_stages.items() if len(maps) > 1}
+        named = next((in_stages[name] for name in in_stages
+                      if name.split('.')[-1] in NAMES['stages']), None)
+        if named:
+            return _maps(backbone, named, size)
+        returned = _returned(outputs, size)
+        with contextlib.suppress(ConfigError):
+            if _returned(_run(copied, images, training=True),
+                         size) != returned:
+                returned = []
+        # The coarsest of lists with another name, then the longest
+        others = sorted(in_stages, key=lambda name: (
+            name.count('.'), -max(m.stride[0] for _, _, m in in_stages[name]),
+            -len(in_stages[name])))
+        if returned or others:
+            return _maps(backbone, returned or in_stages[others[0]], size)
+    raise ConfigError(
+        f'{owner}: {type(backbone).__name__} shows no feature map: neither '
+        'its stages nor what it returns is spatial. '
+        + (f'It could not be run on random images: {"; ".join(reasons)}. '
+           if reasons else '') + f'As a vision transformer: {error}')
+
+
+def _returned(outputs: Any, size: Grid) -> list:
+    """The maps among what a backbone returned."""
+    if isinstance(outputs, (tuple, list)):
+        return _maps_among([('', i, one) for i, one in enumerate(outputs)],
+                           size)
+    return _maps_among([('', None, outputs)], size)
+
+
+def _maps_among(outputs: list, size: Grid) -> list:
+    """Where each map comes from, and how to read it."""
+    described = [(path, pick, _describe(output, size))
+                 for path, pick, output in outputs]
+    return [one for one in described if one[2]]
+
+
+def _sizes(backbone: nn.Module) -> List[Grid]:
+    """Image sizes to try; not square, so that rows and columns differ."""
+    fixed = fixed_input_size(backbone)
+    if fixed:
+        return [fixed]
+    named = [size for size in (
+        getattr(module, name, None) for module in backbone.modules()
+        for name in ('img_size', 'img_resolution', 'input_resolution',
+                     'init_size')) if size]
+    return [(64, 96), (128, 192), (256, 384), *(
+        (size, size) if isinstance(size, int) else tuple(size)[-2:]
+        for size in named[:1]), (224, 224)]
+
+
+def _stage_paths(backbone: nn.Module) -> Dict[str, List[str]]:
+    """Module paths that may be stages, by the list that they are in, or by
+    what they are called before their number (``'layer*'``); names in
+    :data:`NAMES` first."""
+    lists = (nn.ModuleList, nn.Sequential)
+    groups: Dict[str, List[str]] = {}
+    for prefix, root in [('', backbone)] + [
+            (f'{name}.', child) for name, child in backbone.named_children()
+            if not isinstance(child, lists)]:
+        for name, child in root.named_children():
+            number = re.search(r'_?(\d+)$', name)
+            if number:
+                groups.setdefault(f'{prefix}{name[:number.start()]}*',
+                                  []).append(prefix + name)
+            elif isinstance(child, lists):
+                groups[prefix + name] = [f'{prefix}{name}.{below}' for below, _
+                                         in child.named_children()]
+    for name, paths in groups.items():
+        if name.endswith('*'):
+            paths.sort(key=lambda path: int(re.findall(r'\d+', path)[-1]))
+    names = NAMES['stages']
+    order = sorted(groups, key=lambda name: (
+        name.count('.'), names.index(name.split('.')[-1])
+        if name.split('.')[-1] in names else len(names)))
+    return {name: groups[name] for name in order if len(groups[name]) > 1}
+
+
+class _Map(NamedTuple):
+    layout: str
+    channels: int
+    stride: Grid
+
+
+def _split(output: Any) -> Tuple[Any, Optional[Grid]]:
+    """The tensor in what a module returned, and its grid if it came along, as
+    in ``(tokens, (h, w))``; of several tensors in a tuple, the first."""
+    if isinstance(output, (tuple, list)) and len(output) == 2 and not \
+            isinstance(output[1], Tensor) and len(output[1]) == 2:
+        return output[0], (int(output[1][0]), int(output[1][1]))
+    return (output[0] if isinstance(output, tuple) and output
+            else output), None
+
+
+def _describe(output: Any, size: Grid) -> Optional[_Map]:
+    """How to read an output for images of a size; None if it is no map."""
+    output, grid = _split(output)
+    if not isinstance(output, Tensor):
+        return None
+    shape = tuple(output.shape)
+    if len(shape) == 3:
+        if grid is None:  # with a class token or without
+            grid = next((
+                (size[0] // s, size[1] // s) for s in (4, 8, 14, 16, 32, 64)
+                if shape[1] - (size[0] // s) * (size[1] // s) in (0, 1)
+                and size[0] * size[1] > s * s), None)
+        if grid is None or shape[1] < int(grid[0]) * int(grid[1]):
+            return None
+        return _Map('NLC', shape[2], _stride(size, grid))
+    if len(shape) != 4:
+        return None
+    for layout, rows in (('NCHW', 2), ('NHWC', 1)):
+        grid = shape[rows:rows + 2]
+        stride = _stride(size, grid)
+        if stride[0] == stride[1] and max(grid) > 1:
+            return _Map(layout, shape[1 if rows == 2 else 3], stride)
+    return None
+
+
+def _stride(size: Grid, grid: Grid) -> Grid:
+    rows, columns = (max(1, round(length / int(cells)))
+                     for length, cells in zip(size, grid))
+    return rows, columns
+
+
+def _last_of_each_stride(maps: list) -> list:
+    """The last stage of each resolution; all if they have the same."""
+    strides = [found.stride for _, _, found in maps]
+    if len(set(strides)) < 2:
+        return maps
+    return [m for i, m in enumerate(maps) if m[2].stride not in
+            strides[i + 1:]]
+
+
+def _maps(backbone: nn.Module, maps: list, size: Grid) -> Maps:
+    paths, picks, found = zip(*maps)
+    return Maps(
+        backbone,
+        [path or f'outputs.{pick or 0}' for path, pick in zip(paths, picks)],
+        [backbone.get_submodule(path) for path in paths], list(picks),
+        *(list(values) for values in zip(*found)), size)
 
 
 def find_blocks(backbone: nn.Module, owner: str) -> Blocks:
@@ -122,15 +469,17 @@ def find_blocks(backbone: nn.Module, owner: str) -> Blocks:
             'pyramid such as Swin or PVT. mmsinger needs a plain vision '
             'transformer, whose blocks all have the same grid and width.')
     (path, blocks), = lists.items()
-    parent, patch_embed = path, None
-    while parent and patch_embed is None:
-        parent = parent.rpartition('.')[0]
-        patch_embed = find_part(backbone.get_submodule(parent), 'patch_embed')
+    place, patch_embed = path, None
+    while place and patch_embed is None:
+        place = place.rpartition('.')[0]
+        owner_of_blocks = backbone.get_submodule(place)
+        patch_embed = find_part(owner_of_blocks, 'patch_embed')
     if patch_embed is None:
         raise ConfigError(
             f'{owner}: {name} has blocks at {path!r} but no patch_embed '
             'beside or above them, so their patch grid is not known.')
-    return Blocks(path, blocks, patch_embed)
+    return Blocks(path, blocks, patch_embed,
+                  find_part(owner_of_blocks, 'cls_token') is not None)
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -138,34 +487,35 @@ def _is_block(module: nn.Module) -> bool:
         isinstance(find_part(module, 'attention'), nn.Module)
 
 
-def resolve_layer(layer: Layer, blocks: Blocks, key: str) -> int:
-    """The index of a block from an index or a module path.
+def resolve_layer(layer: Layer, features: Features, key: str) -> int:
+    """The index of a block or map from an index or a module path.
 
     Args:
         layer (int | str): 17, -1, or ``'layers.17'``.
-        blocks (Blocks): The blocks to choose from.
+        features (Blocks | Maps): To choose from.
         key (str): The config key, for error messages.
 
     Returns:
-        int: In [0, number of blocks).
+        int: In [0, number of blocks or maps).
 
     Raises:
-        ConfigError: If there is no such block; near matches are listed.
+        ConfigError: If there is none such; near matches are listed.
     """
-    depth = len(blocks)
+    depth = len(features)
+    kind = 'block' if isinstance(features, Blocks) else 'map'
     if isinstance(layer, int) and not isinstance(layer, bool):
         if not -depth <= layer < depth:
             raise ConfigError(
-                f'{key}={layer} is out of range: there are {depth} blocks, '
+                f'{key}={layer} is out of range: there are {depth} {kind}s, '
                 f'so choose from 0 to {depth - 1} (or -{depth} to -1).')
         return layer % depth
     path, *paths = [  # a wrapper's blocks are below another backbone
-        re.sub(r'^(student\.)?(backbone\.)*', '', p) for p in (
-            str(layer), *(f'{blocks.path}.{i}' for i in range(depth)))]
+        re.sub(r'^(student\.)?(backbone\.)*', '', p)
+        for p in (str(layer), *features.paths)]
     if path not in paths:
         raise ConfigError(
-            f'{key}={layer!r}: no such block. The blocks are {paths[0]!r} to '
-            f'{paths[-1]!r}; an index is fine too.'
+            f'{key}={layer!r}: no such {kind}. The {kind}s are {paths[0]!r} '
+            f'to {paths[-1]!r}; an index is fine too.'
             f'{near_matches(path, paths)}')
     return paths.index(path)
 
@@ -272,6 +622,17 @@ def patch_stride(patch_embed: nn.Module) -> Grid:
     return rows, columns
 
 
+def image_channels(module: nn.Module) -> int:
+    """Channels of the images that a backbone or patch embedding takes."""
+    return next((m.in_channels for m in module.modules()
+                 if isinstance(m, nn.Conv2d)), 3)
+
+
+def first_output(output: Any) -> Tensor:
+    """The tokens among what a block returns."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
 def fixed_input_size(backbone: nn.Module) -> Optional[Grid]:
     """The only input size (H, W) that a backbone takes, None if it is
     flexible: BEiT's relative position bias and timm's strict patch embedding
@@ -287,8 +648,7 @@ def fixed_input_size(backbone: nn.Module) -> Optional[Grid]:
     return None
 
 
-def example_images(blocks: Blocks, backbone: nn.Module) -> Tensor:
-    """A random image, as small as a backbone takes it, (1, C, H, W)."""
-    size = fixed_input_size(backbone) or tuple(
-        2 * step for step in blocks.stride)
-    return torch.randn(1, blocks.in_channels, *size)
+def example_images(features: Features, backbone: nn.Module) -> Tensor:
+    """A random image, about as small as a backbone takes it, (1, C, H, W)."""
+    size = fixed_input_size(backbone) or features.image_size
+    return torch.randn(1, features.in_channels, *size)

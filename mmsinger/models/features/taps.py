@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError
-from mmsinger.models.features.anatomy import (Blocks, Grid, patch_grid,
+from mmsinger.models.features.anatomy import (Features, first_output,
                                               unmasked)
-from mmsinger.models.features.tokens import Tokens
+from mmsinger.models.features.tokens import Grid, Tokens
 
 
 class Pass(NamedTuple):
@@ -28,7 +28,7 @@ class _StopForward(Exception):
 
 
 class BlockTaps:
-    """Record outputs of transformer blocks during a forward pass.
+    """Record what blocks, or stages, of a backbone give in a forward pass.
 
     A context manager; its hooks live only inside it::
 
@@ -37,8 +37,8 @@ class BlockTaps:
         tokens = taps.tokens(17)
 
     Args:
-        blocks (Blocks): Of the backbone.
-        layers (Sequence[int]): Indices of the blocks to record.
+        blocks (Blocks | Maps): Of the backbone.
+        layers (Sequence[int]): Indices of those to record.
         stop (bool): End the pass after the deepest of them. Only for a pass
             started by :meth:`run`. Defaults to False.
         dtype (torch.dtype, optional): The precision that the backbone was
@@ -46,21 +46,20 @@ class BlockTaps:
             outside. Defaults to None: that of the surroundings.
     """
 
-    def __init__(self, blocks: Blocks, layers: Sequence[int],
+    def __init__(self, blocks: Features, layers: Sequence[int],
                  stop: bool = False,
                  dtype: Optional[torch.dtype] = None) -> None:
         self.blocks = blocks
         self.layers = sorted(set(layers))
         self.stop = stop
         self.dtype = dtype
-        self._outputs: Dict[int, Tensor] = {}
+        self._outputs: Dict[int, Any] = {}
         self._extras: Dict[int, Pass] = {}
         self._grid: Optional[Grid] = None
         self._handles: List[Any] = []
 
     def __enter__(self) -> 'BlockTaps':
-        self._handles.append(self.blocks.patch_embed.register_forward_hook(
-            self._record_grid))
+        self._handles.append(self.blocks.watch_input(self._record_grid))
         for layer in self.layers:
             block = self.blocks.modules[layer]
             self._handles.append(block.register_forward_pre_hook(
@@ -93,24 +92,17 @@ class BlockTaps:
             Tokens: Values of shape (B, N, C).
 
         Raises:
-            ConfigError: If the block's output is not tokens on the grid of
-                the patch embedding, or the pass did not reach it.
+            ConfigError: If the block's output is not tokens on a grid, or
+                the pass did not reach it.
         """
-        where = f'{self.blocks.path}.{layer}'
         if layer not in self._outputs or self._grid is None:
             raise ConfigError(
-                f'{where} was not reached by the forward pass. Its backbone '
-                'skips it, or does not call its patch_embed.')
-        values = self._outputs[layer]
+                f'{self.blocks.paths[layer]} was not reached by the forward '
+                'pass. Its backbone skips it, or does not call its '
+                'patch_embed.')
+        tokens = self.blocks.read(layer, self._outputs[layer], self._grid)
         if self.dtype is not None:
-            values = values.float()
-        tokens = Tokens(values, self._grid)
-        if values.dim() != 3 or tokens.num_prefix < 0:
-            raise ConfigError(
-                f'{where} gives shape {tuple(values.shape)}; expected tokens '
-                f'(B, N, C) with N >= {self._grid[0]} x {self._grid[1]}, the '
-                'patch grid. Token dropping and windowed blocks are not '
-                'supported.')
+            tokens = tokens._replace(values=tokens.values.float())
         return tokens
 
     def rerun(self, layer: int, values: Tensor) -> Tensor:
@@ -144,9 +136,8 @@ class BlockTaps:
         taps._extras, taps._grid = self._extras, self._grid
         return taps
 
-    def _record_grid(self, module: nn.Module, args: tuple, output: Any
-                     ) -> None:
-        self._grid = patch_grid(module, args[0], output)
+    def _record_grid(self, grid: Grid) -> None:
+        self._grid = grid
 
     def _record_extras(self, layer: int, module: nn.Module, args: tuple,
                        kwargs: Dict[str, Any]) -> None:
@@ -154,7 +145,7 @@ class BlockTaps:
 
     def _record_output(self, layer: int, module: nn.Module, args: tuple,
                        output: Any) -> None:
-        self._outputs[layer] = first_output(output)
+        self._outputs[layer] = output
         if self.stop and layer == self.layers[-1]:
             raise _StopForward
 
@@ -177,8 +168,3 @@ def own_precision(values: Tensor, dtype: Optional[torch.dtype]
     else:
         with torch.autocast(values.device.type, enabled=False):
             yield values.to(dtype)
-
-
-def first_output(output: Any) -> Tensor:
-    """The tokens among what a block returns."""
-    return output[0] if isinstance(output, (tuple, list)) else output

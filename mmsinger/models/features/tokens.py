@@ -17,10 +17,13 @@ class Tokens(NamedTuple):
         weight (Tensor, optional): How much each token counts in losses, means
             and thresholds, shape (B, N), without gradient: 0 for padding and
             for what is masked. None: all count alike.
+        has_cls (bool): Whether the first prefix token, if there is one, is a
+            class token; otherwise all are registers.
     """
     values: Tensor
     grid: Grid
     weight: Optional[Tensor] = None
+    has_cls: bool = True
 
     @property
     def num_prefix(self) -> int:
@@ -80,29 +83,35 @@ def resample_patches(patches: Tensor, grid: Grid, target: Grid) -> Tensor:
     return image.flatten(2).transpose(1, 2)  # (B, C, h', w') -> (B, P', C)
 
 
-def align_tokens(student: Tokens, teacher: Tokens) -> Tuple[Tokens, Tokens]:
-    """Bring student tokens into the teacher's layout, token by token.
+def align_tokens(student: Tokens, teacher: Tokens,
+                 resample: str = 'student') -> Tuple[Tokens, Tokens]:
+    """Bring tokens of student and teacher into one layout.
 
-    Patch tokens are resampled to the teacher's grid. Prefix tokens are
-    compared all if both have the same number of them, else CLS alone
-    (registers of one model have no counterpart in the other), or none if one
-    model has none.
+    Prefix tokens are compared all if both have the same number of them, else
+    CLS alone (registers of one model have no counterpart in the other), or
+    none if one model has no class token.
 
     Args:
         student (Tokens): Values of shape (B, n + h w, C_S).
         teacher (Tokens): Values of shape (B, m + h' w', C_T).
+        resample (str): Whose patch tokens are resampled to the other's grid:
+            ``'student'`` or ``'teacher'``. Defaults to ``'student'``.
 
     Returns:
         tuple[Tokens, Tokens]: Student and teacher tokens of shapes
-        (B, k + h' w', C_S) and (B, k + h' w', C_T) that correspond. The
-        teacher's weights take in the student's.
+        (B, k + P, C_S) and (B, k + P, C_T) that correspond. The teacher's
+        weights take in the student's.
     """
     ours, theirs = student.num_prefix, teacher.num_prefix
-    shared = theirs if ours == theirs else min(ours, theirs, 1)
-    if shared != theirs:
-        teacher = _rearranged(teacher, shared, teacher.grid)
-    if shared != ours or student.grid != teacher.grid:
-        student = _rearranged(student, shared, teacher.grid)
+    if student.has_cls != teacher.has_cls:
+        shared = 0
+    else:
+        shared = theirs if ours == theirs else min(ours, theirs, 1)
+    grid = teacher.grid if resample == 'student' else student.grid
+    if shared != theirs or teacher.grid != grid:
+        teacher = _rearranged(teacher, shared, grid)
+    if shared != ours or student.grid != grid:
+        student = _rearranged(student, shared, grid)
     if student.weight is not None:
         teacher = teacher._replace(
             weight=student.weight if teacher.weight is None
@@ -119,9 +128,10 @@ def _rearranged(tokens: Tokens, num_prefix: int, grid: Grid) -> Tokens:
             values[:, old:], tokens.grid, grid)], dim=1)
 
     if tokens.weight is None:
-        return Tokens(rearrange(tokens.values), grid)
+        return tokens._replace(values=rearrange(tokens.values), grid=grid)
     # A mean by weight: what does not count must not leak into its neighbours
     weight = tokens.weight.unsqueeze(-1)
     total = rearrange(weight)  # (B, N', 1)
     values = rearrange(weight * tokens.values) / total.clamp(min=1e-6)
-    return Tokens(values.to(tokens.values.dtype), grid, total.squeeze(-1))
+    return tokens._replace(values=values.to(tokens.values.dtype), grid=grid,
+                           weight=total.squeeze(-1))

@@ -1,8 +1,9 @@
 """A step on the way from a teacher's tokens to a student's targets."""
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from torch import Tensor, nn
 
+from mmsinger.models.features.padding import Padding
 from mmsinger.models.features.taps import BlockTaps
 from mmsinger.models.features.tokens import Tokens
 
@@ -17,19 +18,24 @@ class TeacherOutputs:
         norms (nn.ModuleDict): A :class:`TargetNorm` for each tapped layer.
         records (Sequence[StepRecord]): Of hooks that measure this step, to
             be given what a step makes of the tokens.
+        padding (Padding, optional): Of the batch; tokens on it weigh nothing.
+            Defaults to None, no padding.
     """
 
     def __init__(self, taps: BlockTaps, norms: nn.ModuleDict,
-                 records: Sequence[Any] = ()) -> None:
+                 records: Sequence[Any] = (),
+                 padding: Optional[Padding] = None) -> None:
         self.taps = taps
         self.norms = norms
         self.records = records
+        self.padding = padding
 
     def tokens(self, layer: int) -> Tokens:
         """F, a block's output, normalised; values of shape (B, N, D)."""
         tokens = self.taps.tokens(layer)
-        return tokens._replace(
+        tokens = tokens._replace(
             values=self.norms[str(layer)].normalise(tokens.values))
+        return tokens if self.padding is None else self.padding.weigh(tokens)
 
     def next_block(self, layer: int, tokens: Tokens) -> Tokens:
         """What the block after a layer makes of other tokens of that layer.
