@@ -58,7 +58,8 @@ class StudentFirstConstructor(DefaultOptimWrapperConstructor):
             type as ``student_constructor``.
 
     Raises:
-        ConfigError: If the student's constructor makes several optimizers.
+        ConfigError: If the student's constructor makes several optimizers,
+            or does not know a backbone without blocks.
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict) -> None:
@@ -112,14 +113,20 @@ class StudentFirstConstructor(DefaultOptimWrapperConstructor):
         if 'num_layers' in options:  # mmseg's, whose biases do not decay
             options = dict(options, norm_decay_mult=0., bias_decay_mult=0.,
                            flat_decay_mult=0.)
-        blocks = find_blocks(model.student_backbone, 'student').modules
-        print_log(f'{self.student_constructor} does not know a '
-                  f'{type(model.student_backbone).__name__}: the learning '
-                  f'rate decays over its {len(blocks)} blocks',
-                  logger='current')
+        backbone = model.student_backbone
+        unknown = f'optim_wrapper.constructor={self.student_constructor!r} ' \
+            f'does not know a {type(backbone).__name__}'
+        try:
+            blocks = find_blocks(backbone, 'student').modules
+        except ConfigError as error:
+            raise ConfigError(
+                f'{unknown}, and it has no blocks of one width over which '
+                'the learning rate could decay. Remove optim_wrapper.'
+                'constructor and its settings in paramwise_cfg.') from error
+        print_log(f'{unknown}: the learning rate decays over its '
+                  f'{len(blocks)} blocks', logger='current')
         depth = {id(parameter): i + 1 for i, block in enumerate(blocks)
                  for parameter in block.parameters()}
-        backbone = model.student_backbone
         depth.update({
             id(parameter): 0 for name, parameter in backbone.named_parameters()
             if id(parameter) not in depth

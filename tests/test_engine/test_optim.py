@@ -12,6 +12,7 @@ from torch import nn
 
 from mmsinger.engine.optim import unused_keys
 from mmsinger.engine.prepare import load_config, use_student_constructor
+from mmsinger.errors import ConfigError
 from mmsinger.export import student_config
 from mmsinger.registry import MODELS
 
@@ -150,6 +151,18 @@ def test_a_backbone_that_the_constructor_does_not_know(settings):
     assert scale['student.backbone.layers.1.ln1.weight'] == 0.5
     assert scale['student.decode_head.conv_seg.weight'] == 1
     assert scale['projectors.3.weight'] is None
+
+
+def test_a_backbone_without_blocks(tmp_path):
+    cfg = stock(tmp_path, 'mmseg-convnext')
+    cfg.model.backbone = dict(type='ResNetV1c', depth=18)
+    cfg.model.decode_head.in_channels = [64, 128, 256, 512]
+    cfg.model.auxiliary_head.in_channels = 256
+    student = MODELS.build(cfg.model)
+    cfg.model = dict(type='mmsinger.SiNGERDistiller', student=cfg.model)
+    use_student_constructor(cfg)
+    with pytest.raises(ConfigError, match='does not know a ResNetV1c'):
+        groups_of(Distiller(student), cfg.optim_wrapper)
 
 
 def test_settings_without_effect():
