@@ -318,9 +318,6 @@ MODEL_MISTAKES = {
         ['teacher: ResNet is no vision transformer', 'Supported are']),
     'teacher-pyramid': (
         {'model.teacher.backbone': SWIN}, ['teacher', 'Swin']),
-    'student-cnn': (
-        {'model.student.backbone': RESNET},
-        ['student: ResNet is no vision transformer']),
     'normalisation': (
         {'model.teacher.mean': None}, ['teacher.mean', 'teacher.std']),
     'normalisation-scale': (
