@@ -54,6 +54,8 @@ def student_config(cfg: Config) -> Config:
     wrapper = plain.get('optim_wrapper') or {}
     if wrapper.get('type') == 'mmsinger.CPUAmpOptimWrapper':
         wrapper.type = 'AmpOptimWrapper'  # which it stands in for
+    if wrapper.get('constructor') == 'mmsinger.StudentFirstConstructor':
+        wrapper.constructor = wrapper.paramwise_cfg.pop('student_constructor')
     for key in ('teacher', 'student', 'distiller'):
         plain.pop(key, None)
     return plain

@@ -323,6 +323,14 @@ MODEL_MISTAKES = {
         ['student: ResNet is no vision transformer']),
     'normalisation': (
         {'model.teacher.mean': None}, ['teacher.mean', 'teacher.std']),
+    'normalisation-scale': (
+        {'model.teacher.mean': [0.485, 0.456, 0.406],
+         'model.teacher.std': [0.229, 0.224, 0.225]},
+        ['0 to 255', 'mean=[123.675, 116.28, 103.53]',
+         'std=[58.395, 57.12, 57.375]']),
+    'inference-function': (  # what mmseg.apis.init_model adds
+        {'model.pretrained': None, 'model.train_cfg': None},
+        ['SiNGERDistiller', 'NAME_student.py', '_student.pth']),
 }
 
 

@@ -10,6 +10,7 @@ import inspect
 import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
+from mmengine.model import BaseTTAModel
 from mmengine.registry import METRICS, init_default_scope
 from mmengine.runner import Runner
 
@@ -39,6 +40,10 @@ def parse_args():
     parser.add_argument(
         '--show-dir', help='where painted predictions are written, below the '
         'work dir')
+    parser.add_argument(
+        '--tta', action='store_true', help='test-time augmentation, by the '
+        "config's tta_model and tta_pipeline; of classifiers without them, "
+        'the mean of an image and its mirror image')
     parser.add_argument(
         '--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
         help='override settings of the config')
@@ -80,6 +85,35 @@ def keep_predictions(cfg, out):
         evaluators.keep_results = True
 
 
+def augment(cfg):
+    """Test the mean of several views of each image.
+
+    Raises:
+        ConfigError: If the config does not say how, and the model is neither
+            a classifier nor an EncoderDecoder.
+    """
+    pipeline = cfg.test_dataloader.dataset.get('pipeline')
+    kind = str(cfg.model.type).split('.')[-1]
+    merged = 'mmseg.SegTTAModel' if 'EncoderDecoder' in kind else \
+        'mmpretrain.AverageClsScoreTTA' if 'Classifier' in kind else None
+    if merged and pipeline:
+        cfg.setdefault('tta_model', dict(type=merged))
+        # The annotations of the first view are those of the image
+        flips = [dict(type='RandomFlip', prob=0.),
+                 dict(type='RandomFlip', prob=1.)]
+        cfg.setdefault('tta_pipeline', [*pipeline[:-1], dict(
+            type='TestTimeAug', transforms=[flips, [pipeline[-1]]])])
+    missing = [key for key in ('tta_model', 'tta_pipeline')
+               if not cfg.get(key)]
+    if missing:
+        raise ConfigError(
+            f'--tta: the config has no {" and no ".join(missing)}, and there '
+            f'is no usual way for a {kind}. Set both; see mmengine\'s '
+            'documentation of test-time augmentation.')
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    cfg.model = dict(**cfg.tta_model, module=cfg.model)
+
+
 class TestRunner(Runner):
     """A runner that leaves the config which training has dumped as it is;
     its own lies beside its log (``vis_data/config.py``)."""
@@ -118,12 +152,15 @@ def main():
 
     distilled = is_distiller(cfg.model)
     cfg = student_config(cfg)
+    if args.tta:
+        augment(cfg)
     weights = load_student(args.checkpoint)['state_dict'] \
         if args.checkpoint else None
     cfg.load_from, cfg.resume = None, False
     runner = TestRunner.from_cfg(cfg)
     runner.logger.addFilter(demote_details)
     model = unwrap(runner.model)
+    model = model.module if isinstance(model, BaseTTAModel) else model
     if weights is not None:
         load_strict(
             model, weights,

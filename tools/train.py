@@ -8,6 +8,7 @@ import os
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 
 from mmsinger.checkpoint import safe_loading
+from mmsinger.engine.dry_run import dry_run
 from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import (build_runner, load_config,
                                      prepare_training, scale_learning_rate)
@@ -34,6 +35,10 @@ def parse_args():
     parser.add_argument(
         '--no-validate', action='store_true',
         help='do not evaluate during training')
+    parser.add_argument(
+        '--dry-run', action='store_true',
+        help='build everything, take a few steps, say what is trained and '
+        'what it costs, and keep nothing')
     parser.add_argument(
         '--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
         help='override settings, for instance model.adapter.rank=32 '
@@ -69,6 +74,9 @@ def main():
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
 
+    if args.dry_run:
+        print(dry_run(cfg))
+        return
     prepare_training(cfg)
     build_runner(cfg).train()
 

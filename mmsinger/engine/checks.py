@@ -1,10 +1,13 @@
-"""Folders that a run needs, looked at before anything is built."""
+"""What a run needs, looked at before it costs time: folders, and
+pretrained weights."""
 import os
 import tempfile
-from typing import Iterator, Tuple
+from typing import Any, Iterator, List, Tuple
 
 from mmengine.config import Config
+from torch import nn
 
+from mmsinger.checkpoint import load_checkpoint, weights_of
 from mmsinger.errors import ConfigError
 
 
@@ -31,21 +34,22 @@ def check_data_folders(cfg: Config, loaders: Tuple[str, ...]) -> None:
         loader = cfg.get(name)
         if not isinstance(loader, dict) or 'dataset' not in loader:
             continue
-        for key, dataset in _datasets(loader['dataset'], f'{name}.dataset'):
+        for key, dataset in inner_datasets(loader['dataset'],
+                                           f'{name}.dataset'):
             for path_key, path in _folders(dataset):
                 _check_folder(f'{key}.{path_key}', path)
                 if path_key == 'data_prefix.img_path':
                     _check_suffix(key, path, dataset)
 
 
-def _datasets(dataset: dict, key: str) -> Iterator[Tuple[str, dict]]:
+def inner_datasets(dataset: dict, key: str) -> Iterator[Tuple[str, dict]]:
     """The innermost dataset configs (inside Repeat-, ConcatDataset, …)."""
     inner = dataset.get('dataset')
     if isinstance(inner, dict):
-        yield from _datasets(inner, f'{key}.dataset')
+        yield from inner_datasets(inner, f'{key}.dataset')
     elif isinstance(dataset.get('datasets'), (list, tuple)):
         for i, one in enumerate(dataset['datasets']):
-            yield from _datasets(one, f'{key}.datasets[{i}]')
+            yield from inner_datasets(one, f'{key}.datasets[{i}]')
     else:
         yield key, dataset
 
@@ -86,3 +90,66 @@ def _check_folder(key: str, path: str) -> None:
     if not any(files for _, _, files in os.walk(path, followlinks=True)):
         raise ConfigError(f'{key}: the folder {path!r} holds no files. '
                           'Point data_root to your data set.')
+
+
+def check_pretrained(cfg: dict, model: nn.Module) -> None:
+    """Raise :class:`ConfigError` if a local file that a student, or a plain
+    model, is to begin with (``pretrained``, ``init_cfg``) fits next to none
+    of it; the toolboxes log that and train from random weights.
+
+    Args:
+        cfg (dict): Config of the model; it has been built.
+        model (nn.Module): The model.
+    """
+    top = 'student' if hasattr(model, 'student') else ''
+    root = cfg.get(top, {}) if top else cfg
+    for path, place, source, prefix in _pretrained(root, ''):
+        module_path = '.'.join(filter(None, (top, place)))
+        try:
+            module = model.get_submodule(module_path)
+        except AttributeError:
+            continue
+        weights = weights_of(load_checkpoint(source, path), source)
+        found = [key[len(prefix):] for key in weights
+                 if key.startswith(prefix)]
+        expected = list(module.state_dict())
+        # Loaders drop prefixes of their own: the ends of keys have to fit
+        ends = {'.'.join(key.split('.')[i:]) for key in found
+                for i in range(key.count('.') + 1)}
+        own_ends = set(expected) | {key.partition('.')[2] for key in expected}
+        fitting = ends & own_ends - {''}
+        if len(fitting) * 10 < len(expected):
+            raise ConfigError(
+                f'model.{module_path}{"." if module_path else ""}{path}='
+                f'{source!r} fits next to nothing of the '
+                f'{type(module).__name__}: {len(fitting)} of '
+                f'{len(expected)} tensors.\n  The file has '
+                f'{", ".join(found[:6])}, …\n  The model has '
+                f'{", ".join(expected[:6])}, …\nConvert it with '
+                'tools/convert_checkpoint.py, or set the prefix that its keys '
+                'begin with (init_cfg.prefix).')
+
+
+def _pretrained(cfg: Any, place: str
+                ) -> Iterator[Tuple[str, str, str, str]]:
+    """Key, module path, file and prefix of each local file."""
+    if not isinstance(cfg, dict):
+        return
+    init = cfg.get('init_cfg')
+    sources: List[Tuple[str, Any, str]] = [
+        ('pretrained', cfg.get('pretrained'), '')]
+    for one in init if isinstance(init, (list, tuple)) else [init]:
+        if isinstance(one, dict) and one.get('type') == 'Pretrained':
+            sources.append(('init_cfg.checkpoint', one.get('checkpoint'),
+                            one.get('prefix') or ''))
+    for key, source, prefix in sources:
+        # mmdet's own conversion renames what is in the file
+        if isinstance(source, str) and os.path.isfile(source) and \
+                not cfg.get('convert_weights'):
+            inside = key == 'pretrained' and 'backbone' in cfg
+            yield (key, '.'.join(filter(None, (
+                place, 'backbone' if inside else ''))), source,
+                   prefix and prefix.rstrip('.') + '.')
+    for name in ('backbone', 'neck', 'head', 'decode_head'):
+        yield from _pretrained(
+            cfg.get(name), f'{place}.{name}' if place else name)

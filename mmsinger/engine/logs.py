@@ -9,6 +9,7 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
 from torch import nn
 
+from mmsinger.engine.optim import unused_keys
 from mmsinger.engine.unwrap import unwrap
 
 # Of mmengine, a line a parameter or what no config can change
@@ -66,7 +67,15 @@ class ParameterGroupsHook(Hook):
             else [wrapper]
         groups = [group for each in wrappers
                   for group in each.optimizer.param_groups]
-        runner.logger.info(describe_groups(unwrap(runner.model), groups))
+        model = unwrap(runner.model)
+        runner.logger.info(describe_groups(model, groups))
+        settings = runner.cfg.get('optim_wrapper') or {}
+        for line in unused_keys(model, settings.get('paramwise_cfg') or {},
+                                wrappers[0].optimizer.defaults
+                                if isinstance(wrappers, list) else {}):
+            # Stock configs list keys for several backbones
+            runner.logger.log(logging.WARNING if 'Did you mean' in line
+                              else logging.INFO, line)
 
 
 def describe_groups(model: nn.Module, groups: List[dict]) -> str:

@@ -1,11 +1,18 @@
+"""How parameters get their learning rates: mixed precision on a CPU, and the
+host toolboxes' own ways for the student."""
+import copy
 from contextlib import contextmanager
+from typing import Any, Dict, List
 
 import torch
-from mmengine.optim import OptimWrapper
+from mmengine.logging import print_log
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
-from mmsinger.errors import check_choice
-from mmsinger.registry import OPTIM_WRAPPERS
+from mmsinger.engine.unwrap import unwrap
+from mmsinger.errors import ConfigError, check_choice, near_matches
+from mmsinger.models.features.anatomy import find_blocks
+from mmsinger.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -33,3 +40,131 @@ class CPUAmpOptimWrapper(OptimWrapper):
         with super().optim_context(model), torch.autocast(
                 'cpu', dtype=torch.bfloat16):
             yield
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class StudentFirstConstructor(DefaultOptimWrapperConstructor):
+    """A toolbox's own optimizer constructor for the student, such as one with
+    layer-wise learning rate decay, and mmengine's default for the rest of a
+    distiller (adapters, projectors).
+
+    The student's parameter groups are those of the plain model. What the
+    others get follows ``paramwise_cfg`` without a decay by layer.
+    ``prepare_training`` puts it in place of ``optim_wrapper.constructor``.
+
+    Args:
+        optim_wrapper_cfg (dict): Config of the optimizer wrapper.
+        paramwise_cfg (dict): What the student's constructor reads, and its
+            type as ``student_constructor``.
+
+    Raises:
+        ConfigError: If the student's constructor makes several optimizers,
+            or does not know a backbone without blocks.
+    """
+
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict) -> None:
+        paramwise_cfg = dict(paramwise_cfg)
+        self.student_constructor = paramwise_cfg.pop('student_constructor')
+        super().__init__(optim_wrapper_cfg, paramwise_cfg)
+        self._given = copy.deepcopy(optim_wrapper_cfg)
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        """Build the optimizer wrapper.
+
+        Args:
+            model (nn.Module): A distiller, or one in a
+                DistributedDataParallel.
+
+        Returns:
+            OptimWrapper: Its first groups are the student's.
+        """
+        model = unwrap(model)
+        build = OPTIM_WRAPPER_CONSTRUCTORS.build(dict(
+            type=self.student_constructor,
+            optim_wrapper_cfg=copy.deepcopy(self._given),
+            paramwise_cfg=copy.deepcopy(self.paramwise_cfg)))
+        try:
+            wrapper = build(model.student)
+        except NotImplementedError:  # a backbone that it does not know
+            wrapper = self._decay_by_block(model)
+        if not isinstance(wrapper, OptimWrapper):
+            raise ConfigError(
+                f'optim_wrapper.constructor={self.student_constructor!r} '
+                'makes several optimizers, and a distiller trains with one. '
+                'Choose a constructor that makes one.')
+        names = {id(parameter): name
+                 for name, parameter in model.named_parameters()}
+        groups: List[dict] = []
+        for name, part in model.named_children():
+            if part is not model.student and name != 'data_preprocessor':
+                self.add_params(groups, part, prefix=name)
+        for group in groups:
+            # torch wants names in all groups or in none
+            if 'param_names' in wrapper.optimizer.param_groups[0]:
+                group['param_names'] = [names[id(p)] for p in group['params']]
+            wrapper.optimizer.add_param_group(group)
+        return wrapper
+
+    def _decay_by_block(self, model: nn.Module) -> OptimWrapper:
+        """Decay by the student's blocks, as the toolboxes do it for ViTs:
+        embeddings are layer 0, block i is i + 1, the rest comes last."""
+        options: Dict[str, Any] = dict(self.paramwise_cfg)
+        rate = options.get('layer_decay_rate', options.get('decay_rate', 1.))
+        if 'num_layers' in options:  # mmseg's, whose biases do not decay
+            options = dict(options, norm_decay_mult=0., bias_decay_mult=0.,
+                           flat_decay_mult=0.)
+        backbone = model.student_backbone
+        unknown = f'optim_wrapper.constructor={self.student_constructor!r} ' \
+            f'does not know a {type(backbone).__name__}'
+        try:
+            blocks = find_blocks(backbone, 'student').modules
+        except ConfigError as error:
+            raise ConfigError(
+                f'{unknown}, and it has no blocks of one width over which '
+                'the learning rate could decay. Remove optim_wrapper.'
+                'constructor and its settings in paramwise_cfg.') from error
+        print_log(f'{unknown}: the learning rate decays over its '
+                  f'{len(blocks)} blocks', logger='current')
+        depth = {id(parameter): i + 1 for i, block in enumerate(blocks)
+                 for parameter in block.parameters()}
+        depth.update({
+            id(parameter): 0 for name, parameter in backbone.named_parameters()
+            if id(parameter) not in depth
+            and ('embed' in name or 'token' in name)})
+        builder = DefaultOptimWrapperConstructor(self._given, options)
+        groups: List[dict] = []
+        builder.add_params(groups, model.student)
+        for group in groups:
+            layer = depth.get(id(group['params'][0]), len(blocks) + 1)
+            group['lr_scale'] = rate**(len(blocks) + 1 - layer)
+            group['lr'] = group.get('lr', self.base_lr) * group['lr_scale']
+        builder.add_params = lambda params, module: params.extend(groups)
+        return builder(model.student)
+
+
+def unused_keys(model: nn.Module, paramwise_cfg: dict,
+                options: Dict[str, Any]) -> List[str]:
+    """What ``custom_keys`` of a config hold that has no effect.
+
+    Args:
+        model (nn.Module): Whose parameters they are matched with.
+        paramwise_cfg (dict): ``optim_wrapper.paramwise_cfg``.
+        options (dict): ``defaults`` of the optimizer, which a group may set.
+
+    Returns:
+        list[str]: A sentence for each key that is in no parameter's name, and
+        each setting that is none.
+    """
+    names = [f'.{name}' for name, _ in model.named_parameters()]
+    words = {word for name in names for word in name.split('.') if word}
+    settings = ('lr_mult', 'decay_mult', *options)
+    found = []
+    for key, value in (paramwise_cfg.get('custom_keys') or {}).items():
+        place = f'optim_wrapper.paramwise_cfg.custom_keys[{key!r}]'
+        if not any(key in name for name in names):
+            found.append(f'{place} is in the name of no parameter.'
+                         f'{near_matches(key, words)}')
+        found += [f'{place} sets {name!r}, which no optimizer reads.'
+                  f'{near_matches(name, settings)}'
+                  for name in value if name not in settings]
+    return found

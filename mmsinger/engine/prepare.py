@@ -8,7 +8,7 @@ of your own may too::
     build_runner(cfg).train()
 """
 import os
-from typing import Optional, Union
+from typing import Any, Optional, Sequence, Union
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -20,13 +20,16 @@ from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
 from mmsinger.compat import onedl_config_packages
-from mmsinger.engine.checks import check_data_folders, check_work_dir
+from mmsinger.engine.checks import (check_data_folders, check_pretrained,
+                                    check_work_dir, inner_datasets)
 from mmsinger.engine.logs import (ParameterGroupsHook, demote_details,
                                   import_datasets)
 from mmsinger.engine.options import apply_options
 from mmsinger.engine.resume import (check_checkpoint_files,
                                     resume_from_intact_checkpoint)
+from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError, near_paths
+from mmsinger.export import is_distiller
 from mmsinger.files import lock_folder
 from mmsinger.models import FeatureDistiller
 from mmsinger.registry import MODELS
@@ -78,8 +81,8 @@ def prepare_training(cfg: Config) -> None:
     Adds the hooks that the model needs (recipes and stock configs list none
     of ours), fits the config to the machine, and ends in a
     :class:`ConfigError` where training could not start: a work dir that is
-    not writable or in use, a data folder that is missing or empty, a teacher
-    checkpoint that is not there.
+    not writable or in use, a data folder that is missing or empty, weights
+    that are not there, data preprocessors that contradict each other.
 
     Args:
         cfg (Config): The config; changed in place.
@@ -95,6 +98,9 @@ def prepare_training(cfg: Config) -> None:
     fit_workers(cfg)
     compile_blocks_alone(cfg)
     use_cpu_amp(cfg)
+    use_student_constructor(cfg)
+    use_data_preprocessor(cfg)
+    refuse_separate_wrapper(cfg)
     use_cpu_processes(cfg)
     use_strategy(cfg)
     compare_batch_size(cfg)
@@ -118,6 +124,7 @@ def build_runner(cfg: Config) -> Runner:
     """
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg \
         else Runner.from_cfg(cfg)
+    check_pretrained(cfg.model, unwrap(runner.model))
     runner.logger.addFilter(demote_details)
     runner.register_hook(ParameterGroupsHook())
     return runner
@@ -181,6 +188,83 @@ def use_cpu_amp(cfg: Config) -> None:
                   logger='current')
         wrapper.type = 'mmsinger.CPUAmpOptimWrapper'
         wrapper.pop('loss_scale', None)
+
+
+def use_student_constructor(cfg: Config) -> None:
+    """Let the toolbox's own optimizer constructor see the student as a plain
+    model (:class:`~mmsinger.engine.optim.StudentFirstConstructor`)."""
+    wrapper = cfg.get('optim_wrapper')
+    constructor = wrapper.get('constructor') if isinstance(wrapper, dict) \
+        else None
+    ours = 'mmsinger.StudentFirstConstructor'
+    if constructor in (None, 'DefaultOptimWrapperConstructor', ours) or \
+            not is_distiller(cfg.model):
+        return
+    wrapper.constructor = ours
+    wrapper.paramwise_cfg = dict(wrapper.get('paramwise_cfg') or {},
+                                 student_constructor=constructor)
+
+
+def use_data_preprocessor(cfg: Config) -> None:
+    """Make the data preprocessors that a distiller's config holds agree: the
+    student's, which is used, and the one at the top or in ``model``, which
+    mmengine passes over then.
+
+    Raises:
+        ConfigError: If they contradict each other, and the crop of the
+            training pipeline does not decide it.
+    """
+    own = (cfg.model.get('student') or {}).get('data_preprocessor')
+    if not isinstance(own, dict) or not is_distiller(cfg.model):
+        return
+    for place, other in (('data_preprocessor', cfg.get('data_preprocessor')),
+                         ('model.data_preprocessor',
+                          cfg.model.get('data_preprocessor'))):
+        for key, value in (other or {}).items():
+            if key not in own:
+                print_log(f'{place}.{key}={value!r} is not used: the student '
+                          'has a data_preprocessor of its own. Set model.'
+                          f'student.data_preprocessor.{key}.',
+                          logger='current', level=30)
+            elif _plain(own[key]) != _plain(value):
+                crop = _plain(_crop_size(cfg))
+                if key != 'size' or crop not in (_plain(own[key]),
+                                                 _plain(value)):
+                    raise ConfigError(
+                        f'{place}.{key}={value!r} and model.student.data_'
+                        f'preprocessor.{key}={own[key]!r} contradict each '
+                        'other. The student\'s is used: set it, and remove '
+                        'the other or make it the same.')
+                print_log(f'data_preprocessor.size={crop}, as the training '
+                          'pipeline crops', logger='current')
+                own.size = other.size = crop
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+def _crop_size(cfg: Config) -> Optional[Sequence[int]]:
+    """What the last crop of the training pipeline leaves."""
+    loader = cfg.get('train_dataloader') or {}
+    crops = [step['crop_size'] for _, dataset in inner_datasets(
+        loader.get('dataset') or {}, '')
+        for step in dataset.get('pipeline') or () if 'crop_size' in step]
+    size = crops[-1] if crops else None
+    return (size, size) if isinstance(size, int) else size
+
+
+def refuse_separate_wrapper(cfg: Config) -> None:
+    """Raise :class:`ConfigError` for mmengine's wrapper of a model's parts:
+    a distiller takes its step as a whole."""
+    kind = (cfg.get('model_wrapper_cfg') or {}).get('type')
+    if 'MMSeparateDistributedDataParallel' in str(kind) and \
+            is_distiller(cfg.model):
+        raise ConfigError(
+            f'model_wrapper_cfg.type={str(kind)!r} wraps the parts of a model '
+            'one by one, for models that train them with several optimizers. '
+            'A distiller takes one step as a whole: remove model_wrapper_cfg, '
+            "or set its type to 'MMDistributedDataParallel'.")
 
 
 def use_cpu_processes(cfg: Config) -> None:

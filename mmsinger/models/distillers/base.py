@@ -3,7 +3,7 @@ import copy
 from typing import Any, Callable, Dict, Optional, Tuple, Type, Union
 
 import torch
-from mmengine.logging import print_log
+from mmengine.logging import MessageHub, print_log
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
@@ -63,6 +63,12 @@ class BaseDistiller(BaseModel):
                  teacher_dtype: Optional[str] = None,
                  data_preprocessor: Optional[dict] = None,
                  **unknown: Any) -> None:
+        if {'pretrained', 'train_cfg'} <= set(unknown):  # set to None there
+            raise ConfigError(
+                'The inference functions of mmseg build plain models, no '
+                f'{type(self).__name__}. Give them what training wrote for '
+                'this: the config NAME_student.py and a checkpoint '
+                '…_student.pth of the work dir.')
         check_keys('model', unknown, argument_names(type(self)),
                    type(self).__name__)
         check_choice('teacher_dtype', teacher_dtype, (None, *PRECISIONS))
@@ -133,6 +139,13 @@ class BaseDistiller(BaseModel):
         """The student's backbone; the student itself if it is one."""
         return find_part(self.student, 'backbone') or self.student
 
+    def __getattr__(self, name: str) -> Any:
+        # What the toolboxes' test-time augmentation and inference functions
+        # read off a plain model
+        if name in ('decode_head', 'extract_feat', 'out_channels'):
+            return getattr(self.student, name)
+        return super().__getattr__(name)
+
     def init_weights(self) -> None:
         """Initialise the student as its config says, load the teacher, and
         start what depends on the teacher's weights.
@@ -140,6 +153,7 @@ class BaseDistiller(BaseModel):
         A Runner calls it before it loads a checkpoint and wraps the model,
         and sends the result to all processes.
         """
+        self._say_missing_hooks()
         with safe_loading():
             super().init_weights()
         if self.teacher.dtype is not None:  # loaded before
@@ -148,6 +162,21 @@ class BaseDistiller(BaseModel):
         self._init_from_teacher()
         if self.teacher_dtype is not None:
             self.teacher.cast(PRECISIONS[self.teacher_dtype])
+
+    def _say_missing_hooks(self) -> None:
+        """Warn if a Runner was made from a config that
+        ``prepare_training`` has not completed."""
+        config = MessageHub.get_current_instance().get_info('cfg')
+        missing = [hook for hook in self.required_hooks
+                   if config and hook not in config]
+        if missing:
+            print_log(
+                f'{type(self).__name__}: this run lacks {", ".join(missing)}. '
+                'Start it with tools/train.py of mmsinger, call '
+                'mmsinger.engine.prepare.prepare_training(cfg) before the '
+                'runner is built, or add these to custom_hooks, as in '
+                f"dict(type='mmsinger.{missing[0]}').", logger='current',
+                level=30)
 
     def _init_from_teacher(self) -> None:
         """Start what depends on the teacher's weights, in full precision."""

@@ -83,6 +83,12 @@ class FrozenModule(nn.Module):
         if (mean is None) != (std is None):
             raise ConfigError(f'{self.role}.mean and {self.role}.std belong '
                               f'together: got mean={mean}, std={std}.')
+        if std is not None and max(std) < 1:
+            raise ConfigError(
+                f'{self.role}.mean={list(mean)}, std={list(std)} are of '
+                'images from 0 to 1; here they go from 0 to 255. Set mean='
+                f'{[round(255 * value, 3) for value in mean]}, std='
+                f'{[round(255 * value, 3) for value in std]}.')
         module = dict(module)
         checkpoint, prefix = _weights_of_init_cfg(
             module.pop('init_cfg', None), checkpoint, prefix)

@@ -1,0 +1,91 @@
+"""A run's first steps, for what they show: ``tools/train.py --dry-run``."""
+import resource
+import tempfile
+import time
+from typing import List
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from mmsinger.engine.prepare import build_runner, prepare_training
+from mmsinger.engine.unwrap import unwrap
+
+STEPS = 3
+
+
+class _StepTimes(Hook):
+    """Seconds of each step, its data included."""
+
+    priority = 'LOWEST'
+
+    def before_train(self, runner) -> None:
+        self.seconds: List[float] = []
+        self.last = time.perf_counter()
+
+    def after_train_iter(self, runner, *args, **kwargs) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds.append(now - self.last)
+        self.last = now
+
+
+def dry_run(cfg: Config) -> str:
+    """Build what a config describes and take its first steps, in a folder
+    that is removed.
+
+    Args:
+        cfg (Config): A recipe or a plain config; changed in place.
+
+    Returns:
+        str: What is distilled into what, seconds a step, memory, and how long
+        the whole run would take.
+
+    Raises:
+        ConfigError: As a run would; without a validation.
+    """
+    length = dict(cfg.train_cfg)
+    cfg.resume = False
+    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    cfg.train_cfg = dict(type='mmengine.IterBasedTrainLoop', max_iters=STEPS)
+    cfg.param_scheduler = None
+    if cfg.get('default_hooks', {}).get('checkpoint'):
+        cfg.default_hooks.checkpoint.update(interval=STEPS + 1,
+                                            save_last=False)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        cfg.work_dir = folder
+        prepare_training(cfg)
+        runner = build_runner(cfg)
+        times = _StepTimes()
+        runner.register_hook(times)
+        runner.train()
+    steps = length.get('max_iters') or \
+        length['max_epochs'] * len(runner.train_dataloader)
+    return '\n'.join(['', *_taps(runner), *_costs(times.seconds, steps)])
+
+
+def _taps(runner: Runner) -> List[str]:
+    model = unwrap(runner.model)
+    lines = []
+    for layer, student_layer in zip(getattr(model, 'layers', ()),
+                                    getattr(model, 'student_layers', ())):
+        projector = model.projectors[str(layer)]
+        shapes = ', '.join(str(tuple(weight.shape))
+                           for weight in projector.parameters())
+        lines.append(f'Teacher layer {layer} -> student layer '
+                     f'{student_layer}, projected by {shapes}')
+    return lines
+
+
+def _costs(seconds: List[float], steps: int) -> List[str]:
+    each = min(seconds[1:])  # the first one warms up
+    if torch.cuda.is_available():
+        memory, where = torch.cuda.max_memory_allocated(), 'GPU'
+    else:  # kilobytes on Linux
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        where = 'process'
+    return [f'A step: {each:.3g} s, {memory / 2**30:.2f} GiB ({where}, peak)',
+            f'The run: {steps} steps, about {each * steps / 3600:.3g} h '
+            'without validation']
