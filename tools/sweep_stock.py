@@ -22,6 +22,7 @@ import traceback
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from importlib import import_module
 from importlib.util import find_spec
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # weights are not needed
@@ -69,15 +70,23 @@ model = dict(_delete_=True, student=_base_.model, teacher=_base_.teacher,
 # -- which configs ---------------------------------------------------------
 
 
+def configs_of(toolbox):
+    """The folder of a toolbox's configs; None if it is not installed."""
+    spec = find_spec(toolbox)
+    return spec and os.path.join(os.path.dirname(spec.origin), '.mim',
+                                 'configs')
+
+
 def stock_configs():
     """Groups of stock configs, ``TOOLBOX::PATH``, that differ in sizes, rates
     and weights alone; the smallest of each is first."""
     groups = defaultdict(list)
     for toolbox in TOOLBOXES:
-        spec = find_spec(toolbox)
-        if spec is None:
+        root = configs_of(toolbox)
+        if root is None:
             continue
-        root = os.path.join(os.path.dirname(spec.origin), '.mim', 'configs')
+        # Once, not in each child
+        import_module(f'{toolbox}.utils').register_all_modules(False)
         for path in sorted(glob(f'{root}/**/*.py', recursive=True)):
             name = os.path.relpath(path, root)
             if '_base_' in name:
@@ -193,14 +202,10 @@ def try_plain(name):
     """Load a config, cut it, and train the plain model for a step.
 
     Returns:
-        tuple[dict, dict]: Overrides for what was cut, and a batch.
+        tuple[Config, dict]: It, and a batch for it.
     """
-    toolbox = name.split('::')[0]
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, 'stock.py')
-        with open(path, 'w') as file:
-            file.write(f"_base_ = ['{name}']\n")
-        stock = load_config(path)
+    toolbox, path = name.split('::')
+    stock = load_config(os.path.join(configs_of(toolbox), path))
     init_default_scope(stock.get('default_scope') or toolbox)
     for crop in (CROPS.get(toolbox), None):
         cut = dict(model=without_weights(stock.model))
@@ -317,8 +322,6 @@ def outputs(model, data):
 def sweep_one(name, gigabytes):
     """The result of one config, as a dict that JSON can hold."""
     resource.setrlimit(resource.RLIMIT_AS, (gigabytes << 30, ) * 2)
-    if find_spec('mmdet') is None and name.startswith('mmdet'):
-        return dict(name=name, result='not counted', message='no mmdet')
     try:
         cfg, batch = try_plain(name)
     except BaseException as error:

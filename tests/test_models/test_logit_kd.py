@@ -283,3 +283,19 @@ def test_bad_input(kwargs, words):
         LogitKDDistiller(**copy.deepcopy(kwargs))
     for word in words:
         assert word in str(error.value), str(error.value)
+
+
+def test_padding_is_not_compared():
+    model = distiller(segmentor(), segmentor(dim=32), task_loss_weight=0)
+    found = samples('segmentor')
+    found[1].set_metainfo(dict(padding_size=(0, 16, 0, 8)))
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 3, SIZE, SIZE)
+    (logits, padding), student = model.run_teacher(inputs, found), \
+        model.run_student(inputs, found)[1]
+    loss = model.distill((logits, padding), student)['loss_kd']
+    wild = student.clone()
+    wild[1, :, 3:], wild[1, :, :, 2:] = 1e3, -1e3
+    assert torch.equal(loss, model.distill((logits, padding), wild)['loss_kd'])
+    assert not torch.equal(loss, model.distill((logits, None), student)
+                           ['loss_kd'])

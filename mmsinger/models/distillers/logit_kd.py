@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from mmsinger.errors import ConfigError
 from mmsinger.models.distillers.base import BaseDistiller, reached_parameters
 from mmsinger.models.features.anatomy import fixed_input_size
+from mmsinger.models.features.padding import Padding, find_padding
 from mmsinger.models.teachers.frozen import FrozenClassifier
 from mmsinger.registry import MODELS, build_part
 
@@ -18,7 +19,7 @@ class LogitKDDistiller(BaseDistiller):
     For two classifiers (mmpretrain) or two segmentors (mmseg) of the same
     classes, of any architecture. A segmentor's distributions are compared
     pixel by pixel, on the grid of the student's decode head; pixels without
-    a label count too, auxiliary heads do not.
+    a label count too, padding and auxiliary heads do not.
 
     Args:
         student (dict): Config of a model with a head.
@@ -61,8 +62,10 @@ class LogitKDDistiller(BaseDistiller):
         return reached_parameters(self.student, run)
 
     def run_teacher(self, inputs: Tensor,
-                    data_samples: Optional[list] = None) -> Tensor:
-        return self.teacher(inputs, self.student_normalisation)
+                    data_samples: Optional[list] = None
+                    ) -> Tuple[Tensor, Optional[Padding]]:
+        return (self.teacher(inputs, self.student_normalisation),
+                find_padding(inputs, data_samples))
 
     def run_student(self, inputs: Tensor, data_samples: Optional[list]
                     ) -> Tuple[Dict[str, Any], Tensor]:
@@ -72,10 +75,15 @@ class LogitKDDistiller(BaseDistiller):
             losses = self.task_losses(inputs, data_samples)
         return losses, tap.logits
 
-    def distill(self, teacher_outputs: Tensor, student_outputs: Tensor
-                ) -> Dict[str, Tensor]:
+    def distill(self, teacher_outputs: Tuple[Tensor, Optional[Padding]],
+                student_outputs: Tensor) -> Dict[str, Tensor]:
         """L_KD between logits, see :meth:`BaseDistiller.distill`."""
-        return dict(loss_kd=self.loss_kd(student_outputs, teacher_outputs))
+        logits, padding = teacher_outputs
+        # Losses of other packages need not know weights
+        weight = {} if padding is None or student_outputs.dim() != 4 else dict(
+            weight=padding.shares(student_outputs.shape[2:]).to(
+                student_outputs.device, non_blocking=True))
+        return dict(loss_kd=self.loss_kd(student_outputs, logits, **weight))
 
 
 class LogitTap:

@@ -382,8 +382,9 @@ def _split(output: Any) -> Tuple[Any, Optional[Grid]]:
     if isinstance(output, (tuple, list)) and len(output) == 2 and not \
             isinstance(output[1], Tensor) and len(output[1]) == 2:
         return output[0], (int(output[1][0]), int(output[1][1]))
-    return (output[0] if isinstance(output, tuple) and output
-            else output), None
+    several = isinstance(output, tuple) and len(output) and all(
+        isinstance(one, Tensor) for one in output)
+    return output[0] if several else output, None
 
 
 def _describe(output: Any, size: Grid) -> Optional[_Map]:

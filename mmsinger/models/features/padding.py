@@ -19,15 +19,18 @@ class Padding(NamedTuple):
     size: Grid
 
     def weigh(self, tokens: Tokens) -> Tokens:
-        """Weigh patch tokens by the share of their cell that is no padding;
-        values of shape (B, N, C)."""
+        """Weigh patch tokens, values of shape (B, N, C), see
+        :meth:`shares`."""
+        return tokens.weighed(self.shares(tokens.grid).flatten(1).to(
+            tokens.values.device, non_blocking=True))
+
+    def shares(self, grid: Grid) -> Tensor:
+        """How much of each cell of a grid h x w is no padding, (B, h, w)."""
         rows, columns = (torch.stack([
             _covered(box[start], box[start + 1], length, cells)
             for box in self.boxes])
-            for start, length, cells in zip((0, 2), self.size, tokens.grid))
-        weight = rows.unsqueeze(2) * columns.unsqueeze(1)  # (B, h, w)
-        return tokens.weighed(
-            weight.flatten(1).to(tokens.values.device, non_blocking=True))
+            for start, length, cells in zip((0, 2), self.size, grid))
+        return rows.unsqueeze(2) * columns.unsqueeze(1)
 
 
 def find_padding(inputs: Tensor, data_samples: Optional[Sequence[Any]]

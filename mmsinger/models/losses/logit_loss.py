@@ -1,3 +1,5 @@
+from typing import Optional
+
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError
@@ -28,12 +30,15 @@ class LogitKLLoss(nn.Module):
         self.temperature = temperature
         self.loss_weight = loss_weight
 
-    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+    def forward(self, pred: Tensor, target: Tensor,
+                weight: Optional[Tensor] = None) -> Tensor:
         """
         Args:
             pred (Tensor): The student's logits, (B, K) or (B, K, h, w).
             target (Tensor): The teacher's, (B, K) or (B, K, h', w'); resized
                 to the student's grid.
+            weight (Tensor, optional): How much each pixel counts in the mean,
+                (B, h, w). Defaults to None, all alike.
 
         Returns:
             Tensor: A scalar, times ``loss_weight``.
@@ -47,4 +52,6 @@ class LogitKLLoss(nn.Module):
             (pred / self.temperature).log_softmax(dim=1),
             (target / self.temperature).log_softmax(dim=1),
             reduction='none', log_target=True).sum(dim=1)
-        return self.loss_weight * self.temperature**2 * divergence.mean()
+        mean = divergence.mean() if weight is None else \
+            (weight * divergence).sum() / weight.sum().clamp(min=1e-6)
+        return self.loss_weight * self.temperature**2 * mean
