@@ -13,8 +13,8 @@ PACKAGE = os.path.join(tiny.ROOT, 'mmsinger')
 
 
 def test_a_plain_step_calls_few_functions(tmp_path, monkeypatch):
-    """164 calls in 12 files with 66 moves between files, before targets were
-    steps of their own."""
+    """Calls in a train step: 164 in 12 files with 66 moves between files,
+    before targets were steps and students of every kind."""
     monkeypatch.chdir(tiny.workplace(tmp_path))
     cfg = load_config(tiny.SEG_CONFIG)
     init_default_scope('mmseg')
@@ -37,4 +37,4 @@ def test_a_plain_step_calls_few_functions(tmp_path, monkeypatch):
         sys.setprofile(None)
     moves = sum(a != b for a, b in zip(calls, calls[1:]))
     assert 50 < len(calls) <= 155
-    assert len(set(calls)) <= 18 and moves <= 80
+    assert len(set(calls)) <= 18 and moves <= 90
