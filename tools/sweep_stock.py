@@ -36,7 +36,9 @@ from mmengine.runner import Runner
 
 from mmsinger.checkpoint import (load_checkpoint, load_strict,
                                  student_state_dict)
-from mmsinger.engine.prepare import load_config, use_cpu_amp
+from mmsinger.engine.prepare import (load_config, use_cpu_amp,
+                                     use_data_preprocessor,
+                                     use_student_constructor)
 from mmsinger.errors import ConfigError
 from mmsinger.export import save_student, student_config
 from mmsinger.models.features.anatomy import (find_features, find_part,
@@ -251,7 +253,9 @@ def distil(name, cfg, batch, **options):
         recipe = load_config(paths[1])
         recipe.model.student = cfg.model
         recipe.model.update(options)
-        use_cpu_amp(recipe)
+        for prepare in (use_cpu_amp, use_student_constructor,
+                        use_data_preprocessor):
+            prepare(recipe)
         torch.manual_seed(0)
         model = plain_model(recipe)
         model.init_weights()
