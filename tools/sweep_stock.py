@@ -403,9 +403,10 @@ def write_page(results, groups, path):
         f'`task_loss_weight=0`. {counts["refused"]} end in a message before '
         f'training, {counts["fails"]} fail.', '',
         'Configs whose models differ in sizes, rates and weights alone are '
-        'tried once, the smallest of them: the '
-        f'{len(results)} here stand for '
-        f'{sum(alike.get(r["name"], 1) for r in results)}. Weights are '
+        'tried once, the smallest of them. Tried so far: '
+        f'{len(results)} of {len(groups)}, which stand for '
+        f'{sum(alike.get(r["name"], 1) for r in results)} of '
+        f'{sum(alike.values())} configs. Weights are '
         'random, images random through the config\'s own pipeline, cut to '
         f'{CROPS["mmpretrain"]} (mmpretrain) or {CROPS["mmseg"]} pixels (mmseg) '
         'where the model takes them. What the '
