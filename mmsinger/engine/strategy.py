@@ -96,7 +96,7 @@ class FSDPStrategy(MMEngineFSDPStrategy):
             shard_blocks(teacher)
         self.model_wrapper.setdefault('device_id', device)
         if isinstance(model, FeatureDistiller):
-            blocks = set(model.find_student_features().modules)
+            blocks = set(model.student_features.modules)
             self.model_wrapper.setdefault('auto_wrap_policy', partial(
                 lambda_auto_wrap_policy,
                 lambda_fn=lambda module: module in blocks))
@@ -104,7 +104,7 @@ class FSDPStrategy(MMEngineFSDPStrategy):
         if isinstance(model, FeatureDistiller):
             # Taps sit on the wrapped blocks: a pass that ends at the last of
             # them has left all of FSDP's units
-            model.find_student_features()
+            model.follow_wrapped_student()
         return wrapped
 
     def build_optim_wrapper(self, optim_wrapper: Any,

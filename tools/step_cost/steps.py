@@ -161,8 +161,8 @@ class Steps:
         """FitNet and SiNGER with compiled blocks, see
         :func:`compile_blocks`, and options of ``torch.compile``."""
         groups = (self.singer.teacher.blocks,
-                  self.singer.find_student_features(),
-                  self.fitnet.find_student_features())
+                  self.singer.student_features,
+                  self.fitnet.student_features)
         blocks = [block for group in groups for block in group.modules]
         plain = [type(block) for block in blocks]
         for group in groups:
@@ -249,7 +249,7 @@ class Steps:
     @contextlib.contextmanager
     def _channels_last(self) -> Iterator[None]:
         embeddings = [self.singer.teacher.blocks.patch_embed,
-                      self.singer.find_student_features().patch_embed]
+                      self.singer.student_features.patch_embed]
         for module in embeddings:
             module.to(memory_format=torch.channels_last)
         try:

@@ -8,8 +8,9 @@ from mmsinger.errors import ConfigError, check_choice
 from mmsinger.models.distillers.base import BaseDistiller, reached_parameters
 from mmsinger.models.distillers.layer_map import LAYER_MAPS, map_layers
 from mmsinger.models.distillers.step_record import StepRecord
-from mmsinger.models.features.anatomy import (Features, Layer, example_images,
-                                              find_features, resolve_layer)
+from mmsinger.models.features.anatomy import (Features, Layer, at_same_paths,
+                                              example_images, find_features,
+                                              resolve_layer)
 from mmsinger.models.features.compiled import compile_blocks
 from mmsinger.models.features.padding import find_padding
 from mmsinger.models.features.taps import BlockTaps
@@ -98,7 +99,8 @@ class FeatureDistiller(BaseDistiller):
         steps = build_steps(targets, target_norm)
         kd = build_part('model.loss_kd', loss_kd, 'mmsinger.FeatureMSELoss')
         super().__init__(student=student, teacher=teacher, **kwargs)
-        self.find_student_features()
+        self.student_features: Features = find_features(
+            self.student_backbone, 'student')
         self.layers = self._resolve_layers(
             self.teacher.layers if layers is None else layers)
         self.student_layers = self._resolve_student_layers(
@@ -159,12 +161,11 @@ class FeatureDistiller(BaseDistiller):
 
     # -- building ----------------------------------------------------------
 
-    def find_student_features(self) -> Features:
-        """Find the student's blocks or maps, anew where they have been
-        wrapped."""
-        self.student_features = find_features(
-            self.student_backbone, 'student')
-        return self.student_features
+    def follow_wrapped_student(self) -> None:
+        """Tap the student's blocks or maps where they are now, after they
+        have been wrapped in place."""
+        self.student_features = at_same_paths(
+            self.student_features, self.student_backbone)
 
     def _hold_parts_of_steps(self) -> None:
         # Under their own names: the order of steps is not in checkpoints

@@ -239,6 +239,22 @@ def find_features(backbone: nn.Module, owner: str) -> Features:
         return _find_maps(backbone, owner, error)
 
 
+def at_same_paths(features: Features, backbone: nn.Module) -> Features:
+    """What a backbone showed, in the modules that are there now.
+
+    Args:
+        features (Blocks | Maps): Found before modules were wrapped in place.
+        backbone (nn.Module): The backbone.
+
+    Returns:
+        Blocks | Maps: With the modules at the old paths.
+    """
+    # Not _replace(), which counts fields by len()
+    return type(features)(**{**features._asdict(), 'modules': [
+        backbone if path.startswith('outputs.')
+        else backbone.get_submodule(path) for path in features.paths]})
+
+
 def _check_blocks(backbone: nn.Module, blocks: Blocks) -> None:
     """Raise :class:`ConfigError` if blocks give no tokens on one grid."""
     grids: List[Grid] = []
