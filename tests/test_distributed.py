@@ -171,7 +171,7 @@ def worker(rank, folder):
     except ConfigError as error:
         results['fsdp_remembers'] = str(error)
 
-    BaseDistiller._freeze_unreached = lambda self: None
+    BaseDistiller._find_what_learns = lambda self: None
     try:
         train(folder, 'unfrozen', RUNS['features_only'], 'pytorch')
         results['unfrozen'] = ''
