@@ -13,6 +13,8 @@ import torch  # noqa: E402
 from mmengine.registry import DefaultScope  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+TORCH_LOAD = torch.load
+
 # The same examples in every run, and no time limit on a busy machine.
 settings.register_profile('mmsinger', derandomize=True, deadline=None,
                           database=None, max_examples=50)
@@ -27,6 +29,8 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def fresh_state():
-    """The same seed, and no default scope left over from another test."""
+    """The same seed, and nothing left over from another test: no default
+    scope, and no safe torch.load of a run that ended in an error."""
     torch.manual_seed(0)
     DefaultScope._instance_dict.clear()
+    torch.load = torch.serialization.load = TORCH_LOAD

@@ -352,7 +352,7 @@ def test_teacher_base_builds_and_runs(path):
     taps = teacher(torch.randn(2, 3, 56, 56), layers,
                    Normalisation(None, None))
     for layer in layers:
-        values, grid, _ = taps.tokens(layer)
+        values, grid, *_ = taps.tokens(layer)
         assert values.shape == (2, 1 + grid[0] * grid[1], 32)
         assert torch.isfinite(values).all()
     assert not any(p.requires_grad for p in teacher.parameters())

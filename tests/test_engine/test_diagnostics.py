@@ -162,8 +162,8 @@ def test_outliers_take_the_gradient():
     model = distiller(FitNetDistiller)
     original = model.run_teacher
 
-    def planted(inputs):
-        outputs = original(inputs)
+    def planted(*args):
+        outputs = original(*args)
         for output in outputs.taps._outputs.values():
             output[:, 4] *= 40  # after CLS: patch 3
         return outputs
