@@ -42,7 +42,7 @@ def distiller(cls=SiNGERDistiller, target_norm=None, **kwargs):
             for parameter in model.adapters.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
     if target_norm == 'standardise':
-        model.calibrate_target_norms([IMAGES])
+        model.calibrate([IMAGES])
     return model
 
 

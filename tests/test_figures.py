@@ -140,7 +140,7 @@ def test_components_of_few_patches_or_channels(grid, dim):
 def test_features_are_those_of_the_methods():
     model = distiller(target_norm='standardise').train()
     images = torch.randn(3, 3, 32, 32)
-    model.calibrate_target_norms([images])
+    model.calibrate([images])
     features = extract_features(model, images)
     assert model.training and model.student.training
     assert not any(tokens.values.requires_grad

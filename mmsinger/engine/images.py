@@ -7,7 +7,7 @@ from mmengine.registry import DATASETS
 from torch import Tensor, nn
 
 from mmsinger.engine.checks import check_data_folders
-from mmsinger.engine.hooks.target_norm_hook import preserved_random_states
+from mmsinger.engine.hooks.calibration_hook import preserved_random_states
 from mmsinger.errors import ConfigError
 from mmsinger.images import Size, check_patch, dataset_batches
 from mmsinger.models.distillers import FeatureDistiller

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
 from mmsinger.engine.resume import check_checkpoint_files
-from mmsinger.engine.hooks.target_norm_hook import NUM_IMAGES
+from mmsinger.engine.hooks.calibration_hook import NUM_IMAGES
 from mmsinger.engine.images import ImageBatches
 from mmsinger.errors import ConfigError, check_keys
 from mmsinger.export import is_distiller
@@ -74,7 +74,7 @@ def prepare(distiller: FeatureDistiller, batches: ImageBatches) -> None:
     before its first step, where no checkpoint has."""
     if distiller.needs_calibration:
         count = math.ceil(NUM_IMAGES / batches.batch_size)
-        distiller.calibrate_target_norms(itertools.islice(batches(), count))
+        distiller.calibrate(itertools.islice(batches(), count))
 
 
 class Subject(NamedTuple):

@@ -50,7 +50,7 @@ def distiller(cls=SiNGERDistiller, **kwargs):
     if model.refinement:
         model.refinement.init_weights(model.teacher)
     if model.needs_calibration:
-        model.calibrate_target_norms([IMAGES])
+        model.calibrate([IMAGES])
     return model.train()
 
 

@@ -20,8 +20,8 @@ from yapf.yapflib import yapf_api
 from mmsinger.checkpoint import load_checkpoint
 from mmsinger.engine.hooks import (DiagnosticsHook, RandomStateHook,
                                    RunGuardHook, SiNGERAdapterHook,
-                                   StudentCheckpointHook, TargetNormHook,
-                                   target_norm_hook)
+                                   StudentCheckpointHook, CalibrationHook,
+                                   calibration_hook)
 from mmsinger.engine.prepare import (add_required_hooks, fit_workers,
                                      load_config, prepare_training)
 from mmsinger.errors import ConfigError, TrainingError
@@ -32,7 +32,7 @@ from tiny import SEG_CONFIG, workplace
 
 ALL_HOOKS = [f'mmsinger.{hook.__name__}' for hook in (
     RandomStateHook, RunGuardHook, SiNGERAdapterHook, StudentCheckpointHook,
-    TargetNormHook)]
+    CalibrationHook)]
 
 
 @pytest.fixture(scope='module')
@@ -270,8 +270,8 @@ def test_calibration_leaves_random_states_alone(make, caplog):
                   **{'model.target_norm': 'standardise'})
     runner.train()
     assert states[0] == states[1]
-    assert 'Target features standardised on 256 images' not in caplog.text
-    assert 'Target features standardised on 8 images' in caplog.text
+    assert 'Targets calibrated on 256 images' not in caplog.text
+    assert 'Targets calibrated on 8 images' in caplog.text
 
 
 def test_calibration_does_not_change_the_batches(make):
@@ -300,7 +300,7 @@ def test_statistics_are_those_of_the_images(make, place):
         norm.calibrated = False
         norm.scale.fill_(float('nan'))
     with torch.random.fork_rng():
-        TargetNormHook().before_train(runner)
+        CalibrationHook().before_train(runner)
     assert all(torch.equal(value, again[key]) for key, value in
                model.target_norms.state_dict().items())
 
@@ -313,7 +313,7 @@ def test_statistics_are_kept_on_resume(make, tmp_path, caplog):
     caplog.clear()
     runner = make(3, resume=True, **options)
     runner.train()
-    assert 'Target features standardised' not in caplog.text
+    assert 'Targets calibrated' not in caplog.text
     ours = runner.model.target_norms.state_dict()
     assert len(ours) == 6
     assert all(torch.equal(value, saved[f'target_norms.{key}'])
@@ -324,7 +324,7 @@ def test_no_calibration_where_nothing_is_to_calibrate(make, monkeypatch):
     def fail(*args):
         raise AssertionError('the data was read')
 
-    monkeypatch.setattr(target_norm_hook, 'training_batches', fail)
+    monkeypatch.setattr(calibration_hook, 'training_batches', fail)
     for mode in (None, 'layernorm'):
         make(1, **{'model.target_norm': mode}).train()
 

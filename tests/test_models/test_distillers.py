@@ -469,10 +469,10 @@ def test_target_norms(mode, cls):
     assert model.needs_calibration == (mode == 'standardise')
     if mode == 'standardise':
         with pytest.raises(RuntimeError, match='has not been calibrated.*'
-                           'TargetNormHook'):
+                           'CalibrationHook'):
             model.loss(images(), None)
-        scales = model.calibrate_target_norms([images(), images()])
-        assert all(v > 0 for v in scales.values())
+        found, = model.calibrate([images(), images()])
+        assert found.startswith('scale by teacher layer: 1: ')
         assert not model.needs_calibration
     losses = model.loss(images(), None)
     assert all(torch.isfinite(v) for v in losses.values())
@@ -485,7 +485,7 @@ def test_standardised_targets_have_unit_size():
         for p in model.teacher.parameters():
             p.mul_(3)
     batches = [images(8) for _ in range(4)]
-    model.calibrate_target_norms(batches)
+    model.calibrate(batches)
     assert sorted(model.target_norms) == ['1', '2', '3']
     outputs = model.run_teacher(batches[0])
     for layer in (1, 2, 3):
@@ -498,10 +498,21 @@ def test_standardised_targets_have_unit_size():
                               atol=1e-4)
 
 
+def test_calibration_uses_all_batches():
+    model = distiller('mmpretrain', target_norm='standardise')
+    other = copy.deepcopy(model)
+    batches = [images(n) for n in (3, 1, 4)]
+    model.calibrate(batches)
+    other.calibrate([torch.cat(batches)])
+    for ours, theirs in zip(model.target_norms.buffers(),
+                            other.target_norms.buffers()):
+        assert torch.allclose(ours, theirs, rtol=1e-5)
+
+
 def test_standardising_needs_images():
     model = distiller('mmpretrain', target_norm='standardise')
     with pytest.raises(ConfigError, match='needs images'):
-        model.calibrate_target_norms([])
+        model.calibrate([])
 
 
 @pytest.mark.parametrize('mode', [None, 'standardise', 'layernorm'])
@@ -510,7 +521,7 @@ def test_bf16_autocast(mode):
     model.eval()
     x = images()
     if mode == 'standardise':
-        model.calibrate_target_norms([x])
+        model.calibrate([x])
     exact = model.loss(x, samples('segmentor'))
     with torch.autocast('cpu', torch.bfloat16):
         losses = model.loss(x, samples('segmentor'))
@@ -559,7 +570,7 @@ def test_state_dict():
 
 def test_state_dict_comes_back():
     model = distiller('segmentor', target_norm='standardise')
-    model.calibrate_target_norms([images()])
+    model.calibrate([images()])
     twin = distiller('segmentor', target_norm='standardise', ready=False)
     assert twin.needs_calibration
     twin.load_state_dict(model.state_dict(), strict=True)
@@ -579,7 +590,7 @@ def test_what_does_not_fit_does_not_count_as_loaded():
                       adapter=dict(rank=8), teacher=dict(backbone=vit(
                           arch=dict(embed_dims=64, num_layers=4, num_heads=4,
                                     feedforward_channels=64))))
-    other.calibrate_target_norms([images()])
+    other.calibrate([images()])
     load_state_dict(model, other.state_dict(), strict=False)
     assert model.needs_calibration
     uncalibrated = distiller('mmpretrain', target_norm='standardise')

@@ -278,7 +278,7 @@ def test_calibration_fills_it():
     model = distiller('plain', target_norm='standardise')
     model.teacher.feature_cache = model.teacher._cached.capacity = 10
     images = torch.randn(4, 3, 32, 32)
-    model.calibrate_target_norms([images[:2], images[2:]])
+    model.calibrate([images[:2], images[2:]])
     step(model, images)
     assert model.teacher._cached.recalled == 4
 

@@ -160,7 +160,7 @@ def test_configs(block, tmp_path):
     model = MODELS.build(model_cfg)
     model.init_weights()
     if model.needs_calibration:
-        model.calibrate_target_norms([images()])
+        model.calibrate([images()])
     losses = list(step(model.train()))
     if 'ViTKD' in model_cfg.type:
         assert losses == ['distill.loss_mimic', 'distill.loss_generate']

@@ -455,7 +455,7 @@ def test_in_a_distiller(kwargs):
         target_norm='standardise', teacher=dict(backbone=dict(
             type='mmsinger.PlantedArtifacts', backbone=vit())), **kwargs)
     model.init_weights()
-    model.calibrate_target_norms([pictures(4, 32, 32)])
+    model.calibrate([pictures(4, 32, 32)])
     losses = model.loss(pictures(4, 32, 32), None)
     assert all(torch.isfinite(value) for value in losses.values())
     sum(losses.values()).backward()

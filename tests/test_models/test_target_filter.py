@@ -176,7 +176,7 @@ def test_filters_lower_the_loss_of_planted_targets(name, norm):
     for targets in ([], FILTERS[name]):
         model = distiller(PLANTED, target_norm=norm, targets=targets)
         if norm:
-            model.calibrate_target_norms([images()])
+            model.calibrate([images()])
         loss = model.loss(images(), None)['distill.loss_kd']
         loss.backward()
         assert all(p.grad is not None for p in model.parameters()

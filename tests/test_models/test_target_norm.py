@@ -26,7 +26,7 @@ def features(count=2000, dim=D, scale=7.0, seed=0):
 
 def calibrated(tokens):
     norm = TargetNorm(tokens.shape[1], 'standardise')
-    norm.calibrate([tokens])
+    norm.calibrate(tokens)
     return norm
 
 
@@ -77,15 +77,6 @@ def test_restore_inverts_normalise(seed, batch):
                                rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(norm.normalise(norm.restore(tokens)), tokens,
                                rtol=1e-4, atol=1e-3)
-
-
-def test_calibration_uses_all_batches():
-    tokens = features()
-    norm = TargetNorm(D, 'standardise')
-    norm.calibrate(list(tokens.split([300, 1, 999, 700])))
-    reference = calibrated(tokens)
-    assert torch.equal(norm.centre, reference.centre)
-    assert torch.equal(norm.scale, reference.scale)
 
 
 def test_constant_tokens_do_not_divide_by_zero():
@@ -139,7 +130,7 @@ def test_gradient_passes():
     for mode in (None, 'standardise', 'layernorm'):
         norm = TargetNorm(D, mode)
         if mode == 'standardise':
-            norm.calibrate([features()])
+            norm.calibrate(features())
         tokens = randn(2, 5, D).requires_grad_()
         norm.target(norm.normalise(tokens)).square().sum().backward()
         assert torch.isfinite(tokens.grad).all()
@@ -161,7 +152,7 @@ def test_bad_mode():
 def test_needs_calibration_once():
     norm = TargetNorm(D, 'standardise')
     assert norm.needs_calibration
-    norm.calibrate([features()])
+    norm.calibrate(features())
     assert not norm.needs_calibration
     assert not copy.deepcopy(norm).needs_calibration
 
@@ -189,7 +180,7 @@ def test_round_trip_through_a_parent():
             '23': TargetNorm(D, 'standardise')})
 
     source, target = model(), model()
-    source['17'].calibrate([features()])
+    source['17'].calibrate(features())
     target.load_state_dict(source.state_dict())
     assert not target['17'].needs_calibration
     # saved before its calibration: still to be done

@@ -47,7 +47,7 @@ def build(method, targets, **kwargs):
     model = MODELS.build(copy.deepcopy(cfg))
     model.init_weights()
     if model.needs_calibration:
-        model.calibrate_target_norms([batch()['inputs']])
+        model.calibrate([batch()['inputs']])
     return model.train()
 
 

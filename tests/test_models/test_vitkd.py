@@ -161,7 +161,7 @@ def test_everything_trains(kwargs, reduction):
     if model.refinement:
         model.refinement.init_weights(model.teacher)
     if model.needs_calibration:
-        model.calibrate_target_norms([images()])
+        model.calibrate([images()])
     x = torch.randn(2, 3, 32, 48)
     losses = model.loss(x, None)
     assert all(torch.isfinite(v) and v > 0 for v in losses.values())

@@ -6,10 +6,10 @@ from mmsinger.engine.hooks.knn_bank_hook import KNNBankHook
 from mmsinger.engine.hooks.random_state_hook import RandomStateHook
 from mmsinger.engine.hooks.run_guard_hook import RunGuardHook
 from mmsinger.engine.hooks.student_checkpoint_hook import StudentCheckpointHook
-from mmsinger.engine.hooks.target_norm_hook import TargetNormHook
+from mmsinger.engine.hooks.calibration_hook import CalibrationHook
 
 __all__ = [
     'CacheFeaturesHook', 'DiagnosticsHook', 'KNNBankHook', 'RandomStateHook',
     'RunGuardHook', 'SafeCheckpointHook', 'SiNGERAdapterHook',
-    'StudentCheckpointHook', 'TargetNormHook'
+    'StudentCheckpointHook', 'CalibrationHook'
 ]

@@ -28,17 +28,20 @@ class SiNGERAdapter(nn.Module):
         gain (float): Factor of the update. As initialised in the nullspace
             with gain 1 the adapter doubles that component, the paper's sign;
             -1 removes it. Defaults to 1.
+        train_up (bool): False leaves the up-projection as it was initialised:
+            refinement stays in the nullspace. Defaults to True.
 
     Raises:
         ConfigError: If the rank is not in [1, D].
     """
 
-    def __init__(self, dim: int, rank: int = 16, gain: float = 1.0) -> None:
+    def __init__(self, dim: int, rank: int = 16, gain: float = 1.0,
+                 train_up: bool = True) -> None:
         super().__init__()
         check_rank(rank, dim)
         self.gain = gain
         self.down = nn.Parameter(torch.empty(dim, rank))
-        self.up = nn.Parameter(torch.zeros(rank, dim))
+        self.up = nn.Parameter(torch.zeros(rank, dim), train_up)
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
     @property

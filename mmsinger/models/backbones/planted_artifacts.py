@@ -16,6 +16,7 @@ from mmsinger.models.features.tokens import Grid
 from mmsinger.registry import MODELS
 
 DIRECTIONS = ('null', 'random')
+PLACES = ('plain', 'content')
 
 
 @MODELS.register_module()
@@ -46,6 +47,9 @@ class PlantedArtifacts(BaseModule):
         dims (int): 1: the same direction everywhere. More: a random direction
             for each image, in a subspace of so many dimensions. Defaults
             to 1.
+        on (str): ``'plain'``: patches of the half whose pixels vary least,
+            as in real teachers; ``'content'``: of the half that varies most.
+            Defaults to ``'plain'``.
         direction (str): Where the directions come from. ``'null'``: the left
             singular directions of the following block's linearised FFN with
             the smallest singular values. ``'random'``: anywhere. Defaults to
@@ -63,14 +67,16 @@ class PlantedArtifacts(BaseModule):
                  norm: Sequence[float] = (7.0, 9.0),
                  dims: int = 1,
                  direction: str = 'random',
+                 on: str = 'plain',
                  seed: int = 0) -> None:
         super().__init__()
         check_choice('direction', direction, DIRECTIONS)
+        check_choice('on', on, PLACES)
         if not 0 <= share <= 1 / 3:
             raise ConfigError(
                 f'share={share} must lie between 0 and 1/3: artifacts are '
-                'planted into the half of the patches that has the least '
-                'content, and an image has up to 1.5 times as many.')
+                'planted into the half of the patches that has the least (or '
+                'the most) content, and an image has up to 1.5 times as many.')
         if isinstance(norm, (int, float)) or len(norm) != 2 or \
                 not 0 < norm[0] <= norm[1]:
             raise ConfigError(f'norm={norm} must be the smallest and the '
@@ -88,6 +94,7 @@ class PlantedArtifacts(BaseModule):
         self.norm = tuple(norm)
         self.dims = dims
         self.direction = direction
+        self.on = on
         self.seed = seed
         self.planted_mask: Optional[Tensor] = None
         self._images: Optional[Tensor] = None
@@ -161,7 +168,8 @@ class PlantedArtifacts(BaseModule):
     @torch.no_grad()
     def _artifacts(self, tokens: Tensor, images: Tensor) -> Tensor:
         """What is added to the patch tokens, shape (B, P, D)."""
-        chosen = choose_patches(images, self._grid, self._cell, self.share)
+        chosen = choose_patches(images, self._grid, self._cell, self.share,
+                                self.on)
         self.planted_mask = chosen.mask
         if self._basis is None:
             self._basis = self.basis()
@@ -202,12 +210,12 @@ class Chosen(NamedTuple):
     of_image: Tensor
 
 
-def choose_patches(images: Tensor, grid: Grid, cell: Grid, share: float
-                   ) -> Chosen:
-    """Patches of little content to plant artifacts into.
+def choose_patches(images: Tensor, grid: Grid, cell: Grid, share: float,
+                   on: str = 'plain') -> Chosen:
+    """Patches to plant artifacts into.
 
-    Of the half of an image's patches whose pixels vary least, those with the
-    smallest hash are taken.
+    Of the half of an image's patches whose pixels vary least (or most), those
+    with the smallest hash are taken.
 
     Args:
         images (Tensor): Shape (B, C, H, W).
@@ -216,6 +224,8 @@ def choose_patches(images: Tensor, grid: Grid, cell: Grid, share: float
             by columns.
         share (float): Mean share of the patches; an image has between a half
             and one and a half times as many, at least one.
+        on (str): ``'plain'`` or ``'content'``, which half. Defaults to
+            ``'plain'``.
 
     Returns:
         Chosen: Patches and hashes.
@@ -232,16 +242,17 @@ def choose_patches(images: Tensor, grid: Grid, cell: Grid, share: float
     # constant patch has no variance at all
     mean = cells.mean(dim=-1).float()
     variance = (cells - cells[..., :1]).var(dim=-1, correction=0).float()
-    plain = variance <= lower_median(variance, dim=1)
+    median = lower_median(variance, dim=1)
+    half = variance <= median if on == 'plain' else variance > median
     place = torch.arange(rows * columns, device=images.device)
     uniform = _fraction(mean.double() * 977.13 + place * 0.6180339887)
     factor = 0.5 + uniform.mean(dim=1, keepdim=True).mul(1e4).frac()
     count = (share * rows * columns * factor).round().clamp(min=1)
-    order = uniform.masked_fill(~plain, 2).argsort(
+    order = uniform.masked_fill(~half, 2).argsort(
         dim=1, stable=True).argsort(dim=1)
     # Many images begin with the same blank patch
     first = (variance > 0).int().argmax(dim=1, keepdim=True)
-    return Chosen((order < count) & plain, uniform.float(),
+    return Chosen((order < count) & half, uniform.float(),
                   uniform.float().gather(1, first))
 
 

@@ -75,7 +75,7 @@ class FeatureDistiller(BaseDistiller):
             together.
     """
 
-    required_hooks = ('TargetNormHook', *BaseDistiller.required_hooks,
+    required_hooks = ('CalibrationHook', *BaseDistiller.required_hooks,
                       'SiNGERAdapterHook', 'DiagnosticsHook')
     layer_maps = LAYER_MAPS
 
@@ -322,11 +322,11 @@ class FeatureDistiller(BaseDistiller):
             for blocks in (self.teacher.blocks, self.student_features):
                 compile_blocks(blocks, **options)
             self._compile = False
-        if self.target_norm == 'standardise' and self.needs_calibration:
+        if self.needs_calibration:
             raise RuntimeError(
-                "target_norm='standardise' has not been calibrated. Add "
-                "dict(type='mmsinger.TargetNormHook') to custom_hooks, or "
-                'call calibrate_target_norms().')
+                'target_norm or a step in targets has not been calibrated. '
+                "Add dict(type='mmsinger.CalibrationHook') to custom_hooks, "
+                'or call calibrate().')
 
     def kd_loss(self, layer: int, student: Tokens, target: Tokens) -> Tensor:
         """L_KD of one layer: projected student tokens against a target.
@@ -398,13 +398,14 @@ class FeatureDistiller(BaseDistiller):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether :meth:`calibrate_target_norms` is still to be called."""
-        return any(n.needs_calibration for n in self.target_norms.values())
+        """Whether :meth:`calibrate` is still to be called."""
+        return any(part.needs_calibration for part in (
+            *self.target_norms.values(), *self.steps))
 
     @torch.no_grad()
-    def calibrate_target_norms(self, batches, tokens_per_image: int = 64
-                               ) -> Dict[int, float]:
-        """Set the statistics of ``target_norm='standardise'``.
+    def calibrate(self, batches, tokens_per_image: int = 64) -> List[str]:
+        """Set the statistics of ``target_norm='standardise'`` and of steps,
+        where they have none yet.
 
         Args:
             batches (Iterable[Tensor | dict]): Preprocessed images
@@ -414,7 +415,7 @@ class FeatureDistiller(BaseDistiller):
                 evenly spaced. Defaults to 64.
 
         Returns:
-            dict[int, float]: The scale of each layer.
+            list[str]: What was found, for the log.
         """
         layers = [int(layer) for layer in self.target_norms]
         kept: Dict[int, List[Tensor]] = {layer: [] for layer in layers}
@@ -432,12 +433,21 @@ class FeatureDistiller(BaseDistiller):
                                    else patches[padding.weigh(
                                        tokens).patch_weight[:, ::step] > 0.99])
         if not any(kept.values()):
-            raise ConfigError("target_norm='standardise' needs images to "
-                              'calibrate on, but there are none.')
-        for layer, tokens in kept.items():
-            self.target_norms[str(layer)].calibrate(tokens)
-        return {layer: self.target_norms[str(layer)].scale.item()
-                for layer in layers}
+            raise ConfigError('target_norm or a step in targets needs images '
+                              'to calibrate on, but there are none.')
+        patches = {layer: torch.cat(parts) for layer, parts in kept.items()}
+        found = []
+        norms = [norm for norm in self.target_norms.items()
+                 if norm[1].needs_calibration]
+        for layer, norm in norms:
+            norm.calibrate(patches[int(layer)])
+        if norms:
+            found.append('scale by teacher layer: ' + ', '.join(
+                f'{layer}: {norm.scale.item():.4g}' for layer, norm in norms))
+        patches = {layer: self.target_norms[str(layer)].normalise(values)
+                   for layer, values in patches.items()}
+        return found + [step.calibrate(patches) for step in self.steps
+                        if step.needs_calibration]
 
 
 def build_steps(cfgs: StepConfigs, target_norm: Optional[str]

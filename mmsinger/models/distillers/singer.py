@@ -32,6 +32,7 @@ class SiNGERDistiller(FitNetDistiller):
         info_fraction (float): Defaults to 1.0.
         gate (dict, optional): ``dict(mad=k)``. Defaults to None.
         cap (bool): Defaults to False.
+        kd_gradient (bool): Defaults to True.
         targets (Sequence[dict] | dict[str, dict]): Steps after the
             refinement, see :class:`FeatureDistiller`. Defaults to none.
         **kwargs: See :class:`FeatureDistiller`.
@@ -49,6 +50,7 @@ class SiNGERDistiller(FitNetDistiller):
                  info_fraction: float = 1.0,
                  gate: Optional[dict] = None,
                  cap: bool = False,
+                 kd_gradient: bool = True,
                  targets: StepConfigs = (),
                  over_layers: str = 'mean',
                  **kwargs: Any) -> None:
@@ -56,7 +58,7 @@ class SiNGERDistiller(FitNetDistiller):
             type='mmsinger.Refine', adapter=adapter,
             loss_outlier=loss_outlier, loss_info=loss_info,
             last_layer=last_layer, info_fraction=info_fraction, gate=gate,
-            cap=cap)
+            cap=cap, kd_gradient=kd_gradient)
         if isinstance(targets, (list, tuple)):
             targets = dict(enumerate(targets))
         if isinstance(targets, dict):  # whose names or numbers stay

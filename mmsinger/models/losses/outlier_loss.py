@@ -2,7 +2,7 @@ from typing import Optional
 
 from torch import Tensor, nn
 
-from mmsinger.errors import ConfigError
+from mmsinger.errors import ConfigError, check_choice
 from mmsinger.metrics.norms import outlier_threshold, token_norms
 from mmsinger.models.losses.feature_loss import weighted_mean
 from mmsinger.registry import MODELS
@@ -22,24 +22,30 @@ class OutlierSuppressionLoss(nn.Module):
             1 - alpha, should exceed the share of artifacts: the quantile is
             an artifact itself otherwise. Defaults to 0.95.
         loss_weight (float): 0 leaves it out, at no cost. Defaults to 0.01.
+        of (str): Whose quantile: that of the ``'refined'`` tokens, the paper,
+            which falls with them, so that there are always outliers to pull
+            down; or of the ``'teacher'``'s, below which nothing is pulled.
+            Defaults to ``'refined'``.
 
     Raises:
         ConfigError: If the quantile is not in (0, 1).
     """
 
     def __init__(self, quantile: float = 0.95,
-                 loss_weight: float = 0.01) -> None:
+                 loss_weight: float = 0.01, of: str = 'refined') -> None:
         super().__init__()
+        check_choice('loss_outlier.of', of, ('refined', 'teacher'))
         if not isinstance(quantile, (int, float)) or not 0 < quantile < 1:
             raise ConfigError(
                 f'loss_outlier.quantile={quantile!r} is not valid: give a '
                 'number between 0 and 1, both excluded (the paper uses '
                 '0.95).')
         self.quantile = quantile
+        self.of = of
         self.loss_weight = loss_weight
 
-    def forward(self, patches: Tensor, weight: Optional[Tensor] = None
-                ) -> Tensor:
+    def forward(self, patches: Tensor, weight: Optional[Tensor] = None,
+                original: Optional[Tensor] = None) -> Tensor:
         """
         Args:
             patches (Tensor): Refined patch tokens, shape (B, P, D), without
@@ -47,6 +53,8 @@ class OutlierSuppressionLoss(nn.Module):
             weight (Tensor, optional): Of each token, shape (B, P). Those of
                 weight 0 are not in the quantile either. Defaults to None,
                 all the same.
+            original (Tensor, optional): The teacher's tokens, which ``of``
+                may ask for, (B, P, D). Defaults to None.
 
         Returns:
             Tensor: A scalar, times ``loss_weight``; 0 if no norm exceeds its
@@ -55,7 +63,9 @@ class OutlierSuppressionLoss(nn.Module):
         if self.loss_weight == 0:
             return patches.new_zeros(())
         norms = token_norms(patches)  # (B, P)
-        threshold = outlier_threshold(norms, self.quantile, weight)  # (B, 1)
+        threshold = outlier_threshold(  # (B, 1)
+            norms if self.of == 'refined' else token_norms(original),
+            self.quantile, weight)
         above = (norms > threshold).float()
         if weight is not None:
             above = weight * above

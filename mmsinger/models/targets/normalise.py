@@ -1,5 +1,5 @@
 """Standardising the features that a student is to match."""
-from typing import List, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +34,13 @@ class TargetNorm(nn.Module):
             self.register_buffer('centre', torch.zeros(dim))
             self.register_buffer('scale', torch.full((), float('nan')))
 
-    def calibrate(self, tokens: List[Tensor]) -> None:
+    def calibrate(self, values: Tensor) -> None:
         """Set centre and scale from a calibration pass.
 
         Args:
-            tokens (list[Tensor]): Patch tokens, each of shape (n, D).
+            values (Tensor): Patch tokens of many images, shape (n, D).
         """
-        values = torch.cat(tokens).float()
+        values = values.float()
         self.centre.copy_(lower_median(values, dim=0)[0])
         norms = (values - self.centre).norm(dim=-1)
         self.scale.copy_(

@@ -19,7 +19,7 @@ from mmsinger.models.targets.step import TargetStep, TeacherOutputs, Targets
 from mmsinger.registry import MODELS, build_part
 
 # The keys of ``adapter``, by who reads them.
-_BUILD_KEYS = ('rank', 'gain')
+_BUILD_KEYS = ('rank', 'gain', 'train_up')
 _FFN_KEYS = ('fold_layer_scale', 'fold_norm')
 _INIT_KEYS = ('init', 'selection', 'threshold', 'seed')
 
@@ -66,8 +66,8 @@ class Refine(TargetStep):
     med)^2`` over the gated tokens with ``||F_hat|| > med``.
 
     Args:
-        adapter (dict, optional): ``rank`` (16), ``gain`` (1.0), ``init``
-            (``'nullspace'``), ``selection`` (``'smallest'``), ``threshold``
+        adapter (dict, optional): ``rank`` (16), ``gain`` (1.0), ``train_up``
+            (True), ``init`` (``'nullspace'``), ``selection`` (``'smallest'``), ``threshold``
             (0.05), ``seed`` (0), ``fold_layer_scale`` (False), ``fold_norm``
             (False); see :class:`SiNGERAdapter`, :func:`left_nullspace` and
             :func:`linearised_ffn`. Defaults to the values in parentheses.
@@ -90,6 +90,10 @@ class Refine(TargetStep):
         cap (bool): The student learns gated tokens shortened to ``med``,
             whatever refinement has left of them. Needs ``gate``. Defaults to
             False.
+        kd_gradient (bool): Whether the gradient of L_KD reaches the adapters,
+            as in the paper; they then also move targets to where the student
+            is. Otherwise they learn from L_outlier and L_info alone. Defaults
+            to True.
 
     Raises:
         ConfigError: If a value is not valid.
@@ -102,7 +106,8 @@ class Refine(TargetStep):
                  last_layer: str = 'final',
                  info_fraction: float = 1.0,
                  gate: Optional[dict] = None,
-                 cap: bool = False) -> None:
+                 cap: bool = False,
+                 kd_gradient: bool = True) -> None:
         super().__init__()
         check_choice('last_layer', last_layer, ('final', 'listed'))
         if isinstance(info_fraction, bool) or \
@@ -122,6 +127,7 @@ class Refine(TargetStep):
         self.info_fraction = info_fraction
         self.gate = gate
         self.cap = cap
+        self.kd_gradient = kd_gradient
         self.loss_outlier = build_part(
             'model.loss_outlier', loss_outlier,
             'mmsinger.OutlierSuppressionLoss')
@@ -189,7 +195,9 @@ class Refine(TargetStep):
             result = self.refine(layer, tokens)
             for record in outputs.records:
                 record.add(layer, refined=result.tokens)
-            refined[layer] = result.target
+            target = result.target
+            refined[layer] = target if self.kd_gradient else \
+                target._replace(values=target.values.detach())
             outlier.append(result.excess)
             info.append(self._info_loss(
                 outputs, layer, tokens, result.tokens, previous, images))
@@ -212,7 +220,7 @@ class Refine(TargetStep):
         if self.gate is None:
             tokens = tokens.with_patches(refined)
             return Refinement(tokens, tokens,
-                              self.loss_outlier(refined, weight))
+                              self.loss_outlier(refined, weight, patches))
         norms = token_norms(patches)
         median, threshold = robust_threshold(
             norms, self.gate['mad'], weight=weight)

@@ -84,6 +84,21 @@ class TargetStep(nn.Module):
             teacher (FrozenTeacher): The teacher.
         """
 
+    #: Whether :meth:`calibrate` is still to be called before the first step
+    needs_calibration = False
+
+    def calibrate(self, patches: Dict[int, Tensor]) -> str:
+        """Look at training images before the first step.
+
+        Args:
+            patches (dict[int, Tensor]): Normalised patch tokens of many
+                images by layer, each of shape (n, D), float32.
+
+        Returns:
+            str: What was found, for the log.
+        """
+        return ''
+
     def forward(self, targets: Targets, outputs: TeacherOutputs
                 ) -> Tuple[Targets, Dict[str, Tensor]]:
         """Take the step.

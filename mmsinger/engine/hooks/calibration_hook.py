@@ -17,13 +17,13 @@ NUM_IMAGES = 256
 
 
 @HOOKS.register_module()
-class TargetNormHook(Hook):
-    """Calibrates ``target_norm='standardise'`` before the first step.
+class CalibrationHook(Hook):
+    """Calibrates ``target_norm='standardise'`` and steps in ``targets`` that
+    ask for it before the first step.
 
     Reads a fixed, evenly spaced set of training images past the sampler and
     with random states put back afterwards, so that training sees the same
-    batches as without it. Statistics that came from a checkpoint are kept;
-    with another ``target_norm`` there is nothing to do.
+    batches as without it. Statistics that came from a checkpoint are kept.
 
     Args:
         num_images (int): Images to calibrate on. Defaults to 256.
@@ -42,15 +42,14 @@ class TargetNormHook(Hook):
         if not getattr(model, 'needs_calibration', False):
             return
         with preserved_random_states(seed=0):
-            scales = model.calibrate_target_norms(
+            found = model.calibrate(
                 training_batches(runner, self.num_images, self.batch_size))
         count = min(self.num_images, len(runner.train_dataloader.dataset))
-        for buffer in model.target_norms.buffers():
-            broadcast(buffer)
-        runner.logger.info(
-            f'Target features standardised on {count} images; '
-            'scale by teacher layer: ' +
-            ', '.join(f'{k}: {v:.4g}' for k, v in scales.items()))
+        for part in (model.target_norms, *model.steps):
+            for buffer in part.buffers():
+                broadcast(buffer)
+        runner.logger.info(f'Targets calibrated on {count} images; '
+                           + '; '.join(found))
 
 
 def training_batches(runner, num_images: int, batch_size: int

@@ -1,0 +1,149 @@
+"""Outliers without what makes them such, found once and not trained."""
+from typing import Dict, List, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from mmsinger.errors import ConfigError
+from mmsinger.metrics.norms import robust_threshold, token_norms
+from mmsinger.models.targets.filter import norm_limit
+from mmsinger.models.targets.step import TargetStep, TeacherOutputs, Targets
+from mmsinger.registry import MODELS
+
+
+class OutlierSubspace(nn.Module):
+    """The directions that set one layer's outliers apart.
+
+    Args:
+        dim (int): Channels D.
+        rank (int): The most directions that are kept.
+    """
+
+    def __init__(self, dim: int, rank: int) -> None:
+        super().__init__()
+        self.register_buffer('centre', torch.zeros(dim))
+        self.register_buffer('basis', torch.zeros(rank, dim))
+        self.register_buffer('threshold', torch.full((), float('nan')))
+        self.calibrated = False
+
+    def calibrate(self, patches: Tensor, mad: float, ratio: float) -> None:
+        """Find threshold and directions.
+
+        Args:
+            patches (Tensor): Patch tokens of many images, shape (n, D).
+            mad (float): See :class:`RemoveOutlierSubspace`.
+            ratio (float): See :class:`RemoveOutlierSubspace`.
+        """
+        norms = token_norms(patches)
+        _, threshold = robust_threshold(norms[None], mad)
+        far = norms > threshold
+        inliers, outliers = patches[~far].double(), patches[far].double()
+        centre = inliers.mean(dim=0)
+        self.threshold.copy_(threshold)
+        self.centre.copy_(centre)
+        self.basis.zero_()
+        self.calibrated = True
+        if not len(outliers):
+            return
+        _, values, directions = torch.linalg.svd(
+            outliers - centre, full_matrices=False)  # (k, ), (k, D)
+        far_energy = values.square() / len(outliers)
+        energy = ((inliers - centre) @ directions.T).square().mean(dim=0)
+        count = min(len(self.basis), int((far_energy > ratio * energy).sum()))
+        chosen = (far_energy / energy.clamp(min=1e-12)).topk(count).indices
+        self.basis[:count] = directions[chosen].to(self.basis)
+
+    @property
+    def rank(self) -> int:
+        """How many directions were found."""
+        return int(self.basis.any(dim=1).sum())
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Bring outliers' components in the subspace to the mean.
+
+        Args:
+            patches (Tensor): Shape (B, P, D).
+
+        Returns:
+            Tensor: Shape (B, P, D); tokens below the threshold are as they
+            were.
+        """
+        far = token_norms(patches) > self.threshold
+        excess = (patches - self.centre) @ self.basis.T  # (B, P, r)
+        outlying = (excess * far.unsqueeze(-1)) @ self.basis
+        return patches - outlying.to(patches.dtype)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # Not at each step: a GPU would be waited for
+        self.calibrated = bool(torch.isfinite(self.threshold))
+
+
+@MODELS.register_module()
+class RemoveOutlierSubspace(TargetStep):
+    """Outliers lose their component in the directions that set them apart.
+
+    Nothing is trained. The calibration pass before the first step takes patch
+    tokens of many training images: those whose norm is above ``median + mad *
+    1.4826 * MAD`` are outliers, and of their principal directions about the
+    others' mean those are kept in which they have more than ``ratio`` times
+    the others' energy. In each step, tokens above the threshold get the
+    others' mean in these directions, and keep the rest: what they say about
+    the image. Where there are no outliers, targets are those of the teacher,
+    bit by bit.
+
+    Args:
+        mad (float): Distance of the threshold from the median in robust
+            standard deviations. Defaults to 6.0.
+        rank (int): The most directions to remove. Defaults to 32.
+        ratio (float): Least energy of a direction. Defaults to 4.0.
+
+    Raises:
+        ConfigError: If a value is not valid.
+    """
+
+    def __init__(self, mad: float = 6.0, rank: int = 32, ratio: float = 4.0
+                 ) -> None:
+        super().__init__()
+        norm_limit('RemoveOutlierSubspace', mad=mad)
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ConfigError(f'RemoveOutlierSubspace: rank={rank!r} must be '
+                              'a positive integer.')
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or \
+                not ratio >= 1:
+            raise ConfigError(f'RemoveOutlierSubspace: ratio={ratio!r} must '
+                              'be a number of at least 1.')
+        self.mad = mad
+        self.rank = rank
+        self.ratio = ratio
+
+    def prepare(self, teacher: nn.Module, layers: List[int]) -> None:
+        """Make a subspace a layer, see :meth:`TargetStep.prepare`."""
+        dim = teacher.blocks.dim
+        self.subspaces = nn.ModuleDict({
+            str(layer): OutlierSubspace(dim, min(self.rank, dim))
+            for layer in layers
+        })
+
+    @property
+    def needs_calibration(self) -> bool:
+        """See :attr:`TargetStep.needs_calibration`."""
+        return not all(part.calibrated for part in self.subspaces.values())
+
+    def calibrate(self, patches: Dict[int, Tensor]) -> str:
+        """Find the subspaces, see :meth:`TargetStep.calibrate`."""
+        found = []
+        for layer, part in self.subspaces.items():
+            part.calibrate(patches[int(layer)], self.mad, self.ratio)
+            share = (token_norms(patches[int(layer)]) > part.threshold
+                     ).float().mean()
+            found.append(f'{layer}: {100 * share:.2g} % in {part.rank} '
+                         'directions')
+        return 'outliers by teacher layer: ' + ', '.join(found)
+
+    def forward(self, targets: Targets, outputs: TeacherOutputs
+                ) -> Tuple[Targets, Dict[str, Tensor]]:
+        """Treat all layers, see :meth:`TargetStep.forward`."""
+        return {layer: tokens.with_patches(
+            self.subspaces[str(layer)](tokens.patches))
+                for layer, tokens in targets.items()}, {}
