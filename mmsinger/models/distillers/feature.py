@@ -226,7 +226,7 @@ class FeatureDistiller(BaseDistiller):
     def _parameters_reached(self) -> set:
 
         def run(backbone: nn.Module) -> Tensor:
-            blocks = find_features(backbone, 'student')
+            blocks = at_same_paths(self.student_features, backbone)
             with BlockTaps(blocks, self.student_layers, stop=True) as taps:
                 taps.run(backbone, example_images(blocks, backbone))
             return sum(taps.tokens(layer).values.sum()
@@ -245,20 +245,11 @@ class FeatureDistiller(BaseDistiller):
 
     def run_student(self, inputs: Tensor, data_samples: Optional[list]
                     ) -> Tuple[Dict[str, Any], Dict[int, Tokens]]:
-        features_only = self.task_loss_weight == 0
-        losses: Dict[str, Any] = {}
-        with BlockTaps(self.student_features, self.student_layers,
-                       stop=features_only) as taps:
-            if features_only:
-                taps.run(self.student_backbone, inputs)
-            else:
-                losses = self.task_losses(inputs, data_samples)
-        tokens = self._by_teacher_layer(taps)
-        padding = find_padding(inputs, data_samples)
-        if padding is not None:
-            tokens = {layer: padding.weigh(own)
-                      for layer, own in tokens.items()}
-        return losses, tokens
+        if self.task_loss_weight == 0:
+            return {}, self._tap_student(inputs)
+        with BlockTaps(self.student_features, self.student_layers) as taps:
+            losses = self.task_losses(inputs, data_samples)
+        return losses, self._by_teacher_layer(taps)
 
     @torch.no_grad()
     def student_tokens(self, inputs: Tensor) -> Dict[int, Tokens]:
@@ -274,11 +265,14 @@ class FeatureDistiller(BaseDistiller):
         training = self.training
         self.eval()
         try:
-            with BlockTaps(self.student_features, self.student_layers,
-                           stop=True) as taps:
-                taps.run(self.student_backbone, inputs)
+            return self._tap_student(inputs)
         finally:
             self.train(training)
+
+    def _tap_student(self, inputs: Tensor) -> Dict[int, Tokens]:
+        with BlockTaps(self.student_features, self.student_layers,
+                       stop=True) as taps:
+            taps.run(self.student_backbone, inputs)
         return self._by_teacher_layer(taps)
 
     def _by_teacher_layer(self, taps: BlockTaps) -> Dict[int, Tokens]:
@@ -291,6 +285,10 @@ class FeatureDistiller(BaseDistiller):
                 student_outputs: Dict[int, Tokens]) -> Dict[str, Tensor]:
         """Losses of the method and of the target steps, see
         :meth:`BaseDistiller.distill`."""
+        padding = teacher_outputs.padding
+        if padding is not None:
+            student_outputs = {layer: padding.weigh(tokens)
+                               for layer, tokens in student_outputs.items()}
         targets, losses = self.make_targets(teacher_outputs)
         return {**self.feature_losses(targets, student_outputs), **losses}
 
