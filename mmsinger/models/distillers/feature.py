@@ -226,7 +226,7 @@ class FeatureDistiller(BaseDistiller):
     def _parameters_reached(self) -> set:
 
         def run(backbone: nn.Module) -> Tensor:
-            blocks = at_same_paths(self.student_features, backbone)
+            blocks = find_features(backbone, 'student')
             with BlockTaps(blocks, self.student_layers, stop=True) as taps:
                 taps.run(backbone, example_images(blocks, backbone))
             return sum(taps.tokens(layer).values.sum()
