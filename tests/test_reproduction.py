@@ -1,4 +1,5 @@
 """The paper's tables: plans, their execution, and reports."""
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -19,7 +20,7 @@ import torch
 from make_digit_scenes import make_digit_scenes
 from mmengine.config import DictAction
 from mmengine.registry import init_default_scope
-from reproduction import flow, planted, published
+from reproduction import evidence, flow, published
 from reproduction.flow import Resources, run_jobs
 from reproduction.job import command_of, reserved
 from reproduction.plan import (WORK_DIR, Cell, Column, Job, Source, Table,
@@ -34,7 +35,6 @@ from mmsinger.analysis.measure import METRICS, measure
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError
 from mmsinger.models import SiNGERDistiller
-from mmsinger.models.targets import Refine
 from mmsinger.registry import MODELS
 
 needs_snakemake = pytest.mark.skipif(
@@ -53,11 +53,11 @@ def tool():
 REPRODUCE = tool()
 PLANS = [(profile, name) for profile in PROFILES.values()
          for name in (*REPRODUCE.TABLES,
-                      *(REPRODUCE.PLANTED if profile is DIGITS else ()))]
+                      *(REPRODUCE.OURS if profile is DIGITS else ()))]
 
 
 def table_of(profile, name, seeds=2, quick=False):
-    build = {**REPRODUCE.TABLES, **REPRODUCE.PLANTED}[name]
+    build = {**REPRODUCE.TABLES, **REPRODUCE.OURS}[name]
     return build(profile, range(seeds), quick)
 
 
@@ -124,8 +124,8 @@ def test_jobs_are_shared(profile):
     assert distilled('3') <= distilled('1')
     assert distilled('5b') <= distilled('4')
     if profile is DIGITS:
-        assert distilled('planted') & distilled('1')
-        assert set(tables['planted'].jobs) <= set(tables['planted_all'].jobs)
+        assert set(tables['evidence_quick'].jobs) <= \
+            set(tables['evidence'].jobs)
     # each seed and each set of options is a run of its own
     settings = [(j.tool, j.args, j.options) for j in jobs.values()
                 if j.tool == 'train.py']
@@ -625,95 +625,120 @@ def test_latex(report_table):
     assert all(len(re.findall(r'(?<!\\)&', row)) == 3 for row in rows)
 
 
-@pytest.mark.parametrize('method', planted.METHODS)
-def test_planted_methods_are_what_they_are_called(method):
-    _, recipe, options = planted.METHODS[method]
-    config = load_config(DIGITS.path(DIGITS.recipe, method=recipe,
-                                     pair=planted.PAIR))
+@pytest.mark.parametrize('method', evidence.METHODS)
+def test_tuned_methods_are_what_they_are_called(method):
+    chosen = evidence.METHODS[method]
+    config = load_config(DIGITS.path(DIGITS.recipe, method=chosen.recipe,
+                                     pair=evidence.PAIR))
     config.merge_from_dict({
         key: DictAction._parse_iterable(value)
-        for key, value in (option.split('=') for option in options)})
+        for key, value in (option.split('=') for option in chosen.options)})
     init_default_scope(config.default_scope)
     model = MODELS.build(config.model)
-    steps = [type(step).__name__ for step in model.steps]
-    assert ('Refine' in steps) == (recipe == 'singer')
-    assert ('ClipNorms' in steps) == method.startswith('clip')
-    assert ('MaskTokens' in steps) == method.startswith('mask')
-    assert [step.gate is not None for step in model.steps
-            if isinstance(step, Refine)] == \
-        [method == 'gated'] * (recipe == 'singer')
+    refine = model.refinement
+    assert (refine is not None) == (chosen.recipe == 'singer')
+    if refine is not None:
+        assert (refine.gate is not None) == (method == 'gated')
+        assert refine.kd_gradient == (method == 'singer')
+    else:
+        assert [type(step).__name__ for step in model.steps] == dict(
+            fitnet=[], mask=['MaskTokens'],
+            subspace=['RemoveOutlierSubspace'])[method]
 
 
-# -- what the planted benchmark says -----------------------------------------
+# -- the search, and what the comparison says ---------------------------------
 
 
-def verdict(fitnet, singer, own=(90., 89.5), clean=(80., 79.)):
+def result(*values):
     """Of accuracies by seed; None: not measured."""
-
-    def result(values):
-        values = values if isinstance(values, list) else [values]
-        done = [v for v in values if v is not None]
-        return Result(sum(done) / len(done) if done else None, None, values,
-                      '' if len(done) == len(values) else 'failed')
-
-    row, column = planted.row, planted.TASKS[0][0].title
-    return ' '.join(planted.conclude({
-        (row('teacher', 'clean'), planted.OWN.title): result(own[0]),
-        (row('teacher', 'direction'), planted.OWN.title): result(own[1]),
-        (row('fitnet', 'clean'), column): result(clean[0]),
-        (row('singer', 'clean'), column): result(clean[1]),
-        (row('fitnet', 'direction'), column): result(fitnet),
-        (row('singer', 'direction'), column): result(singer),
-    }, ['clean', 'direction']))
+    done = [v for v in values if v is not None]
+    return Result(sum(done) / len(done) if done else None, None, list(values),
+                  '' if len(done) == len(values) else 'failed')
 
 
-def test_all_bars_met():
-    text = verdict([70., 72.], [77., 78.])
-    for words in ('0.50 points (met: at most 1)', 'FitNet 9.0 (met: at least '
-                  '4)', 'in 2 of 2 seeds (met', 'recovers 72 % of the loss '
-                  '(met: at least 60 %)', 'SiNGER -1.0 points against FitNet '
-                  '(met: at least -2)'):
-        assert words in text, text
-    assert 'not met' not in text
+def searched(scores):
+    """Results of a search from ``{(case, method, multiplier, rate): score}``;
+    the others are not there."""
+    found = collections.defaultdict(lambda: result(None))
+    for (case, method, multiplier, rate), score in scores.items():
+        found[evidence.row(method, case, multiplier), f'{rate:g}'] = \
+            result(score)
+    return found
 
 
-@pytest.mark.parametrize('arguments, words', [
-    (dict(fitnet=[70.], singer=[74.]), 'recovers 40 % of the loss '
-     '(**not met**'),
-    (dict(fitnet=[70., 72.], singer=[86., 71.]), 'in 1 of 2 seeds '
-     '(**not met**'),
-    (dict(fitnet=[70.], singer=[79.], own=(90., 88.)), '2.00 points '
-     '(**not met**'),
-    (dict(fitnet=[70.], singer=[79.], clean=(80., 77.)), 'SiNGER -3.0 points '
-     'against FitNet (**not met**'),
-])
-def test_bars_not_met(arguments, words):
-    text = verdict(**arguments)
-    assert words in text and text.count('not met') == 1
+def test_the_best_rate_is_chosen():
+    scores = {('clean', 'fitnet', None, rate): score for rate, score
+              in zip(evidence.RATES, (18, 35, 60.5, 61.5, 40))}
+    best = evidence.chosen(searched(scores))
+    assert best == {'clean/fitnet': dict(
+        rate=0.03, multiplier=None, score=61.5, edge=False)}
+    # the best at the edge, and a search that is not finished, are marked
+    scores['clean', 'fitnet', None, 0.1] = 70
+    assert evidence.chosen(searched(scores))['clean/fitnet']['edge']
+    del scores['clean', 'fitnet', None, 0.1]
+    assert evidence.chosen(searched(scores))['clean/fitnet']['edge']
 
 
-def test_inconclusive():
-    text = verdict([77.], [79.])
-    assert 'FitNet 3.0 (**not met**: at least 4)' in text
-    assert 'Inconclusive' in text and 'recovers' not in text
+@pytest.mark.parametrize('place, edge', [
+    ((1, 2), False), ((0, 2), True), ((2, 1), True), ((1, 0), True),
+    ((1, 4), True)])
+def test_adapters_rates_have_edges_too(place, edge):
+    scores = {('direction', 'singer', multiplier, rate):
+              10. + 9. * ((i, j) == place)
+              for i, multiplier in enumerate(evidence.MULTIPLIERS)
+              for j, rate in enumerate(evidence.RATES)}
+    best = evidence.chosen(searched(scores))['direction/singer']
+    assert best == dict(
+        rate=evidence.RATES[place[1]], score=19., edge=edge,
+        multiplier=evidence.MULTIPLIERS[place[0]])
 
 
-@pytest.mark.parametrize('arguments', [
-    dict(fitnet=[70., None], singer=[77., 78.]),
-    dict(fitnet=[70., 71.], singer=[None, None]),
-    dict(fitnet=[70.], singer=[77.], own=(None, 89.)),
-])
-def test_incomplete(arguments):
-    text = verdict(**arguments)
-    assert '3 %, one direction: incomplete' in text
-    assert 'recovers' not in text and 'seeds (' not in text
-    assert 'SiNGER -1.0 points' in text
+def test_the_committed_rates_are_in_the_grid():
+    with open(evidence.TUNED) as file:
+        tuned = json.load(file)
+    for key, best in tuned.items():
+        case, method = key.split('/')
+        assert case in evidence.CASES
+        assert best['rate'] in evidence.RATES
+        assert best['multiplier'] in evidence.METHODS[method].multipliers
+    assert {f'{case}/{method}' for case, methods in evidence.QUICK
+            for method in methods} <= set(tuned)
 
 
-def test_incomplete_clean():
-    text = verdict([70.], [77.], clean=(80., None))
-    assert 'Clean teacher: incomplete' in text
-    assert 'recovers 70 %' in text
+def verdict(fitnet, ours, clean, method='subspace', case='subspace'):
+    column = evidence.SCORE.title
+    return ' '.join(evidence.conclude({
+        (evidence.row('fitnet', 'clean'), column): result(*clean),
+        (evidence.row('fitnet', case), column): result(*fitnet),
+        (evidence.row(method, case), column): result(*ours),
+    }, [('clean', 'fitnet'), (case, 'fitnet'), (case, method)]))
+
+
+def test_interval_is_students():
+    centre, half = evidence.interval([1., 2., 3., 4., 5.])
+    assert centre == 3
+    assert half == pytest.approx(2.776445 * 2.5**0.5 / 5**0.5, rel=1e-5)
+
+
+def test_recovery_is_met():
+    text = verdict([40., 42.], [58., 60.], [60., 62.])
+    assert '+18.0' in text and '90 % of 20.0' in text
+    assert 'recovery met' in text and 'not met' not in text
+
+
+@pytest.mark.parametrize('ours', [[50., 52.], [65., 46.]])
+def test_recovery_on_average_and_in_each_seed(ours):
+    assert '**recovery not met**' in verdict([40., 42.], ours, [60., 62.])
+
+
+def test_a_planting_that_costs_little_decides_nothing():
+    text = verdict([58., 60.], [61., 62.], [60., 62.])
+    assert 'undecided: FitNet loses 2.0' in text and 'recovery met' not in text
+
+
+def test_seeds_that_failed_are_not_compared():
+    text = verdict([40., None], [58., 60.], [60., 62.])
+    assert 'recovered' in text and '+' not in text.split('bars |')[1][:60]
 
 
 # -- the tool ----------------------------------------------------------------
@@ -726,17 +751,17 @@ def arguments(monkeypatch, *args):
 
 def test_all_stands_for_the_papers_tables(monkeypatch):
     tables = REPRODUCE.chosen_tables(arguments(
-        monkeypatch, 'sweep', 'all', 'planted', '--profile', 'digits'))
+        monkeypatch, 'sweep', 'all', 'evidence', '--profile', 'digits'))
     names = [table.name for table in tables]
-    assert names[0] == 'sweep' and names[-1] == 'planted'
+    assert names[0] == 'sweep' and names[-1] == 'evidence'
     assert len(set(names)) == len(names) == len(REPRODUCE.TABLES) + 1
 
 
 @pytest.mark.parametrize('args, words', [
     (['all', '9'], ["table='9'"]),
     (['9'], ["table='9'", "'5a'", "'all'"]),
-    (['plantd', '--profile', 'digits'], ["Did you mean 'planted'"]),
-    (['planted'], ["'planted' needs --profile digits"]),
+    (['evidenc', '--profile', 'digits'], ["Did you mean 'evidence'"]),
+    (['search'], ["'search' needs --profile digits"]),
     (['1', '--profile', 'digit'], ["'digit'", "Did you mean 'digits'"]),
     (['1', '--quick'], ['--quick', '--profile digits']),
     (['1', '--seeds', '0'], ['--seeds 0', 'at least 1']),

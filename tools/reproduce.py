@@ -20,9 +20,9 @@ from mmengine.logging import MMLogger
 from make_digit_scenes import MARKER, make_digit_scenes
 from mmsinger.errors import (ConfigError, check_choice, near_paths,
                              readable_errors)
+from reproduction.evidence import evidence, evidence_quick, search
 from reproduction.flow import Resources, run_jobs
 from reproduction.plan import all_jobs, wanted_metrics
-from reproduction.planted import planted_all, planted_core
 from reproduction.profiles import PROFILES
 from reproduction.report import Report
 from reproduction.tables import (sweep, table1, table3, table4, table5a,
@@ -31,7 +31,8 @@ from reproduction.workspace import Workspace
 
 TABLES = {'1': table1, '3': table3, '4': table4, '5a': table5a,
           '5b': table5b, '7': table7, '8': table8, 'sweep': sweep}
-PLANTED = {'planted': planted_core, 'planted_all': planted_all}
+OURS = {'search': search, 'evidence': evidence,
+        'evidence_quick': evidence_quick}
 
 
 def parse_args():
@@ -39,7 +40,7 @@ def parse_args():
     parser.add_argument('table', nargs='+',
                         help=f'one or several of {", ".join(TABLES)}; all of '
                         'these; or, with --profile digits, '
-                        f'{" or ".join(PLANTED)}')
+                        f'{", ".join(OURS)}')
     parser.add_argument(
         '--profile', default='full',
         help='full: the paper\'s models and data; digits: small models on '
@@ -79,12 +80,12 @@ def chosen_tables(args):
         raise ConfigError(f'--seeds {args.seeds}: at least 1 is needed.')
     known = TABLES
     if args.profile == 'digits':
-        known = {**TABLES, **PLANTED}
+        known = {**TABLES, **OURS}
     elif args.quick:
         raise ConfigError('--quick is for --profile digits, whose data are '
                           'built in.')
     for name in args.table:
-        if name in PLANTED and name not in known:
+        if name in OURS and name not in known:
             raise ConfigError(f'table {name!r} needs --profile digits: '
                               'artifacts are planted in a teacher that ships '
                               'with the package.')

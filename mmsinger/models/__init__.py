@@ -14,7 +14,7 @@ from mmsinger.models.losses import (FeatureCosineLoss, FeatureLoss,
 from mmsinger.models.probes import (FrozenBackbone, KNNClassifier,
                                     LinearDepthHead)
 from mmsinger.models.targets import (ClipNorms, MaskTokens, Refine,
-                                     TargetStep)
+                                     RemoveOutlierSubspace, TargetStep)
 from mmsinger.models.teachers import FrozenClassifier, FrozenTeacher
 
 __all__ = [
@@ -24,6 +24,6 @@ __all__ = [
     'GramInformationLoss', 'KNNClassifier', 'LinearDepthHead',
     'LinearProjector', 'LogitKDDistiller', 'LogitKLLoss', 'MLPProjector',
     'MaskTokens', 'OutlierSuppressionLoss', 'PlantedArtifacts', 'Refine',
-    'SiNGERAdapter', 'SiNGERDistiller', 'TargetStep', 'ViTKDDistiller',
+    'RemoveOutlierSubspace', 'SiNGERAdapter', 'SiNGERDistiller', 'TargetStep', 'ViTKDDistiller',
     'VisionTransformerWithRegisters'
 ]

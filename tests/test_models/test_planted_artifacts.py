@@ -499,3 +499,15 @@ def test_a_pyramid_is_refused():
     with pytest.raises(ConfigError, match='PlantedArtifacts.backbone.*'
                        'pyramid'):
         PlantedArtifacts(dict(type='mmpretrain.SwinTransformer', arch='tiny'))
+
+
+def test_on_content_of_the_other_half():
+    images = pictures(8, 64, 96)
+    args = ((8, 12), (8, 8), 0.3)
+    plain = choose_patches(images, *args).mask
+    content = choose_patches(images, *args, 'content').mask
+    assert not (plain & content).any()
+    for image, mask in zip(images, content.unflatten(1, (8, 12))):
+        variance = image.unfold(1, 8, 8).unfold(2, 8, 8).permute(
+            1, 2, 0, 3, 4).flatten(2).var(dim=-1)
+        assert variance[mask].min() >= variance.flatten().median()

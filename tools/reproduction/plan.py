@@ -115,6 +115,8 @@ class Table:
         jobs (dict[str, Job]): All jobs by name, each after those it needs.
         conclude (Callable, optional): From the mean and std of each cell,
             ``{(row, column): Result}``, to lines of Markdown below the table.
+        data (Callable, optional): From the same to what is written beside the
+            report as JSON.
     """
     name: str
     title: str
@@ -123,6 +125,7 @@ class Table:
     rows: List[Tuple[str, List[Cell]]] = field(default_factory=list)
     jobs: Dict[str, Job] = field(default_factory=dict)
     conclude: Optional[Callable[[dict], List[str]]] = None
+    data: Optional[Callable[[dict], dict]] = None
 
     def add_job(self, job: Job) -> str:
         """Add a job unless it is there already; returns its name."""

@@ -1,5 +1,6 @@
 """Published and measured, side by side: Markdown, CSV, LaTeX, a plot."""
 import csv
+import json
 import math
 import os
 from dataclasses import dataclass
@@ -93,7 +94,12 @@ class Report:
                 file.write(text)
         self.write_csv(f'{path}.csv')
         self.plot(f'{path}.png')
-        return [f'{path}.{e}' for e in ('md', 'csv', 'tex', 'png')]
+        extensions = ['md', 'csv', 'tex', 'png']
+        if self.table.data is not None:
+            with open(f'{path}.json', 'w') as file:
+                json.dump(self.table.data(self.by_place()), file, indent=1)
+            extensions.append('json')
+        return [f'{path}.{extension}' for extension in extensions]
 
     def cells(self) -> Iterator[Tuple[str, Cell, Column, Result]]:
         """Row by row: label, cell, column and what came of the cell."""
@@ -101,6 +107,11 @@ class Report:
             for cell, column, result in zip(cells, self.table.columns,
                                             results):
                 yield label, cell, column, result
+
+    def by_place(self) -> Dict[Tuple[str, str], Result]:
+        """What came of the cells, by row and column."""
+        return {(label, column.title): result
+                for label, _, column, result in self.cells()}
 
     def texts(self, bold: str = '') -> Iterator[List[str]]:
         """Label and cells of each row, the measured between ``bold``."""
@@ -119,9 +130,7 @@ class Report:
                   '|---' * (len(table.columns) + 1) + '|']
         lines += [f'| {" | ".join(row)} |' for row in self.texts('**')]
         if table.conclude is not None:
-            lines += ['', *table.conclude({
-                (label, column.title): result
-                for label, _, column, result in self.cells()})]
+            lines += ['', *table.conclude(self.by_place())]
         failed = [f'- `{name}`: {" ".join(record.error.split())}'
                   for name, record in self.records.items()
                   if record.status == 'failed']

@@ -1,0 +1,184 @@
+"""Outliers without their subspace, and adapters that L_KD does not move."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mmsinger.errors import ConfigError
+from mmsinger.models import OutlierSuppressionLoss
+from mmsinger.models.targets.outlier_subspace import (OutlierSubspace,
+                                                      RemoveOutlierSubspace)
+from test_models.test_targets import batch, build
+
+D = 24
+
+
+def features(count=4000, share=0., dims=3, norm=40., seed=0):
+    """Tokens (n, D), which of them are artifacts, and the artifacts'
+    orthonormal directions (dims, D)."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(count, D, generator=generator) + 0.3
+    basis = torch.linalg.qr(torch.randn(D, dims, generator=generator)).Q.T
+    far = torch.rand(count, generator=generator) < share
+    mixture = nn.functional.normalize(
+        torch.randn(count, dims, generator=generator), dim=-1)
+    return tokens + far.unsqueeze(-1) * norm * (mixture @ basis), far, basis
+
+
+def calibrated(tokens, mad=6., ratio=4., rank=8):
+    part = OutlierSubspace(D, rank)
+    part.calibrate(tokens, mad, ratio)
+    return part
+
+
+def test_a_clean_teacher_keeps_its_tokens_to_the_bit():
+    tokens, _, _ = features()
+    part = calibrated(tokens)
+    assert part.rank == 0
+    assert torch.equal(part(tokens[None])[0], tokens)
+
+
+@pytest.mark.parametrize('share', [0.01, 0.1, 0.3, 0.45])
+@pytest.mark.parametrize('dims', [1, 3, 8])
+def test_known_subspaces_are_found(share, dims):
+    tokens, far, basis = features(share=share, dims=dims)
+    part = calibrated(tokens)
+    assert part.rank == dims
+    found = part.basis[:dims]
+    assert torch.allclose(found @ found.T, torch.eye(dims), atol=1e-5)
+    # the same subspace: nothing of the one is outside the other
+    assert (basis - basis @ found.T @ found).norm() < 0.15
+    cleaned = part(tokens[None])[0]
+    assert torch.equal(cleaned[~far], tokens[~far])
+    # what is left of an artifact is what was there before, in all other
+    # directions
+    original, _, _ = features(share=0., dims=dims)
+    rest = torch.eye(D) - basis.T @ basis
+    assert ((cleaned[far] - original[far]) @ rest).norm(dim=1).mean() < 3
+    assert cleaned[far].norm(dim=1).mean() < 1.5 * tokens[~far].norm(
+        dim=1).mean()
+
+
+def test_no_more_directions_than_rank():
+    tokens, _, _ = features(share=0.2, dims=8)
+    assert calibrated(tokens, rank=5).rank == 5
+
+
+def test_tokens_of_other_batches_and_dtypes():
+    tokens, _, _ = features(share=0.1)
+    part = calibrated(tokens)
+    whole = part(tokens.unflatten(0, (40, 100)))
+    assert torch.equal(whole[3:5], part(tokens.unflatten(0, (40, 100))[3:5]))
+    half = part(tokens[None].bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert torch.allclose(half.float(), part(tokens[None]), atol=0.5)
+
+
+def removing(**kwargs):
+    return dict(type='mmsinger.RemoveOutlierSubspace', **kwargs)
+
+
+FITNET = dict(type='mmsinger.FitNetDistiller')
+
+
+@pytest.mark.parametrize('norm', [None, 'standardise'])
+def test_it_is_calibrated_saved_and_loaded(norm):
+    model = build(FITNET, [removing(mad=0.5)], target_norm=norm)
+    step, = model.steps
+    assert not model.needs_calibration
+    assert all(part.rank for part in step.subspaces.values())
+    state = model.state_dict()
+    assert 'subspaces.1.basis' in state and 'subspaces.3.threshold' in state
+    other = build(FITNET, [removing(mad=3.)], target_norm=norm)
+    other.load_state_dict(state)
+    assert other.loss(**batch())['distill.loss_kd'] == \
+        model.loss(**batch())['distill.loss_kd']
+    # a checkpoint from before its calibration
+    state['subspaces.1.threshold'] = torch.tensor(float('nan'))
+    other.load_state_dict(state)
+    assert other.needs_calibration
+
+
+def test_without_outliers_it_is_plain_distillation():
+    plain = build(FITNET, [])
+    removed = build(FITNET, [removing(mad=100.)])
+    for ours, theirs in ((removed, plain), ):
+        ours, theirs = ours.loss(**batch()), theirs.loss(**batch())
+        assert torch.equal(ours['distill.loss_kd'],
+                           theirs['distill.loss_kd'])
+
+
+def test_uncalibrated_use_is_an_error():
+    model = build(FITNET, [removing()])
+    step, = model.steps
+    for part in step.subspaces.values():
+        part.calibrated = False
+    with pytest.raises(RuntimeError, match='calibrate'):
+        model.loss(**batch())
+
+
+@pytest.mark.parametrize('kwargs, word', [
+    (dict(mad=0), 'mad=0'), (dict(mad=True), 'mad=True'),
+    (dict(rank=0), 'rank=0'), (dict(rank=1.5), 'rank=1.5'),
+    (dict(ratio=0.5), 'ratio=0.5'), (dict(ratio='4'), "ratio='4'")])
+def test_bad_values(kwargs, word):
+    with pytest.raises(ConfigError, match=word):
+        RemoveOutlierSubspace(**kwargs)
+
+
+# -- what moves the adapters --------------------------------------------------
+
+
+def singer(**kwargs):
+    return build(dict(type='mmsinger.SiNGERDistiller', adapter=dict(rank=4),
+                      loss_outlier=dict(quantile=0.8)), [], **kwargs)
+
+
+def gradients(model, *losses):
+    found = model.loss(**batch())
+    sum(found[f'distill.{name}'] for name in losses).backward()
+    return [None if p.grad is None else p.grad.clone()
+            for p in model.adapters.parameters()]
+
+
+def test_without_kd_gradient_the_other_losses_move_the_adapters():
+    attached, detached = singer(), singer(kd_gradient=False)
+    assert all(g.abs().sum() > 0 for g in gradients(attached, 'loss_kd'))
+    assert all(g is None for g in gradients(detached, 'loss_kd'))
+    rest = gradients(singer(), 'loss_outlier', 'loss_info')
+    for ours, theirs in zip(
+            gradients(singer(kd_gradient=False), 'loss_kd', 'loss_outlier',
+                      'loss_info'), rest):
+        assert torch.equal(ours, theirs)
+
+
+def test_kd_itself_is_the_same():
+    losses = [model.loss(**batch())['distill.loss_kd']
+              for model in (singer(), singer(kd_gradient=False))]
+    assert torch.equal(*losses)
+
+
+def test_a_fixed_up_projection_stays_in_the_nullspace():
+    model = build(dict(type='mmsinger.SiNGERDistiller', adapter=dict(
+        rank=4, train_up=False)), [])
+    before = copy.deepcopy(model.adapters['1'].up)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=0.1)
+    sum(model.loss(**batch()).values()).backward()
+    optimizer.step()
+    assert torch.equal(model.adapters['1'].up, before)
+    tokens = torch.randn(2, 5, 32)
+    change = model.adapters['1'](tokens) - tokens
+    null = before.T @ torch.linalg.pinv(before.T)
+    assert torch.allclose(change @ null, change, atol=1e-4)
+
+
+def test_the_teachers_quantile_does_not_fall():
+    tokens = torch.randn(3, 50, 8)
+    loss = OutlierSuppressionLoss(quantile=0.8, of='teacher')
+    # refined to below the teacher's quantile, nothing is pulled any more
+    assert loss(0.5 * tokens, original=tokens) == 0
+    assert OutlierSuppressionLoss(quantile=0.8)(0.5 * tokens) > 0
+    assert loss(tokens, original=tokens) == \
+        OutlierSuppressionLoss(quantile=0.8)(tokens)
