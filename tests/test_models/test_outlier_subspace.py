@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from mmsinger.errors import ConfigError
+from mmsinger.metrics import robust_threshold
 from mmsinger.models import OutlierSuppressionLoss
 from mmsinger.models.targets.outlier_subspace import (OutlierSubspace,
                                                       RemoveOutlierSubspace)
@@ -28,8 +29,22 @@ def features(count=4000, share=0., dims=3, norm=40., seed=0):
 
 def calibrated(tokens, mad=6., ratio=4., rank=8):
     part = OutlierSubspace(D, rank)
-    part.calibrate(tokens, mad, ratio)
+    norms = tokens.norm(dim=-1)
+    part.calibrate(tokens, norms > robust_threshold(norms[None], mad)[1], mad,
+                   ratio)
     return part
+
+
+def test_outliers_that_do_not_show_in_the_norm():
+    tokens, far, basis = features(share=0.1)
+    known = far & (torch.rand(len(far)) < 0.2)
+    hidden = torch.where((far & ~known).unsqueeze(-1),
+                         tokens * 0.3, tokens)
+    part = OutlierSubspace(D, 8)
+    part.calibrate(hidden, known, 6., 4.)
+    assert part.rank == 3
+    component = part(hidden[None])[0] @ basis.T
+    assert component[far].norm(dim=1).mean() < 1.5
 
 
 def test_a_clean_teacher_keeps_its_tokens_to_the_bit():

@@ -26,32 +26,47 @@ class OutlierSubspace(nn.Module):
         self.register_buffer('threshold', torch.full((), float('nan')))
         self.calibrated = False
 
-    def calibrate(self, patches: Tensor, mad: float, ratio: float) -> None:
-        """Find threshold and directions.
+    def calibrate(self, patches: Tensor, far: Tensor, mad: float,
+                  ratio: float) -> float:
+        """Find the directions, and how far in them is too far.
 
         Args:
             patches (Tensor): Patch tokens of many images, shape (n, D).
+            far (Tensor): Which are outliers by their norm, here or in another
+                layer, bool, shape (n, ).
             mad (float): See :class:`RemoveOutlierSubspace`.
             ratio (float): See :class:`RemoveOutlierSubspace`.
+
+        Returns:
+            float: The share of tokens that are beyond the threshold.
         """
-        norms = token_norms(patches)
-        _, threshold = robust_threshold(norms[None], mad)
-        far = norms > threshold
-        inliers, outliers = patches[~far].double(), patches[far].double()
-        centre = inliers.mean(dim=0)
-        self.threshold.copy_(threshold)
-        self.centre.copy_(centre)
-        self.basis.zero_()
+        patches = patches.double()
         self.calibrated = True
+        for _ in range(2):  # by norm, then by what was found
+            self._find_directions(patches, far, ratio)
+            norms = token_norms((patches - self.centre) @ self.basis.T.double())
+            _, threshold = robust_threshold(norms[~far][None], mad)
+            self.threshold.copy_(threshold)
+            if not self.rank:
+                return 0.
+            far = norms > threshold
+        return far.float().mean().item()
+
+    def _find_directions(self, patches: Tensor, far: Tensor, ratio: float
+                         ) -> None:
+        inliers, outliers = patches[~far], patches[far]
+        self.centre.copy_(inliers.mean(dim=0))
+        self.basis.zero_()
         if not len(outliers):
             return
         _, values, directions = torch.linalg.svd(
-            outliers - centre, full_matrices=False)  # (k, ), (k, D)
+            outliers - self.centre, full_matrices=False)  # (k, ), (k, D)
         far_energy = values.square() / len(outliers)
-        energy = ((inliers - centre) @ directions.T).square().mean(dim=0)
-        count = min(len(self.basis), int((far_energy > ratio * energy).sum()))
-        chosen = (far_energy / energy.clamp(min=1e-12)).topk(count).indices
-        self.basis[:count] = directions[chosen].to(self.basis)
+        energy = ((inliers - self.centre) @ directions.T).square().mean(dim=0)
+        excess = far_energy / energy.clamp(min=1e-12)
+        count = min(len(self.basis), int((excess > ratio).sum()))
+        self.basis[:count] = directions[excess.topk(count).indices].to(
+            self.basis)
 
     @property
     def rank(self) -> int:
@@ -65,11 +80,10 @@ class OutlierSubspace(nn.Module):
             patches (Tensor): Shape (B, P, D).
 
         Returns:
-            Tensor: Shape (B, P, D); tokens below the threshold are as they
-            were.
+            Tensor: Shape (B, P, D); other tokens are as they were.
         """
-        far = token_norms(patches) > self.threshold
         excess = (patches - self.centre) @ self.basis.T  # (B, P, r)
+        far = token_norms(excess) > self.threshold
         outlying = (excess * far.unsqueeze(-1)) @ self.basis
         return patches - outlying.to(patches.dtype)
 
@@ -84,13 +98,15 @@ class RemoveOutlierSubspace(TargetStep):
     """Outliers lose their component in the directions that set them apart.
 
     Nothing is trained. The calibration pass before the first step takes patch
-    tokens of many training images: those whose norm is above ``median + mad *
-    1.4826 * MAD`` are outliers, and of their principal directions about the
-    others' mean those are kept in which they have more than ``ratio`` times
-    the others' energy. In each step, tokens above the threshold get the
-    others' mean in these directions, and keep the rest: what they say about
-    the image. Where there are no outliers, targets are those of the teacher,
-    bit by bit.
+    tokens of many training images. Those whose norm in one of the layers is
+    above ``median + mad * 1.4826 * MAD`` are outliers in all of them: the
+    residual stream carries what makes them such on, where it may no longer
+    show in the norm. Of their principal directions about the others' mean,
+    those are kept in which they have more than ``ratio`` times the others'
+    energy. In each step, tokens that are above a threshold made likewise in
+    these directions get the others' mean there, and keep the rest: what they
+    say about the image. Where there are no outliers, targets are those of the
+    teacher, bit by bit.
 
     Args:
         mad (float): Distance of the threshold from the median in robust
@@ -132,14 +148,20 @@ class RemoveOutlierSubspace(TargetStep):
 
     def calibrate(self, patches: Dict[int, Tensor]) -> str:
         """Find the subspaces, see :meth:`TargetStep.calibrate`."""
+        patches = {layer: patches[layer] for layer in map(int, self.subspaces)}
+        far = torch.stack([self._far(tokens)
+                           for tokens in patches.values()]).any(dim=0)
         found = []
         for layer, part in self.subspaces.items():
-            part.calibrate(patches[int(layer)], self.mad, self.ratio)
-            share = (token_norms(patches[int(layer)]) > part.threshold
-                     ).float().mean()
-            found.append(f'{layer}: {100 * share:.2g} % in {part.rank} '
-                         'directions')
+            share = part.calibrate(patches[int(layer)], far, self.mad,
+                                   self.ratio)
+            found.append(f'{layer}: {100 * share:.2g} % of the tokens in '
+                         f'{part.rank} directions')
         return 'outliers by teacher layer: ' + ', '.join(found)
+
+    def _far(self, patches: Tensor) -> Tensor:
+        norms = token_norms(patches)
+        return norms > robust_threshold(norms[None], self.mad)[1]
 
     def forward(self, targets: Targets, outputs: TeacherOutputs
                 ) -> Tuple[Targets, Dict[str, Tensor]]:
