@@ -1,7 +1,7 @@
 # make demo     install, then the main job on the built-in data
 # make test     install, then the tests      (make test ARGS="-k nullspace")
 # make install  only the virtual environment .venv
-# make planted  the planted-artifact benchmark: 3 seeds (docs/planted.md)
+# make evidence-quick  methods on a clean and a planted teacher (docs/evidence.md)
 # make benchmark  what a step costs, ViT-L -> ViT-T, as docs/cost.md has it
 # make teacher  train the demo's teacher anew
 # make clean    remove what builds and tests leave
@@ -25,7 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo planted benchmark teacher clean FORCE
+.PHONY: help install test demo evidence-quick benchmark teacher clean FORCE
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# \{0,1\}//p' Makefile
@@ -80,8 +80,8 @@ test: install
 demo: install
 	$(BIN)/python tools/demo.py $(ARGS)
 
-planted: install
-	$(BIN)/python tools/reproduce.py planted --profile digits --seeds 3 $(ARGS)
+evidence-quick: install
+	$(BIN)/python tools/reproduce.py evidence_quick --profile digits --seeds 3 $(ARGS)
 
 benchmark: install
 	$(BIN)/python tools/benchmark_step.py --precision fast \

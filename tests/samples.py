@@ -54,6 +54,8 @@ def one_step(model, cfg, size=64):
     """Take one optimisation step; the losses, and how much each part of the
     model moved."""
     optimizer = optimizer_of(model, cfg)
+    if getattr(model, 'needs_calibration', False):
+        model.calibrate([model.data_preprocessor(batch(cfg, size))])
     before = {k: v.detach().clone() for k, v in model.named_parameters()}
     losses = model.train_step(batch(cfg, size), optimizer)
     moved = {}

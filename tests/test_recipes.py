@@ -28,12 +28,14 @@ PAIRS = ['vitl_to_vits', 'vitl_to_vitt', 'deit3l_to_deit3b',
          'deit3s_to_deit3t', 'dinov2l_to_vits']
 LOSSES = {
     'fitnet': {'distill.loss_kd'},
+    'robust': {'distill.loss_kd'},
     'singer': {'distill.loss_kd', 'distill.loss_outlier',
                'distill.loss_info'},
     'vitkd': {'distill.loss_mimic', 'distill.loss_generate'},
     'logit_kd': {'distill.loss_kd'},
 }
-DISTILLERS = {'fitnet': FitNetDistiller, 'singer': SiNGERDistiller,
+DISTILLERS = {'fitnet': FitNetDistiller, 'robust': FitNetDistiller,
+              'singer': SiNGERDistiller,
               'vitkd': ViTKDDistiller, 'logit_kd': LogitKDDistiller}
 # By teacher: depth, width, millions of parameters, blocks distilled
 TEACHER_FACTS = {
@@ -115,11 +117,12 @@ def test_all_pairs_and_tasks_are_there():
     assert {name for name in names if name.endswith('_in1k')} == {
         f'{method}_{pair}_in1k' for method in (*LOSSES, 'none')
         for pair in (*PAIRS, 'vitl_to_r50', 'vitl_to_convnextt')
-        if method == 'singer' or pair in PAIRS} - {'logit_kd_dinov2l_to_vits_in1k',
-                              'none_dinov2l_to_vits_in1k'}
+        if pair in ('vitl_to_vits', 'dinov2l_to_vits') or
+        method != 'robust' and (method == 'singer' or pair in PAIRS)
+    } - {'logit_kd_dinov2l_to_vits_in1k', 'none_dinov2l_to_vits_in1k'}
     assert names >= {
         f'{method}_vitl_to_vits_{task}' for method in ('fitnet', 'singer')
-        for task in ('ade20k', 'nyu')}
+        for task in ('ade20k', 'nyu')} | {'robust_vitl_to_vits_ade20k'}
     assert names >= {'singer_vitl_to_vits_in1k_official',
                      'singer_dinov2l_to_segformerb0_ade20k',
                      'singer_dinov2l_to_swint_ade20k'}
@@ -152,7 +155,7 @@ def test_siblings_differ_in_their_bases_alone(task):
 
 
 @pytest.mark.parametrize(
-    'path', recipes('fitnet', 'singer', 'vitkd'), ids=name_of)
+    'path', recipes('fitnet', 'robust', 'singer', 'vitkd'), ids=name_of)
 def test_feature_recipe_builds_at_full_size(path, monkeypatch):
     cfg = load(path)
     method, teacher, student, _ = parts_of(path)
