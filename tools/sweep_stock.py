@@ -352,7 +352,7 @@ def said(error):
 
 
 def in_child(name, seconds, gigabytes):
-    """The same in a process of its own, which may take too long or die."""
+    """Try a config in a process of its own, which may take too long or die."""
     fork = multiprocessing.get_context('fork')
     ours, theirs = fork.Pipe(False)
 

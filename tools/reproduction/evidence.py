@@ -58,7 +58,7 @@ class Method:
 
     @property
     def multipliers(self) -> Tuple[Optional[float], ...]:
-        """Of the adapters' learning rate; None if there are none."""
+        """What to try for the adapters' learning rate; None: no adapters."""
         return MULTIPLIERS if self.recipe == 'singer' else (None, )
 
 
