@@ -103,7 +103,8 @@ def markdown(result: Dict[str, Any]) -> str:
         lines += [
             f'- {case["name"]}: ' + ', '.join([case['outcome'], *(
                 f'{key} {value}' for key, value in case['numbers'].items())])
-            for case in result['tests']['cases']]
+            for case in result['tests']['cases']
+            if case['outcome'] != 'skipped']
     lines += ['', "## The demo's recipe", '']
     for name, run in result['distillations'].items():
         miou = '' if run['miou'] is None else f', mIoU {run["miou"]:.1f} %'
