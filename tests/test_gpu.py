@@ -7,19 +7,19 @@ Tests that need a GPU are skipped without one; the others run on a CPU too.
 import contextlib
 import os
 
-# Read when CUDA starts: without it, its products of matrices are not repeatable
+import pytest
+import torch
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
+from step_cost import Steps, peak_memory
+from tiny import vit
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mmsinger.models import FitNetDistiller, SiNGERDistiller
+
+# Read when CUDA starts: without it, matrix products are not repeatable
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from mmengine.optim import build_optim_wrapper  # noqa: E402
-from mmengine.registry import init_default_scope  # noqa: E402
-from step_cost import Steps, peak_memory  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
-
-from mmsinger.models import FitNetDistiller, SiNGERDistiller  # noqa: E402
-from tiny import vit  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = 'cuda' if CUDA else 'cpu'

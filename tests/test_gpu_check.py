@@ -12,10 +12,10 @@ import benchmark_step
 import gpu_report
 import make_digit_scenes
 import pytest
+import tiny
 import train
 from step_cost import vision_transformer
 
-import tiny
 from mmsinger.engine.prepare import load_config
 
 SCRIPT = os.path.join(tiny.ROOT, 'tools', 'gpu_check.sh')

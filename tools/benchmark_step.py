@@ -74,6 +74,9 @@ def main():
         if getattr(args, key) < 1:
             raise ConfigError(f'--{key.replace("_", "-")} '
                               f'{getattr(args, key)} must be at least 1.')
+    if args.compile:
+        check_choice('--compile', args.compile,
+                     torch.compiler.list_backends(exclude_tags=()))
     precisions = [args.precision]
     if args.precision == 'fast':
         precisions = fast_precisions()
@@ -138,8 +141,6 @@ def chosen_steps(args, bench, loading):
     steps = {name: step for name, step in {**core, **levers}.items()
              if name in wanted}
     if args.compile:
-        check_choice('--compile', args.compile,
-                     torch.compiler.list_backends(exclude_tags=()))
         steps.update(bench.compiled(backend=args.compile))
     return steps
 

@@ -2,10 +2,10 @@
 # Measure on a GPU, the most valuable first and in nine minutes at most: tests,
 # steps of several pairs, sizes and precisions, a distillation of the demo:
 #   tools/gpu_check.sh [--cpu]
-# Leaves gpu_check.json, gpu_check.md (with what was left out) and gpu_check.log
-# in OUT, and installs nothing. --cpu shows that it works, on small models.
-# From the environment: OUT (docs/benchmarks/gpu; with --cpu work_dirs/gpu_check
-# instead), LIMIT (540 seconds), PYTHON (python).
+# Leaves gpu_check.json, gpu_check.md (with what was left out) and .log in OUT,
+# and installs nothing. --cpu shows, on small models, that it works. From the
+# environment: OUT (docs/benchmarks/gpu; with --cpu work_dirs/gpu_check), LIMIT
+# (540 seconds), PYTHON (python).
 set -u
 SECONDS=0
 case "$#,${1-}" in
@@ -110,13 +110,13 @@ if [ $MODE = cpu ]; then
 else
     L_T=(--teacher vit_l16 --student vit_t16 --rounds 10)
     L_S=(--teacher vit_l16 --student vit_s16 --rounds 10)
-    PX_224=(--size 224 --batch-size 64)
-    PX_512=(--size 512 --batch-size 16)
+    PX_224=(--size 224 --batch-size 32)
+    PX_512=(--size 512 --batch-size 8)
     HALF='info_fraction=0.5'
     TRAIN=(train_cfg.max_iters=200 train_cfg.val_interval=200)
     job tests 120 "${TEST[@]}"
     steps vitl_vitt_224 100 "${L_T[@]}" "${PX_224[@]}" --precision fast
-    job scenes 40 "${SCENES[@]}" 4000 --num-val 200
+    job scenes 40 "${SCENES[@]}" 2000 --num-val 200
     distil distil 60 --cfg-options "${TRAIN[@]}"
     steps vitl_vits_224 70 "${L_S[@]}" "${PX_224[@]}" --precision fast \
         --steps $HALF
