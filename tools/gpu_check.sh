@@ -16,7 +16,8 @@ esac
 TOOLS=$(cd "$(dirname "$0")" && pwd)
 ROOT=$(cd "$TOOLS/.." && pwd)
 [ -f "$ROOT/tests/test_gpu.py" ] || {
-    echo "$ROOT has no tests: run it in a checkout of the source." >&2; exit 2; }
+    echo "$ROOT has no tests: run it in a checkout of the source." >&2
+    exit 2; }
 PYTHON=$(command -v "${PYTHON:-python}") || {
     echo "PYTHON=${PYTHON:-python} cannot be run." >&2; exit 2; }
 LIMIT=${LIMIT:-540}
