@@ -215,11 +215,12 @@ def test_tool_with_chosen_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'argv', [
         'benchmark_step.py', '--teacher', 'vit_t16', '--student', 'vit_t16',
         '--batch-size', '2', '--size', '32', '--rounds', '3', '--steps',
-        'info_fraction=0.5', '--out', str(path)])
+        'info_fraction=0.5', '--compile', 'eager', '--out', str(path)])
     benchmark_step.main()
     result = json.loads(path.read_text())
     assert set(result['seconds']) == {
-        'teacher', 'student', 'FitNet', 'SiNGER', 'info_fraction=0.5'}
+        'teacher', 'student', 'FitNet', 'SiNGER', 'info_fraction=0.5',
+        'FitNet, compiled', 'SiNGER, compiled'}
     assert result['flops']['info_fraction=0.5'] < result['flops']['SiNGER']
     low, high = result['quartiles']['SiNGER over FitNet']
     assert low <= result['ratios']['singer_over_fitnet'] <= high
@@ -241,6 +242,8 @@ def test_image_loading(size):
 @pytest.mark.parametrize('args, words', [
     (['--rounds', '0'], '--rounds 0'), (['--batch-size', '-1'], '--batch'),
     (['--precision', 'tf32'], 'CUDA'), (['--teacher', 'vitl'], "'vitl'"),
+    (['--compile', 'induktor'],
+     "--compile='induktor'.*Did you mean 'inductor'"),
     (['--teacher', 'vit_t16', '--size', '32', '--steps', 'singer'],
      "--steps='singer'.*Did you mean 'SiNGER'")])
 def test_bad_arguments(monkeypatch, args, words):

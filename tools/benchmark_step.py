@@ -46,18 +46,20 @@ def parse_args():
                         help='their side')
     parser.add_argument('--precision', default='fp32',
                         choices=(*PRECISIONS, 'fast'),
-                        help='bf16: autocast; fast: fp32, and bf16 too where '
-                        'the machine has instructions for it, each into OUT '
-                        'with its name before the suffix')
+                        help='bf16: autocast; fast: fp32, and tf32 and bf16 '
+                        'where the machine has instructions for them, each '
+                        'into OUT with its name before the suffix')
     parser.add_argument('--rank', type=int, default=16, metavar='R',
                         help='of the adapters')
     parser.add_argument('--rounds', type=int, default=5, metavar='N',
                         help='how often each step is timed')
     parser.add_argument('--levers', action='store_true',
                         help='also what might make a step cheaper')
-    parser.add_argument('--compile', action='store_true',
-                        help='also with compiled blocks; compiling takes '
-                        'minutes')
+    parser.add_argument('--compile', nargs='?', const='inductor',
+                        metavar='BACKEND',
+                        help='also with blocks compiled by this backend of '
+                        "torch.compile, 'inductor' if none is named; "
+                        'compiling takes minutes')
     parser.add_argument('--steps', nargs='*', metavar='NAME',
                         help='beside teacher, student, FitNet and SiNGER, '
                         'measure these alone, for instance '
@@ -72,6 +74,9 @@ def main():
         if getattr(args, key) < 1:
             raise ConfigError(f'--{key.replace("_", "-")} '
                               f'{getattr(args, key)} must be at least 1.')
+    if args.compile:
+        check_choice('--compile', args.compile,
+                     torch.compiler.list_backends(exclude_tags=()))
     precisions = [args.precision]
     if args.precision == 'fast':
         precisions = fast_precisions()
@@ -135,7 +140,9 @@ def chosen_steps(args, bench, loading):
         wanted += levers
     steps = {name: step for name, step in {**core, **levers}.items()
              if name in wanted}
-    return {**steps, **bench.compiled()} if args.compile else steps
+    if args.compile:
+        steps.update(bench.compiled(backend=args.compile))
+    return steps
 
 
 def quartiles(times):
@@ -181,11 +188,13 @@ def report(result):
         'seconds', 'flops', 'memory_bytes'))
     rate = flops['teacher'] / seconds['teacher']
     machine, settings = result['machine'], result['settings']
+    hardware = f'{machine["device"]}, ' + (
+        f'CUDA {machine["cuda"]}' if 'cuda' in machine else
+        f'{machine["threads"]} threads {" ".join(machine["instructions"])}')
     lines = [
         '', f'{settings["teacher"]} to {settings["student"]}, batch '
         f'{settings["batch_size"]}, {settings["size"]} px, '
-        f'{settings["precision"]}; {machine["device"]}, {machine["threads"]} '
-        f'threads {" ".join(machine["instructions"])}, torch '
+        f'{settings["precision"]}; {hardware}, torch '
         f'{machine["torch"]}; median of {settings["rounds"]} interleaved '
         f'rounds, {rate / 1e9:.0f} GFLOP/s in the teacher\'s pass', '',
         '| step | seconds | over FitNet (quartiles) | GFLOP | time over FLOP '
@@ -196,7 +205,7 @@ def report(result):
         key = f'{name} over FitNet'
         if key in result['quartiles']:
             over += ' ({:.3f} to {:.3f})'.format(*result['quartiles'][key])
-        cells = [name, f'{value:.3f}', over]
+        cells = [name, f'{value:#.3g}', over]
         if name in flops:
             cells += [f'{flops[name] / 1e9:.0f}',
                       f'{value / (flops[name] / rate):.2f}']

@@ -122,8 +122,10 @@ def robust_threshold(norms: Tensor, mad: float, per_image: bool = False,
             return outlier_threshold(values, 0.5, weight)
         if weight is None:
             return values.median()
-        return values.masked_fill(weight == 0, math.nan).nanmedian(
-            ).nan_to_num(nan=math.inf, posinf=math.inf)
+        # nanmedian() waits for the device in some versions of torch
+        values = values.masked_fill(weight == 0, math.inf).flatten().sort()[0]
+        middle = ((weight != 0).sum() - 1).clamp(min=0) // 2
+        return values.gather(0, middle[None])[0]
 
     median = median_of(norms)
     deviation = median_of((norms - median).abs())

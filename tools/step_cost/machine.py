@@ -1,7 +1,9 @@
 """On what a benchmark ran."""
 import datetime
+import json
 import os
 import platform
+import sys
 from typing import Any, Dict, List
 
 import torch
@@ -16,27 +18,32 @@ def describe_machine(device: str) -> Dict[str, Any]:
     Returns:
         dict: ``date``, ``device`` (its name), ``cores``, ``threads``,
         ``instructions`` (of the CPU that matter here), ``torch``,
-        ``python``.
+        ``python``; of a GPU also ``cuda`` (torch's), ``capability`` and
+        ``memory_bytes``.
     """
     name, flags = _processor()
-    if device == 'cuda':
-        name = torch.cuda.get_device_name()
-    return dict(
+    machine = dict(
         date=datetime.date.today().isoformat(), device=name,
         cores=os.cpu_count(), threads=torch.get_num_threads(),
         instructions=[flag for flag in (
             'avx2', 'avx512f', 'avx512_bf16', 'amx_bf16') if flag in flags],
         torch=torch.__version__, python=platform.python_version())
+    if device == 'cuda':
+        gpu = torch.cuda.get_device_properties(0)
+        machine.update(device=gpu.name, cuda=torch.version.cuda,
+                       capability=f'{gpu.major}.{gpu.minor}',
+                       memory_bytes=gpu.total_memory)
+    return machine
 
 
 def fast_precisions() -> List[str]:
-    """Which of ``'fp32'`` and ``'bf16'`` this machine computes at full speed.
-    CPUs without bfloat16 instructions are a hundred times slower in it, and
-    ratios of such times say nothing."""
+    """Which of ``'fp32'``, ``'tf32'`` and ``'bf16'`` this machine computes at
+    full speed. CPUs without bfloat16 instructions are a hundred times slower
+    in it, and ratios of such times say nothing."""
     if torch.cuda.is_available():
-        fast = torch.cuda.is_bf16_supported()
-    else:
-        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        ampere = torch.cuda.get_device_capability() >= (8, 0)
+        return ['fp32', 'tf32', 'bf16'] if ampere else ['fp32']
+    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return ['fp32', 'bf16'] if fast else ['fp32']
 
 
@@ -54,3 +61,7 @@ def _processor():
     except OSError:
         pass  # not Linux
     return name, flags
+
+
+if __name__ == '__main__':
+    print(json.dumps(describe_machine(sys.argv[1])))
