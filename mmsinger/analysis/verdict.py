@@ -12,6 +12,7 @@ MIN_RATIO = 2.       # max / median below which growth means nothing
 ENOUGH_IMAGES = 16
 RANKS = (16, 32, 64)
 QUANTILES = (0.99, 0.97, 0.95, 0.9)
+PRESET = 'configs/_base_/distillers/robust.py'
 
 
 class Evidence(NamedTuple):
@@ -161,7 +162,9 @@ def _artifact_reasons(evidence: Sequence[Evidence], signs: List[Signs],
             f'They last: after the last block, {last}, '
             f'{percent(end.far_share)} of the tokens are far above the rest, '
             f'the largest at {end.max_over_median:.1f} times the median.')
-    return reasons
+    return [*reasons, f'To distil from it, begin with {PRESET}, which removes '
+            'the directions that set such tokens apart; the config below is '
+            'for SiNGER.']
 
 
 def _unclear_reasons(evidence: Sequence[Evidence], hints: List[int]
@@ -176,8 +179,8 @@ def _unclear_reasons(evidence: Sequence[Evidence], hints: List[int]
         'In no block do two of the three signs (far, separate, sudden) come '
         'together.',
         'Look at the norm maps: long tokens on objects are content, long '
-        'tokens on plain background are artifacts. Then compare SiNGER with '
-        'FitNet in a short run.']
+        f'tokens on plain background are artifacts. {PRESET} leaves '
+        'teachers without outliers as they are.']
 
 
 def _clean_reasons(evidence: Sequence[Evidence]) -> List[str]:
@@ -191,8 +194,9 @@ def _clean_reasons(evidence: Sequence[Evidence]) -> List[str]:
         (f'In no block more than {percent(most)} of the tokens are' if most
          else 'No token is') + ' far above the rest of its image, and '
         'nowhere is there a separate group of long ones.',
-        'Plain feature distillation (FitNet) is simpler, and suppressing '
-        'norms that carry content may hurt. Compare both in a short run.']
+        'Plain feature distillation (FitNet) is enough, and suppressing '
+        f'norms that carry content may hurt. {PRESET} is FitNet here, as '
+        'long as no token is far above the rest.']
 
 
 def suggest(verdict: Verdict, evidence: Sequence[Evidence], dim: int
