@@ -48,16 +48,21 @@ def workplace(folder):
                os.path.join(folder, 'teacher.pth'))
 
 
+def images():
+    """Two of them, everywhere the same."""
+    return torch.from_numpy(
+        np.float32(np.random.RandomState(1).randn(2, 3, 32, 32)))
+
+
 def outputs(checkpoint):
-    """What a student's file makes of two images: its class tokens (2, C)."""
+    """What a student's file makes of the images: class tokens (2, C)."""
     init_default_scope('mmpretrain')
     model = MODELS.build(student_config(load_config(CONFIG)).model)
     load_strict(model, weights_of(load_checkpoint(checkpoint), checkpoint),
                 what=checkpoint, fix='')
     model.eval()
-    images = np.float32(np.random.RandomState(1).randn(2, 3, 32, 32))
     with torch.no_grad():
-        return model.backbone(torch.from_numpy(images))[-1].numpy()
+        return model.backbone(images())[-1].numpy()
 
 
 def main(target):

@@ -1,7 +1,14 @@
 """Students in timm's layout: loaded strictly, the same output."""
+import ast
+import os
+import re
+import sys
+
 import pytest
 import torch
 
+import forked
+import keep_run
 import tiny
 from mmsinger.converters import to_timm
 from mmsinger.errors import ConfigError
@@ -80,3 +87,64 @@ def test_same_output(name):
         theirs = theirs.permute(0, 3, 1, 2)
     torch.testing.assert_close(theirs, ours, rtol=0,
                                atol=1e-5 * ours.abs().max().item())
+
+
+KEPT = os.path.join(tiny.TESTS, 'data', 'run_0.1.0', 'epoch_2.pth')
+
+
+def export(*args, cwd, check=True):
+    return forked.run('export_student.py', KEPT, '--config', keep_run.CONFIG,
+                      *args, cwd=cwd, check=check)
+
+
+def test_tool(tmp_path):
+    """What it prints makes the model."""
+    output = export('--layout', 'timm', '--out', 'student.pth',
+                    cwd=tmp_path).stdout
+    name, kwargs = re.search(
+        r"^timm\.create_model\('(\w+)', (.*), checkpoint_path='student.pth'",
+        output, re.M).groups()
+    kwargs = {key.arg: ast.literal_eval(key.value) for key in
+              ast.parse(f'f({kwargs})', mode='eval').body.keywords}
+    path = str(tmp_path / 'student.pth')
+    model = timm.create_model(name, checkpoint_path=path, **kwargs).eval()
+    assert torch.load(path, weights_only=True)['meta'] == dict(
+        model_name=name, kwargs=kwargs)
+    with torch.no_grad():
+        found = model.forward_features(keep_run.images())[:, 0]
+    expected = torch.from_numpy(
+        keep_run.outputs(KEPT.replace('.pth', '_student.pth')))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--layout', 'timm', '--timm-model', 'vit_tiny_patch16_22'],
+     "no such model. Did you mean 'vit_tiny_patch16_224'"),
+    (['--layout', 'timm', '--timm-model', 'vit_tiny_patch16_224'],
+     'not the same model as'),
+    (['--layout', 'timm', '--out', KEPT], 'would be lost'),
+    (['--layout', 'timm', '--onnx'], 'two files'),
+    (['--size', '64'], '--size is for --onnx'),
+    (['--timm-model', 'resnet18'], '--timm-model is for'),
+    (['--onnx', '--size', '0'], 'positive'),
+    (['--onnx', '--out', KEPT], 'would be lost'),
+])
+def test_bad_input(tmp_path, args, words):
+    result = export(*args, cwd=tmp_path, check=False)
+    assert result.returncode != 0 and words in result.stdout
+    assert 'Traceback' not in result.stdout
+
+
+def test_families():
+    cfg = dict(type='mmpretrain.HRNet', arch='w18')
+    with pytest.raises(ConfigError, match='(?s)HRNet.*ConvNeXt.*--timm-model'):
+        to_timm({}, cfg)
+    cfg = CASES['resnet18']
+    with pytest.raises(ConfigError, match='(?s)missing keys.*conv1.weight'):
+        to_timm({}, cfg)
+
+
+def test_without_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'timm', None)
+    with pytest.raises(ConfigError, match='pip install timm'):
+        to_timm({}, vit())

@@ -2,9 +2,10 @@
 from mmsinger.converters.convert import (Conversion, Entry, convert,
                                          convert_checkpoint)
 from mmsinger.converters.layouts import LAYOUTS, detect
-from mmsinger.converters.to_timm import TimmWeights, to_timm
+from mmsinger.converters.to_timm import (TimmWeights, export_timm,
+                                         to_timm)
 
 __all__ = [
     'Conversion', 'Entry', 'LAYOUTS', 'TimmWeights', 'convert',
-    'convert_checkpoint', 'detect', 'to_timm'
+    'convert_checkpoint', 'detect', 'export_timm', 'to_timm'
 ]

@@ -1,13 +1,18 @@
 """A student's backbone in timm's key layout."""
 import copy
 import inspect
+import os
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
+from mmengine.config import Config
 from torch import Tensor, nn
 
 from mmsinger.checkpoint import load_strict
 from mmsinger.errors import ConfigError, near_matches
+from mmsinger.export import (SUFFIX, check_not_itself, load_student,
+                             student_config)
+from mmsinger.files import atomic_save
 from mmsinger.models.features.anatomy import example_images, find_features
 from mmsinger.registry import MODELS
 
@@ -62,7 +67,11 @@ def to_timm(weights: Dict[str, Tensor], backbone: dict,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         _randomise(source)
-        parts = _pair(_in_order(source, image), _in_order(target, image))
+        order = _in_order(source, image)
+        try:
+            parts = _pair(order, _in_order(target, image))
+        except (RuntimeError, AssertionError):  # another image size
+            parts = None
         if parts is None or not _agree(source, target, parts, image):
             raise ConfigError(
                 f'timm\'s {name!r} with {kwargs} is not the same model as '
@@ -79,15 +88,51 @@ def to_timm(weights: Dict[str, Tensor], backbone: dict,
         key for key in weights if key not in used])
 
 
+def export_timm(checkpoint: str, cfg: Config, out: Optional[str] = None,
+                model_name: Optional[str] = None) -> Tuple[str, TimmWeights]:
+    """Write a student's backbone for timm: ``timm.create_model`` loads the
+    file by its ``checkpoint_path``.
+
+    Args:
+        checkpoint (str): A training checkpoint or a student file.
+        cfg (Config): The recipe or the plain config.
+        out (str, optional): Where to write. Defaults to
+            ``CHECKPOINT_student_timm.pth`` beside it.
+        model_name (str, optional): See :func:`to_timm`.
+
+    Returns:
+        tuple[str, TimmWeights]: The path written, and what is in it. Name and
+        arguments of the model are in its ``meta``.
+
+    Raises:
+        ConfigError: See :func:`to_timm`.
+    """
+    if out is None:
+        stem = os.path.splitext(checkpoint)[0]
+        out = f'{stem.removesuffix(SUFFIX)}{SUFFIX}_timm.pth'
+    check_not_itself(out, checkpoint)
+    model = student_config(cfg).model
+    prefix = 'backbone.' if 'backbone' in model else ''
+    weights = load_student(checkpoint)['state_dict']
+    found = to_timm(
+        {key[len(prefix):]: value for key, value in weights.items()
+         if key.startswith(prefix)}, model.get('backbone', model), model_name)
+    found.left_out.extend(
+        key for key in weights if not key.startswith(prefix))
+    atomic_save(dict(
+        meta=dict(model_name=found.model_name, kwargs=found.kwargs),
+        state_dict=found.state_dict), out)
+    return out, found
+
+
 def _build(backbone: dict) -> nn.Module:
     """The backbone, to put out what timm's models do: all of the last stage,
     after its norm."""
     cfg = copy.deepcopy(dict(backbone))
     for key in ('init_cfg', 'pretrained'):
         cfg.pop(key, None)
-    cls = MODELS.get(cfg['type'])
     options = {}
-    for base in reversed(cls.__mro__[:-1]):
+    for base in type(MODELS.build(cfg)).__mro__[:-1]:
         options.update(inspect.signature(base.__init__).parameters)
     if 'out_type' in options:
         cfg['out_type'] = 'raw'
