@@ -135,6 +135,12 @@ def test_bad_input(tmp_path, args, words):
     assert 'Traceback' not in result.stdout
 
 
+def test_a_model_that_only_looks_alike():
+    """Its shapes are the same; its downsampling is not."""
+    with pytest.raises(ConfigError, match="'legacy_seresnet50'.*not the same"):
+        to_timm({}, CASES['seresnet50'], 'legacy_seresnet50')
+
+
 def test_families():
     cfg = dict(type='mmpretrain.HRNet', arch='w18')
     with pytest.raises(ConfigError, match='(?s)HRNet.*ConvNeXt.*--timm-model'):
@@ -146,5 +152,5 @@ def test_families():
 
 def test_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, 'timm', None)
-    with pytest.raises(ConfigError, match='pip install timm'):
+    with pytest.raises(ConfigError, match=r'pip install .mmsinger\[timm\]'):
         to_timm({}, vit())

@@ -394,7 +394,7 @@ def _timm_model(cfg: dict, model: nn.Module, name: Optional[str]) -> Chosen:
     try:
         import timm  # noqa: F401
     except ImportError as error:
-        raise ConfigError('--layout timm needs timm: `pip install timm`.'
+        raise ConfigError('--layout timm needs timm: `pip install 'mmsinger[timm]'`.'
                           ) from error
     if name is not None:
         return name, {}
