@@ -9,6 +9,7 @@ import copy
 import functools
 import os
 import warnings
+from importlib import import_module
 from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import torch
@@ -201,8 +202,7 @@ def export_onnx(checkpoint: str, cfg: Config, out: Optional[str] = None,
             does.
     """
     try:
-        import onnxruntime
-        import onnxscript  # noqa: F401
+        onnxruntime, _ = map(import_module, ('onnxruntime', 'onnxscript'))
     except ImportError as error:
         raise ConfigError(
             f'--onnx needs the package {error.name}: '

@@ -10,11 +10,9 @@ from torch.autograd import gradcheck
 from mmsinger.metrics import subspace_energy
 from mmsinger.models import (ClipNorms, FeatureCosineLoss, FeatureMSELoss,
                              FeatureSmoothL1Loss, GramInformationLoss,
-                             LogitKLLoss, MaskTokens,
-                             OutlierSuppressionLoss)
+                             LogitKLLoss, MaskTokens, OutlierSuppressionLoss)
 from mmsinger.models.adapters import (SiNGERAdapter, left_nullspace,
-                                      left_singular_directions,
-                                      linearised_ffn)
+                                      left_singular_directions, linearised_ffn)
 from mmsinger.models.features.tokens import Tokens
 from mmsinger.models.targets.refine import Refine
 
@@ -73,7 +71,7 @@ def refinement(seed=0, **kwargs):
     return step
 
 
-# -- the nullspace -------------------------------------------------------------
+# -- the nullspace -----------------------------------------------------------
 
 
 @given(st.integers(2, 24), st.sampled_from([1, 2]), seeds, st.data())

@@ -56,10 +56,15 @@ def to_timm(weights: Dict[str, Tensor], backbone: dict,
         ConfigError: If timm is not installed, no timm model is known for the
             backbone, or it computes something else.
     """
+    try:
+        import timm
+    except ImportError as error:
+        raise ConfigError('--layout timm needs timm: `pip install '
+                          "'mmsinger[timm]'`.") from error
     source = _build(backbone)
     name, kwargs = _timm_model(backbone, source, model_name)
     kwargs = dict(num_classes=0, **kwargs)
-    target = _create(name, kwargs)
+    target = _create(timm, name, kwargs)
     image = example_images(find_features(source, 'student'), source)
     size = kwargs.get('img_size')
     if size is not None:
@@ -147,8 +152,7 @@ def _build(backbone: dict) -> nn.Module:
     return model
 
 
-def _create(name: str, kwargs: Dict[str, Any]) -> nn.Module:
-    import timm
+def _create(timm: Any, name: str, kwargs: Dict[str, Any]) -> nn.Module:
     names = timm.list_models()
     if name.split('.')[0] not in names:
         raise ConfigError(
@@ -391,11 +395,6 @@ FAMILIES: Dict[str, Callable[[dict, nn.Module], Chosen]] = {
 
 
 def _timm_model(cfg: dict, model: nn.Module, name: Optional[str]) -> Chosen:
-    try:
-        import timm  # noqa: F401
-    except ImportError as error:
-        raise ConfigError('--layout timm needs timm: `pip install 'mmsinger[timm]'`.'
-                          ) from error
     if name is not None:
         return name, {}
     kind = type(model).__name__
