@@ -114,6 +114,7 @@ setup(
             'mmpretrain==1.2.0',
             'torchvision',
             'numpy>=1.26,<2',
+            'opencv-python<4.12',  # later ones need numpy 2
             'setuptools<82',
         ],
         'det': ['onedl-mmdetection>=3.5.1'],
