@@ -65,12 +65,11 @@ def to_timm(weights: Dict[str, Tensor], backbone: dict,
     name, kwargs = _timm_model(backbone, source, model_name)
     kwargs = dict(num_classes=0, **kwargs)
     target = _create(timm, name, kwargs)
-    image = example_images(find_features(source, 'student'), source)
-    size = kwargs.get('img_size')
-    if size is not None:
-        image = torch.randn(1, image.shape[1], *size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        image = example_images(find_features(source, 'student'), source)
+        if 'img_size' in kwargs:
+            image = torch.randn(1, image.shape[1], *kwargs['img_size'])
         _randomise(source)
         order = _in_order(source, image)
         try:
@@ -79,7 +78,7 @@ def to_timm(weights: Dict[str, Tensor], backbone: dict,
             parts = None
         if parts is None or not _agree(source, target, parts, image):
             raise ConfigError(
-                f'timm\'s {name!r} with {kwargs} is not the same model as '
+                f"timm's {name!r} with {kwargs} is not the same model as "
                 f'{backbone["type"]!r} with the settings of this config. '
                 'Choose another with --timm-model.')
     known = source.state_dict()
