@@ -1,5 +1,9 @@
 # make demo     install, then the main job on the built-in data
 # make test     install, then the tests      (make test ARGS="-k nullspace")
+# make test-originals  the classification path on OpenMMLab's own mmengine,
+#               mmcv and mmpretrain, in .venv-originals; runs of one stack are
+#               resumed on the other
+# make audit    look for known vulnerabilities in .venv (needs the network)
 # make install  only the virtual environment .venv
 # make evidence-quick  methods on a clean and a planted teacher (docs/evidence.md)
 # make benchmark  what a step costs, ViT-L -> ViT-T, as docs/cost.md has it
@@ -11,7 +15,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0 torchvision==0.28.0
-EXTRAS := onedl,test,demo,reproduce
+EXTRAS := onedl,test,demo,reproduce,onnx
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,11 +25,20 @@ STAMP := $(VENV)/.installed
 # starts anew. An environment that was not made here is only added to.
 UNFINISHED := $(VENV)/.unfinished
 
+# OneDL's and OpenMMLab's packages write the same folders: never in one place
+ORIGINALS := .venv-originals
+ORIGINALS_TESTS := tests/test_kept_runs.py tests/test_properties.py \
+    tests/test_checkpoint.py $(addprefix tests/test_models/test_, \
+    losses.py refine.py singer_adapter.py target_filter.py target_norm.py \
+    targets.py tokens.py weights.py)
+AUDIT := .venv-audit
+
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo evidence-quick benchmark teacher clean FORCE
+.PHONY: help install test test-originals audit demo evidence-quick \
+    benchmark teacher clean FORCE
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# \{0,1\}//p' Makefile
@@ -76,6 +89,30 @@ $(STAMP): setup.py pyproject.toml
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+# A folder without its stamp was interrupted: it is made anew.
+$(ORIGINALS)/.installed: setup.py pyproject.toml
+	@echo "== Making the virtual environment $(ORIGINALS)"
+	rm -rf $(ORIGINALS)
+	$(PYTHON) -m venv $(ORIGINALS)
+	$(ORIGINALS)/bin/python -m pip install -q \
+	    $(foreach word,$(TORCH),'$(word)')
+	$(ORIGINALS)/bin/python -m pip install -q -e '.[openmmlab-cls,test]'
+	$(ORIGINALS)/bin/python tools/check_env.py
+	@touch $@
+
+test-originals: install $(ORIGINALS)/.installed
+	$(ORIGINALS)/bin/python -m pytest -k 'not mmseg' $(ORIGINALS_TESTS)
+	rm -rf $(ORIGINALS)/originals
+	$(ORIGINALS)/bin/python tests/keep_run.py $(ORIGINALS)/originals
+	$(BIN)/python -m pytest tests/test_kept_runs.py -k originals \
+	    --kept-run $(ORIGINALS)/originals
+
+audit: install
+	@[ -e $(AUDIT)/bin/pip-audit ] || { rm -rf $(AUDIT) && \
+	    $(PYTHON) -m venv $(AUDIT) && \
+	    $(AUDIT)/bin/python -m pip install -q pip-audit; }
+	$(BIN)/python .ci/audit $(AUDIT) --of $(VENV)
 
 demo: install
 	$(BIN)/python tools/demo.py $(ARGS)

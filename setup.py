@@ -107,6 +107,16 @@ setup(
             'regex',
             'setuptools<82',
         ],
+        # the same for classification alone, without compiled operators
+        'openmmlab-cls': [
+            'mmengine==0.10.7',
+            'mmcv-lite==2.1.0',
+            'mmpretrain==1.2.0',
+            'torchvision',
+            'numpy>=1.26,<2',
+            'opencv-python<4.12',  # later ones need numpy 2
+            'setuptools<82',
+        ],
         'det': ['onedl-mmdetection>=3.5.1'],
         'demo': ['scikit-learn', 'matplotlib'],
         'test': [
@@ -117,6 +127,9 @@ setup(
         'reproduce': ['snakemake>=9.27; python_version >= "3.11"'],
         'slurm': ['snakemake-executor-plugin-slurm>=2.8; '
                   'python_version >= "3.11"'],
+        # for tools/export_student.py --onnx and --layout timm
+        'onnx': ['onnx', 'onnxscript', 'onnxruntime'],
+        'timm': ['timm'],
         'nyu': ['h5py'],  # for NYUd-v2's .mat file
         'docs': ['sphinx', 'myst-parser'],
     },

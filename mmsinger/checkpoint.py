@@ -218,8 +218,10 @@ def _safe_globals() -> Iterator[None]:
     numbers, and what the program allows already."""
     import numpy as np
     from mmengine.logging import HistoryBuffer
-    multiarray = np._core.multiarray if hasattr(np, '_core') else \
-        np.core.multiarray
+    try:
+        from numpy._core import multiarray
+    except ImportError:  # before numpy 1.26
+        from numpy.core import multiarray
     dtypes = [type(np.dtype(t)) for t in (
         np.float64, np.float32, np.int64, np.int32, np.bool_)]
     before = torch.serialization.get_safe_globals()

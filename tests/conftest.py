@@ -25,6 +25,9 @@ def pytest_addoption(parser):
     parser.addoption(
         '--parity-dir', action='append', default=[], metavar='DIR',
         help='check official_*.npz files of this folder too')
+    parser.addoption(
+        '--kept-run', action='append', default=[], metavar='DIR',
+        help='read the checkpoints that tests/keep_run.py left there too')
 
 
 @pytest.fixture(autouse=True)

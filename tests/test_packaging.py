@@ -15,7 +15,7 @@ import mmsinger
 from mmsinger import paths
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-NOT_SOURCE = ('.git', '.venv', 'build', 'dist', '*.egg-info', 'work_dirs',
+NOT_SOURCE = ('.git', '.venv*', 'build', 'dist', '*.egg-info', 'work_dirs',
               'data', 'checkpoints', '.hypothesis', '.pytest_cache')
 
 
