@@ -1,7 +1,6 @@
 """The tables of the paper as plans of jobs."""
 import os
-from typing import (Callable, Dict, Iterable, List, Optional, Sequence,
-                    Tuple)
+from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from reproduction import published
 from reproduction.plan import (WORK_DIR, Cell, Column, Job, Source, Table,
@@ -199,14 +198,15 @@ def table1(profile: Profile, seeds: Sequence[int], quick: bool = False
         return table
     teacher = f'{MODELS["vitl"]} (patches)'
     table.caption += (
-        f' {teacher}: what a student without a CLS token is compared by, the '
-        'mean patch token instead, and depth from patch tokens alone.')
+        f' Rows {teacher} are for students without a CLS token: by the mean '
+        'patch token instead, and depth from patch tokens alone. Compare them '
+        'with one another.')
     table.add_row(f'{teacher}, as it is', plan.cells(
         columns, None, lambda task, seed: plan.evaluate_model(
             'vitl', task, seed), profile.patch_tasks))
-    for pair, student in profile.patch_pairs.items():
+    for pair, label in profile.patch_pairs.items():
         for method in ('fitnet', 'singer'):
-            row = f'{teacher} -> {student}, {METHODS[method]}'
+            row = f'{teacher} -> {label}, {METHODS[method]}'
             table.add_row(row, plan.cells(
                 columns, None, lambda task, seed: plan.evaluate_student(
                     plan.distil(profile.recipe, seed, method, pair), task,
