@@ -135,9 +135,7 @@ def _set_in_channels(model: dict) -> None:
     frozen = {k: v for k, v in model.backbone.items() if k != 'type'}
     # Beside a model that is being built in another scope
     with DefaultScope.overwrite_default_scope('mmsinger'):
-        width = FrozenBackbone(**frozen).blocks.dim
-    if frozen.get('output') == 'featmap_cls':
-        width *= 2
+        width = FrozenBackbone(**frozen).out_channels
     head.in_channels = width
     if 'channels' in head:  # of FCNHead, which has no other layer
         head.channels = width

@@ -376,10 +376,11 @@ def test_the_suggestion_is_a_recipe_that_builds(clean, tmp_path):
 def test_the_suggestion_fits_the_papers_recipe(tmp_path):
     evidence = seen(blocks(24, 11))
     suggestion = suggest(judge(evidence, 64), evidence, 1024)
-    recipe = os.path.join(paths.configs(), 'singer_vitl_to_vits_in1k.py')
+    folder = os.path.join(paths.configs(), 'classification')
+    recipe = os.path.join(folder, 'singer_vitl_to_vits_8xb64_in1k.py')
     path = tmp_path / 'pasted.py'
     path.write_text(snippet(suggestion, recipe).replace(
-        './', os.path.join(paths.configs(), '')))
+        './', os.path.join(folder, '')))
     cfg = load_config(str(path))
     assert cfg.model.layers == [17, 23]
     cfg.model.teacher.checkpoint = None
@@ -769,10 +770,10 @@ def test_models_without_transformer_blocks(tmp_path):
 
 
 @pytest.mark.parametrize('recipe, options, layers', [
-    ('singer_vitl_to_vits_in1k', {}, [17, 23]),
-    ('singer_vitl_to_vits_in1k', {'model.layers': [5, 9]}, [5, 9]),
-    ('vitkd_vitl_to_vits_in1k', {}, None),
-    ('logit_kd_deit3s_to_deit3t_in1k', {}, None),
+    ('singer_vitl_to_vits_ade20k', {}, [17, 23]),
+    ('singer_vitl_to_vits_ade20k', {'model.layers': [5, 9]}, [5, 9]),
+    ('classification/vitkd_vitl_to_vits_8xb64_in1k', {}, None),
+    ('classification/logit_kd_deit3s_to_deit3t_8xb64_in1k', {}, None),
     ('_base_/teachers/deit3_s16_in1k', {}, [8, 11]),
     ('_base_/teachers/deit3_s16_in1k_cls', {}, None)])
 def test_layers_that_a_config_distils(monkeypatch, recipe, options, layers):

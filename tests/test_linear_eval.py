@@ -145,6 +145,34 @@ def test_errors_of_the_backbone(tmp_path):
     assert mean.shape == (1, 32)
 
 
+@pytest.mark.parametrize('student', ['convnext', 'pyramid'])
+def test_a_backbone_without_a_cls_token(student):
+    """Its last stage is evaluated, as plain modules show it."""
+    source = load_config(os.path.join(
+        tiny.ROOT, 'configs', 'digits', f'singer_vitl_to_{student}.py'))
+    cfg = evaluation_config(task('depth_patch_digits'), source, 'x.pth')
+    assert cfg.model.decode_head.in_channels == 96
+    cfg = evaluation_config(task('cls_mean_digits'), source, 'x.pth')
+    assert cfg.model.head.in_channels == 96
+    cfg.model.backbone.checkpoint = None
+    init_default_scope(cfg.default_scope)
+    frozen = MODELS.build(cfg.model.backbone)
+    shown = []
+    frozen.backbone.stages[-1].register_forward_hook(
+        lambda module, args, output: shown.append(output))
+    mean, = frozen(torch.randn(2, 3, 32, 32))
+    if student == 'convnext':
+        expected = shown[0].mean((2, 3))  # (B, C, h, w)
+    else:
+        expected = shown[0][0].mean(1)  # (B, N, C), and the grid
+    torch.testing.assert_close(mean, expected)
+    frozen.output = 'featmap'
+    assert frozen(torch.randn(2, 3, 32, 32))[0].shape == (2, 96, 4, 4)
+    frozen.output = 'cls_token'
+    with pytest.raises(ConfigError, match=r'no CLS token.*cls_mean_\*'):
+        frozen(torch.randn(2, 3, 32, 32))
+
+
 # -- heads -----------------------------------------------------------------
 
 

@@ -19,7 +19,14 @@ from mmsinger.models.teachers.frozen import FrozenClassifier, Normalisation
 from mmsinger.registry import MODELS
 
 CONFIGS = os.path.join(tiny.ROOT, 'configs')
-RECIPES = sorted(glob.glob(os.path.join(CONFIGS, '*_to_*.py')))
+# By task: datasets in their recipes' names
+FOLDERS = {'classification': ('in1k', 'in1k-tenth'),
+           'segmentation': ('ade20k', ), 'depth': ('nyu', )}
+RECIPES = sorted(path for folder in FOLDERS
+                 for path in glob.glob(os.path.join(CONFIGS, folder, '*.py')))
+OFFICIAL = os.path.join(CONFIGS, 'classification',
+                        'singer-official_vitl_to_vits_8xb64_in1k.py')
+SHORT = os.path.join(CONFIGS, 'singer_vitl_to_vits_ade20k.py')
 TEACHERS = sorted(glob.glob(os.path.join(CONFIGS, '_base_', 'teachers',
                                          '*.py')))
 FEATURE_TEACHERS = [path for path in TEACHERS if '_cls' not in path]
@@ -92,13 +99,18 @@ def name_of(path):
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def parts_of(path):
-    """Method, teacher, student and task, from a recipe's name; variants have
-    one more word."""
-    method, teacher, student, task = re.fullmatch(
-        r'(.+)_([a-z0-9]+)_to_([a-z0-9]+)_([a-z0-9]+)(?:_[a-z]+)?',
+def words_of(path):
+    """Method, teacher, student, GPUs, images on each and data, from a
+    recipe's name."""
+    return re.fullmatch(
+        r'([a-z_-]+)_([a-z0-9]+)_to_([a-z0-9]+)_(\d+)xb(\d+)_([a-z0-9-]+)',
         name_of(path)).groups()
-    return method, teacher, student, task
+
+
+def parts_of(path):
+    """Method, teacher, student and data set, without variants of these."""
+    method, teacher, student, _, _, data = words_of(path)
+    return method.split('-')[0], teacher, student, data.split('-')[0]
 
 
 def recipes(*methods):
@@ -112,20 +124,67 @@ def load(path, options=None):
 
 
 def test_all_pairs_and_tasks_are_there():
-    names = {name_of(path) for path in RECIPES}
+    there = {(method, f'{teacher}_to_{student}', data) for
+             method, teacher, student, _, _, data in map(words_of, RECIPES)}
+    wanted = {(method, pair, 'in1k')
+              for method in (*LOSSES, 'none') for pair in PAIRS
+              if method != 'robust'}
     # DINOv2 has no classifier, and its student is that of vitl_to_vits
-    assert {name for name in names if name.endswith('_in1k')} == {
-        f'{method}_{pair}_in1k' for method in (*LOSSES, 'none')
-        for pair in (*PAIRS, 'vitl_to_r50', 'vitl_to_convnextt')
-        if pair in ('vitl_to_vits', 'dinov2l_to_vits') or
-        method != 'robust' and (method == 'singer' or pair in PAIRS)
-    } - {'logit_kd_dinov2l_to_vits_in1k', 'none_dinov2l_to_vits_in1k'}
-    assert names >= {
-        f'{method}_vitl_to_vits_{task}' for method in ('fitnet', 'singer')
-        for task in ('ade20k', 'nyu')} | {'robust_vitl_to_vits_ade20k'}
-    assert names >= {'singer_vitl_to_vits_in1k_official',
-                     'singer_dinov2l_to_segformerb0_ade20k',
-                     'singer_dinov2l_to_swint_ade20k'}
+    wanted -= {(method, 'dinov2l_to_vits', 'in1k')
+               for method in ('logit_kd', 'none')}
+    wanted |= {('singer', pair, 'in1k')
+               for pair in ('vitl_to_r50', 'vitl_to_convnextt')}
+    wanted |= {(method, 'vitl_to_vits', data)
+               for method in ('fitnet', 'singer') for data in ('ade20k', 'nyu')}
+    wanted |= {('robust', 'vitl_to_vits', data) for data in ('in1k', 'ade20k')}
+    wanted |= {('robust', 'dinov2l_to_vits', 'in1k'),
+               ('singer-official', 'vitl_to_vits', 'in1k'),
+               ('singer', 'vitl_to_vitt', 'in1k-tenth'),
+               ('singer', 'dinov2l_to_segformerb0', 'ade20k'),
+               ('singer', 'dinov2l_to_swint', 'ade20k')}
+    assert there == wanted
+
+
+@pytest.mark.parametrize('path', RECIPES, ids=name_of)
+def test_names_are_true(path):
+    folder = os.path.basename(os.path.dirname(path))
+    method, _, _, gpus, images, data = words_of(path)
+    assert data in FOLDERS[folder]
+    cfg = load(path)
+    assert cfg.train_dataloader.batch_size == int(images)
+    assert cfg.auto_scale_lr.base_batch_size == int(gpus) * int(images)
+    base = f"'../_base_/distillers/{method.replace('-', '_')}.py'"
+    with open(path) as file:
+        assert method == 'none' or base in file.read()
+
+
+@pytest.mark.parametrize('folder', FOLDERS)
+def test_each_recipe_stands_in_its_folders_table(folder):
+    with open(os.path.join(CONFIGS, folder, 'README.md')) as file:
+        text = file.read()
+    rows = [[cell.strip() for cell in line.strip('|').split('|')]
+            for line in text.splitlines() if line.startswith('| [')]
+    found = {name_of(path): words_of(path) for path in RECIPES
+             if os.path.dirname(path).endswith(folder)}
+    assert sorted(row[0] for row in rows) == sorted(
+        f'[{name}]({name}.py)' for name in found)
+    titles = {}  # of a teacher or student: one, whatever the recipe
+    for link, *cells in rows:
+        _, teacher, student, gpus, images, _ = found[link[1:link.index(']')]]
+        assert cells[3] == f'{gpus} x {images}'
+        if cells[0] != '-':
+            assert titles.setdefault(teacher, cells[0]) == cells[0]
+        assert titles.setdefault(student, cells[1]) == cells[1]
+    assert len(set(titles.values())) == len(titles)
+    for command in re.findall(r'configs/\S+\.py', text):
+        assert os.path.isfile(os.path.join(tiny.ROOT, command))
+
+
+def test_short_name_of_the_readmes_recipe():
+    cfg, recipe = load(SHORT), load(os.path.join(
+        CONFIGS, 'segmentation', 'singer_vitl_to_vits_1xb16_ade20k.py'))
+    cfg.pop('work_dir'), recipe.pop('work_dir')
+    assert cfg.to_dict() == recipe.to_dict()
 
 
 @pytest.mark.parametrize('path', RECIPES, ids=name_of)
@@ -276,7 +335,7 @@ def test_recipe_takes_a_step(path):
 
 
 def test_ade20k_recipe_is_the_papers():
-    model = load(os.path.join(CONFIGS, 'singer_vitl_to_vits_ade20k.py')).model
+    model = load(SHORT).model
     assert model.teacher.layers == (17, 23)
     assert (model.adapter.rank, model.adapter.init) == (16, 'nullspace')
     assert (model.loss_outlier.quantile, model.loss_outlier.loss_weight) == \
@@ -286,7 +345,7 @@ def test_ade20k_recipe_is_the_papers():
 
 @pytest.mark.parametrize(
     'path', [path for path in recipes(*LOSSES)
-             if name_of(path).endswith('_in1k')], ids=name_of)
+             if words_of(path)[-1] == 'in1k'], ids=name_of)
 def test_pretraining_is_the_papers(path):
     cfg = load(path)
     check_pretraining(cfg)
@@ -308,7 +367,7 @@ def check_pretraining(cfg):
 
 
 def test_official_preset():
-    cfg = cut(os.path.join(CONFIGS, 'singer_vitl_to_vits_in1k_official.py'))
+    cfg = cut(OFFICIAL)
     check_pretraining(cfg)
     model = MODELS.build(cfg.model)
     assert model.refinement.adapter_cfg['selection'] == 'threshold'
@@ -326,7 +385,7 @@ def test_official_preset():
 
 
 def test_official_preset_has_the_official_rank():
-    cfg = load(os.path.join(CONFIGS, 'singer_vitl_to_vits_in1k_official.py'))
+    cfg = load(OFFICIAL)
     assert cfg.model.adapter.rank == 64
     assert cfg.model.layer_map == 'official'
 

@@ -135,6 +135,24 @@ def test_jobs_are_shared(profile):
                 if j.tool == 'train.py'}) == len(settings)
 
 
+def test_students_without_a_cls_token_are_compared_by_patches():
+    table = table_of(DIGITS, '1', 1)
+    rows = dict(table.rows)
+    teacher = 'ViT-L (patches)'
+    assert teacher in table.caption
+    for label in ('S', 'ConvNeXt', 'Swin'):
+        for method in ('FitNet', 'SiNGER'):
+            sources = [source for cell in
+                       rows[f'{teacher} -> {label}, {method}']
+                       for source in cell.all_sources]
+            outputs = [load_config(table.jobs[s.job].config)
+                       .model.backbone.output for s in sources]
+            assert set(outputs) == {'mean_patch', 'featmap'}
+    assert f'{teacher}, as it is' in rows
+    assert not any('patches' in row for row, _ in table_of(FULL, '1').rows)
+    assert 'patches' not in table_of(FULL, '1').caption
+
+
 def test_two_tables_may_not_mean_different_things_by_a_name():
     first, second = Table('a', '', '', []), Table('b', '', '', [])
     for table, seed in ((first, 0), (second, 1)):

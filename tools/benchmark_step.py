@@ -29,7 +29,8 @@ from step_cost import (ImageLoading, Step, Steps, count_flops,
                        paired_ratio, peak_memory)
 from step_cost.steps import PRECISIONS
 
-RECIPE = os.path.join(paths.configs(), 'singer_vitl_to_vits_in1k.py')
+RECIPE = os.path.join(paths.configs(), 'classification',
+                      'singer_vitl_to_vits_8xb64_in1k.py')
 ALWAYS = ('teacher', 'student', 'FitNet', 'SiNGER')  # the ratios' parts
 
 

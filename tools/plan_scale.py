@@ -26,7 +26,8 @@ from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.registry import MODELS
 from step_cost import AllocatedMemory, ImageLoading, flop_counter
 
-RECIPE = os.path.join(paths.configs(), 'singer_vitl_to_vits_in1k.py')
+RECIPE = os.path.join(paths.configs(), 'classification',
+                      'singer_vitl_to_vits_8xb64_in1k.py')
 # name: mmpretrain's VisionTransformer: arch, patch size; distilled blocks; FFN
 TEACHERS = {'ViT-L/16': ('large', 16, (17, 23), {}),
             'ViT-g/14': ('dinov2-giant', 14, (29, 39),

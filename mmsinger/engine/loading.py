@@ -42,7 +42,7 @@ def load_distiller(cfg: Config, checkpoint: Optional[str] = None
         raise ConfigError(
             f'{cfg.filename!r}: model.type={model_type!r} is no distiller of '
             "mmsinger's, so there is no teacher to measure against. Give a "
-            'recipe such as configs/singer_vitl_to_vits_in1k.py.')
+            'recipe such as configs/singer_vitl_to_vits_ade20k.py.')
     cls = MODELS.get(model_type)
     if not issubclass(cls, FeatureDistiller):
         raise ConfigError(
@@ -185,7 +185,7 @@ def teacher_settings(cfg: Config) -> Tuple[str, Dict[str, Any]]:
     raise ConfigError(
         f'{cfg.filename!r} has no teacher to look at: no model.teacher, no '
         'teacher and no model.backbone. Give a recipe such as '
-        'configs/singer_vitl_to_vits_in1k.py, a file of '
+        'configs/singer_vitl_to_vits_ade20k.py, a file of '
         'configs/_base_/teachers, or a model whose backbone is a vision '
         'transformer.')
 

@@ -1,6 +1,6 @@
 # The ImageNet recipe cut down to seconds on a CPU: features only, no head.
 # Run in a folder with images/CLASS/*.png and teacher.pth.
-_base_ = ['../../configs/singer_vitl_to_vits_in1k.py']
+_base_ = ['../../configs/classification/singer_vitl_to_vits_8xb64_in1k.py']
 arch = dict(_delete_=True, embed_dims=16, num_layers=2, num_heads=2,
             feedforward_channels=32)
 model = dict(

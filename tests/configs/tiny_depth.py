@@ -1,6 +1,6 @@
 # The NYUd-v2 recipe cut down to seconds on a CPU. Run in a folder with nyu/
 # in mmseg's layout and teacher.pth.
-_base_ = ['../../configs/singer_vitl_to_vits_nyu.py']
+_base_ = ['../../configs/depth/singer_vitl_to_vits_1xb16_nyu.py']
 model = dict(
     layers=(1, 3),
     adapter=dict(rank=4),

@@ -49,6 +49,9 @@ class Profile:
         ablation_pair (str): Their pair.
         models (dict[str, Model]): By short name.
         tasks (dict[str, tuple[Task, ...]]): Members of each column.
+        patch_pairs (dict[str, str]): Pairs of ViT-L that are also, or only,
+            compared by patch tokens, and their student's label.
+        patch_tasks (dict[str, tuple[Task, ...]]): As ``tasks``, for them.
         teacher_needs (dict[str, str]): Pairs whose teacher is a model that
             is trained here.
         layers (tuple[int, int]): Distilled blocks of ViT-L, an intermediate
@@ -67,6 +70,8 @@ class Profile:
     ablation_pair: str
     models: Dict[str, Model]
     tasks: Dict[str, Tuple[Task, ...]]
+    patch_pairs: Dict[str, str]
+    patch_tasks: Dict[str, Tuple[Task, ...]]
     teacher_needs: Dict[str, str]
     layers: Tuple[int, int]
     ranks: Tuple[int, ...]
@@ -90,8 +95,8 @@ FULL = Profile(
     data='Linear evaluation of frozen students: ImageNet-1K, ADE20K, '
     'NYUd-v2, iNaturalist-2019; DS: mean of ImageNet-R and -v2; FG: mean of '
     'Aircraft, Pets, Food-101, Flowers.',
-    recipe='{method}_{pair}_in1k.py',
-    ablation='{method}_{pair}_in1k_tenth.py',
+    recipe='classification/{method}_{pair}_8xb64_in1k.py',
+    ablation='classification/{method}_{pair}_8xb64_in1k-tenth.py',
     ablation_pair='vitl_to_vitt',
     models=dict(
         vitl=Model('_base_/teachers/vit_l16_in21k.py'),
@@ -110,6 +115,8 @@ FULL = Profile(
                  for name in ('imagenet_r', 'imagenet_v2')),
         FG=tuple(Task(f'linear_eval/cls_{name}.py', 'accuracy/top1')
                  for name in ('aircraft', 'pets', 'food101', 'flowers102'))),
+    patch_pairs={},
+    patch_tasks={},
     teacher_needs={},
     layers=(17, 23),
     ranks=(8, 16, 32, 64),
@@ -142,6 +149,19 @@ DIGITS = Profile(
         iNat=(Task('linear_eval/cls_digits_longtail.py', 'accuracy/top1'), ),
         DS=tuple(Task(f'linear_eval/cls_digits_{name}.py', 'accuracy/top1',
                       head='linear_eval/cls_digits.py')
+                 for name in ('inverted', 'blurred')),
+        FG=(Task('linear_eval/cls_mean_digits_few.py', 'accuracy/top1'), )),
+    patch_pairs=dict(vitl_to_vits='S', vitl_to_convnext='ConvNeXt',
+                     vitl_to_pyramid='Swin'),
+    patch_tasks=dict(
+        IN=(Task('linear_eval/cls_mean_digits.py', 'accuracy/top1'), ),
+        ADE=(Task('linear_eval/seg_digits.py', 'mIoU'), ),
+        NYU=(Task('linear_eval/depth_patch_digits.py', 'rmse'), ),
+        iNat=(Task('linear_eval/cls_mean_digits_longtail.py',
+                   'accuracy/top1'), ),
+        DS=tuple(Task(f'linear_eval/cls_mean_digits_{name}.py',
+                      'accuracy/top1',
+                      head='linear_eval/cls_mean_digits.py')
                  for name in ('inverted', 'blurred')),
         FG=(Task('linear_eval/cls_mean_digits_few.py', 'accuracy/top1'), )),
     teacher_needs=dict(deit3l_to_deit3b='deit3l', deit3s_to_deit3t='deit3s'),

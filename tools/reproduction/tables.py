@@ -1,6 +1,6 @@
 """The tables of the paper as plans of jobs."""
 import os
-from typing import Callable, Iterable, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from reproduction import published
 from reproduction.plan import (WORK_DIR, Cell, Column, Job, Source, Table,
@@ -56,12 +56,16 @@ class Planner:
 
     def cells(self, columns: Sequence[str],
               values: Optional[Sequence[Optional[float]]],
-              evaluate: Callable[[Task, int], str]) -> List[Cell]:
-        """One cell for each column of linear evaluation."""
+              evaluate: Callable[[Task, int], str],
+              tasks: Optional[Dict[str, Tuple[Task, ...]]] = None
+              ) -> List[Cell]:
+        """One cell for each column of linear evaluation, by the profile's
+        tasks unless others are given."""
+        tasks = tasks or self.profile.tasks
         return [
             Cell(tuple(
                 tuple(Source(evaluate(task, seed), task.metric)
-                      for task in self.profile.tasks[column])
+                      for task in tasks[column])
                 for seed in self.seeds), value)
             for column, value in zip(columns, values or [None] * len(columns))
         ]
@@ -148,8 +152,7 @@ class Planner:
         args: List[str] = [config, source, *weights, '--work-dir',
                                 WORK_DIR, '--seed', str(seed)]
         if task.head is not None:
-            head = next(t for members in self.profile.tasks.values()
-                        for t in members if t.config == task.head)
+            head = Task(task.head, task.metric)
             args += ['--head', checkpoint(self.evaluate(
                 folder, source, weights, head, seed))]
         else:
@@ -191,6 +194,23 @@ def table1(profile: Profile, seeds: Sequence[int], quick: bool = False
         table.add_row(f'{PAIRS[pair]}, {METHODS[method]}', plan.cells(
             columns, values, lambda task, seed: plan.evaluate_student(
                 plan.distil(profile.recipe, seed, method, pair), task, seed)))
+    if not profile.patch_pairs:
+        return table
+    teacher = f'{MODELS["vitl"]} (patches)'
+    table.caption += (
+        f' Rows {teacher} are for students without a CLS token: by the mean '
+        'patch token instead, and depth from patch tokens alone. Compare them '
+        'with one another.')
+    table.add_row(f'{teacher}, as it is', plan.cells(
+        columns, None, lambda task, seed: plan.evaluate_model(
+            'vitl', task, seed), profile.patch_tasks))
+    for pair, label in profile.patch_pairs.items():
+        for method in ('fitnet', 'singer'):
+            row = f'{teacher} -> {label}, {METHODS[method]}'
+            table.add_row(row, plan.cells(
+                columns, None, lambda task, seed: plan.evaluate_student(
+                    plan.distil(profile.recipe, seed, method, pair), task,
+                    seed), profile.patch_tasks))
     return table
 
 

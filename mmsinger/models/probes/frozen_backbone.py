@@ -7,7 +7,8 @@ from torch import Tensor
 
 from mmsinger.checkpoint import STUDENT, student_state_dict
 from mmsinger.errors import ConfigError, check_choice
-from mmsinger.models.features.anatomy import Layer, resolve_layer
+from mmsinger.models.features.anatomy import (Layer, find_features,
+                                              resolve_layer)
 from mmsinger.models.features.tokens import Tokens
 from mmsinger.models.teachers.frozen import FrozenTeacher, Normalisation
 from mmsinger.registry import MODELS
@@ -20,8 +21,9 @@ class FrozenBackbone(FrozenTeacher, BaseModule):
     """A pretrained backbone that a head is trained on, and that never
     changes.
 
-    It gives the output of one block before any final norm, without gradients
-    and in evaluation mode. Its parameters are in the state dict, so that a
+    It gives the output of one block before any final norm, or one map of a
+    backbone that is no plain vision transformer, without gradients and in
+    evaluation mode. Its parameters are in the state dict, so that a
     checkpoint of a linear evaluation is complete.
 
     Args:
@@ -40,19 +42,20 @@ class FrozenBackbone(FrozenTeacher, BaseModule):
             (H, W). Defaults to None: the images' size, or the only one that
             the backbone takes; sizes that its patches do not divide are
             rounded to the nearest that they do.
-        layer (int | str): The block, by index or module path. Defaults to
-            -1, the last.
+        layer (int | str): The block or map, by index or module path.
+            Defaults to -1, the last.
         output (str): What the head gets: ``'cls_token'`` or ``'mean_patch'``
             of shape (B, C); ``'featmap'``, the patch tokens (B, C, h, w); or
             ``'featmap_cls'``, these with the CLS token concatenated to each
             (B, 2C, h, w). Defaults to ``'cls_token'``.
 
     Raises:
-        ConfigError: If a value is not valid or the backbone is no vision
-            transformer.
+        ConfigError: If a value is not valid or the backbone shows no feature
+            map.
     """
 
     role = 'backbone'
+    find_features = staticmethod(find_features)
 
     def __init__(self,
                  backbone: Optional[dict],
@@ -75,6 +78,12 @@ class FrozenBackbone(FrozenTeacher, BaseModule):
             ignore_keys=ignore_keys, input_size=input_size)
         self.layer = resolve_layer(layer, self.blocks, 'model.backbone.layer')
         self.output = output
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of what the head gets."""
+        width = self.blocks.channels[self.layer]
+        return 2 * width if self.output == 'featmap_cls' else width
 
     def init_weights(self) -> None:
         """Load the checkpoint; called by the runner before training."""
@@ -122,12 +131,14 @@ def form_output(tokens: Tokens, output: str) -> Tensor:
     Raises:
         ConfigError: If it takes a CLS token and there is none.
     """
-    if output in ('cls_token', 'featmap_cls') and not tokens.num_prefix:
+    has_cls = tokens.num_prefix and tokens.has_cls
+    if output in ('cls_token', 'featmap_cls') and not has_cls:
         raise ConfigError(
             f'model.backbone.output={output!r}: the backbone has no CLS '
-            "token. Choose 'mean_patch' for classification or 'featmap' for "
-            'dense tasks (and halve decode_head.in_channels after '
-            "'featmap_cls').")
+            'token. Take a task of patch tokens (cls_mean_*, depth_patch_* '
+            "in configs/linear_eval), or set 'mean_patch' for classification "
+            "or 'featmap' for dense tasks (and halve "
+            "decode_head.in_channels after 'featmap_cls').")
     if output == 'cls_token':
         return tokens.prefix[:, 0]
     if output == 'mean_patch':

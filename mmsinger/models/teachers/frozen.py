@@ -257,6 +257,7 @@ class FrozenTeacher(FrozenModule):
     """
 
     part = 'backbone'
+    find_features = staticmethod(find_blocks)
 
     def __init__(self,
                  backbone: dict,
@@ -269,7 +270,7 @@ class FrozenTeacher(FrozenModule):
                 f'{self.role}.feature_cache={feature_cache!r} must be a '
                 'number of images, 0 for none.')
         super().__init__(backbone, **kwargs)
-        self.blocks: Blocks = find_blocks(self.backbone, self.role)
+        self.blocks: Blocks = self.find_features(self.backbone, self.role)
         self.layers = layers
         self.feature_cache = feature_cache
         self._cached = FeatureCache(feature_cache)

@@ -1,0 +1,15 @@
+# FitNet, ViT-L in miniature -> a small Swin on the digit scenes
+_base_ = [
+    '../_base_/teachers/digits_planted.py',
+    '../_base_/students/digits_pyramid.py',
+    '../_base_/distillers/fitnet.py',
+    '../_base_/datasets/digit_scenes_unlabelled.py',
+    '../_base_/schedules/adamw_digits_distil.py',
+    '../_base_/default_runtime_cls.py',
+]
+model = dict(
+    teacher=_base_.teacher,
+    student=_base_.student,
+    target_norm='standardise',
+    task_loss_weight=0,
+    **_base_.distiller)
