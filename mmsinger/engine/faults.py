@@ -2,23 +2,25 @@
 died or hang. Each ends in one message."""
 import contextlib
 import multiprocessing
-import os
 import re
 import signal
 import threading
 import time
-from typing import Any, Callable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Iterator, List, Optional
 
 import torch
 from mmengine.dist import get_rank, get_world_size
 from mmengine.runner import BaseLoop
 from torch import distributed, nn
+from torch.utils.data import DataLoader
 
 from mmsinger.engine.samples import DataError, guard_samples
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError, TrainingError
 
 WAITED = 'mmsinger/waited/{}'
+LATE = 'DataLoader timed out'  # as torch says it
+GRACE = 5  # seconds, in which torch says it itself
 SMALL = 32  # pixels; few networks take less
 
 
@@ -36,6 +38,7 @@ def guard_loops(runner: Any) -> None:
             continue
         key = f'{name}_dataloader'
         guard_samples(loop.dataloader.dataset, f'{key}.dataset')
+        _limit_waiting(loop.dataloader)
         loop.run = _guarded(loop.run, lambda error, _, loop=loop, key=key: (
             _loader_fault(error, loop.dataloader, key)
             or _process_fault(error, runner)))
@@ -141,10 +144,43 @@ def _wrong_labels(batch: Any, model: nn.Module, key: str) -> Optional[str]:
 # -- processes ---------------------------------------------------------------
 
 
+def _limit_waiting(loader: DataLoader) -> None:
+    """Let ``timeout`` hold for all of the way of a batch. Torch's own ends
+    when the first byte is there, and a stopped worker sends no more."""
+    get_iterator, wait = loader._get_iterator, loader.timeout + GRACE
+    if not loader.timeout or not hasattr(signal, 'setitimer'):
+        return
+
+    def too_late(*_: Any) -> None:
+        raise RuntimeError(LATE)
+
+    def limited() -> Iterator:
+        iterator = get_iterator()
+        cls = type(iterator)
+
+        class OnTime(cls):
+
+            def _next_data(self) -> Any:
+                if threading.current_thread() is not threading.main_thread():
+                    return cls._next_data(self)
+                before = signal.signal(signal.SIGALRM, too_late)
+                signal.setitimer(signal.ITIMER_REAL, wait)
+                try:
+                    return cls._next_data(self)
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    signal.signal(signal.SIGALRM, before)
+
+        iterator.__class__ = OnTime
+        return iterator
+
+    loader._get_iterator = limited
+
+
 def _loader_fault(error: Exception, loader: Any, key: str) -> Optional[str]:
-    died = re.search(r'DataLoader worker \(pids?(?:\(s\))? ([\d, ]+)\)(.*)',
-                     str(error).replace('pid(s)', 'pids'))
-    late = 'DataLoader timed out' in str(error)
+    died = re.search(r'DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(.*)',
+                     str(error))
+    late = LATE in str(error)
     if not died and not late:
         return None
     workers = multiprocessing.active_children()
@@ -213,10 +249,16 @@ def _time_limit(runner: Any) -> float:
 
 def _absent(patience: float) -> List[int]:
     """Processes that do not say within some seconds that they waited too."""
-    with contextlib.suppress(Exception):  # the store may have gone as well
+    absent = [0]  # has the store, mostly, which does not answer then
+
+    def ask() -> None:
         store = distributed.distributed_c10d._get_default_store()
         store.set(WAITED.format(get_rank()), '')
         time.sleep(patience)
-        return [rank for rank in range(get_world_size())
-                if not store.check([WAITED.format(rank)])]
-    return []
+        absent[:] = [rank for rank in range(get_world_size())
+                     if not store.check([WAITED.format(rank)])]
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(2 * patience)
+    return absent

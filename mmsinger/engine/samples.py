@@ -194,7 +194,8 @@ def _why(dataset: Any, index: int, error: Exception) -> str:
             f'{", ".join(map(repr, paths)) or "it names none"}. Look at ' \
             'them, and at the pipeline'
     return f'{dataset._config_key}: sample {index} cannot be read: {said}; ' \
-        'tools/check_dataset.py CONFIG --all goes through all files.'
+        'tools/check_dataset.py CONFIG --all goes through all files, and ' \
+        'training goes on with --resume.'
 
 
 def sample_paths(dataset: Any, index: int) -> List[str]:
