@@ -195,13 +195,12 @@ def _loader_fault(error: Exception, loader: Any, key: str) -> Optional[str]:
             f'a stopped process or a deadlock in the pipeline; {key}.timeout '
             'is how long to wait, 0 for ever. Checkpoints are as they were: '
             'go on with --resume.')
-    how = died[2].strip(' .')
     return (
-        f'{key}: a data worker (process {died[1]}) {how or "ended"}. Killed '
-        'means mostly that memory ran out: lower '
-        'num_workers, prefetch_factor or batch_size of the loader; a bus '
-        'error, that /dev/shm is full. Checkpoints are as they were: go on '
-        'with --resume.')
+        f'{key}: a data worker (process {died[1]}) {died[2].strip(" .")}. '
+        'Killed means mostly that memory ran out: lower num_workers, '
+        'prefetch_factor or batch_size of the loader; a bus error, that '
+        '/dev/shm is full. Checkpoints are as they were: go on with '
+        '--resume.')
 
 
 def _is_stopped(pid: int) -> bool:
@@ -235,7 +234,7 @@ def _process_fault(error: Exception, runner: Any) -> Optional[str]:
     return (
         f'Process {get_rank()} of {get_world_size()}, iteration '
         f'{runner.iter + 1}: {which} '
-        + (f'hangs: nothing came within {seconds:g} s '
+        + (f'hangs or has gone: nothing came within {seconds:g} s '
            '(env_cfg.dist_cfg.timeout)' if late else 'has gone')
         + '. Look at its output and its machine (stopped, out of memory, a '
         'disk or network that does not answer). Checkpoints are as they '
@@ -252,11 +251,12 @@ def _absent(patience: float) -> List[int]:
     absent = [0]  # has the store, mostly, which does not answer then
 
     def ask() -> None:
-        store = distributed.distributed_c10d._get_default_store()
-        store.set(WAITED.format(get_rank()), '')
-        time.sleep(patience)
-        absent[:] = [rank for rank in range(get_world_size())
-                     if not store.check([WAITED.format(rank)])]
+        with contextlib.suppress(Exception):  # it has gone
+            store = distributed.distributed_c10d._get_default_store()
+            store.set(WAITED.format(get_rank()), '')
+            time.sleep(patience)
+            absent[:] = [rank for rank in range(get_world_size())
+                         if not store.check([WAITED.format(rank)])]
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()

@@ -26,7 +26,8 @@ class DataError(TrainingError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(str(message).split(f'{__name__}.DataError: ')[-1])
+        super().__init__(
+            str(message).split(f'{__name__}.DataError: ')[-1].strip())
 
 
 # -- random numbers ----------------------------------------------------------
@@ -114,7 +115,7 @@ def _random_numbers(seed: int) -> Iterator[None]:
     """Seed the generators of the CPU, and put them back."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
-    np.random.seed([seed & 0xffffffff, seed >> 32])
+    np.random.seed([seed >> 32, seed & 0xffffffff, 1])  # not python's
     torch.default_generator.manual_seed(seed)  # not the accelerator's
     try:
         yield

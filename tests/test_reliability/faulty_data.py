@@ -27,6 +27,7 @@ def update_params(self, *args, **kwargs):
     update(self, *args, **kwargs)
 
 
-OptimWrapper.update_params = update_params
-sys.argv[0] = os.path.join(TOOLS, 'train.py')
-runpy.run_path(sys.argv[0], run_name='__main__')
+if __name__ == '__main__':
+    OptimWrapper.update_params = update_params
+    sys.argv[0] = os.path.join(TOOLS, 'train.py')
+    runpy.run_path(sys.argv[0], run_name='__main__')
