@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from mmengine.dist import get_rank, get_world_size
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import (DataLoader, Dataset, IterableDataset,
+                              get_worker_info)
 
 from mmsinger.errors import ConfigError, TrainingError
 
@@ -112,17 +113,20 @@ def _hash(*numbers: int) -> int:
 
 @contextlib.contextmanager
 def _random_numbers(seed: int) -> Iterator[None]:
-    """Seed the generators of the CPU, and put them back."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    """Seed the generators of the CPU; in the main process, put them back."""
+    main = get_worker_info() is None  # a worker has nothing to go on with
+    before = (random.getstate(), np.random.get_state(),
+              torch.get_rng_state()) if main else ()
     random.seed(seed)
-    np.random.seed([seed >> 32, seed & 0xffffffff, 1])  # not python's
+    np.random.seed(seed & 0xffffffff)
     torch.default_generator.manual_seed(seed)  # not the accelerator's
     try:
         yield
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
+        if main:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+            torch.set_rng_state(before[2])
 
 
 # -- reading -----------------------------------------------------------------
