@@ -153,8 +153,9 @@ def test_an_error_without_a_bad_file_says_where(files):
             raise ZeroDivisionError('none')
 
     dataset = guard_samples(Failing(f'{files}#1'), 'it')
-    with pytest.raises(DataError, match=rf'ZeroDivisionError: none \({__file__}'
-                       rf":\d+\). Its files: '{files}#1'"):
+    place = rf'{__file__}:\d+'
+    with pytest.raises(DataError, match=rf'ZeroDivisionError: none \({place}\)'
+                       f". Its files: '{files}#1'"):
         dataset[0]
 
 

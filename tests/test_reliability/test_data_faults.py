@@ -16,6 +16,8 @@ PIXEL = ('import cv2, numpy; cv2.imwrite({!r}, numpy.ones((1, 1, 3), "u1")); '
          'cv2.imwrite({!r}, numpy.ones((1, 1), "u1"))').format(IMAGE, MAP)
 LABEL = ('import cv2, numpy; '
          f'cv2.imwrite({MAP!r}, numpy.full((32, 32), 7, "u1"))')
+SIZE = ('import cv2, numpy; cv2.imwrite({!r}, numpy.ones((48, 40, 3), "u1"'
+        ')); cv2.imwrite({!r}, numpy.ones((48, 40), "u1"))').format(IMAGE, MAP)
 FAULTS = dict(  # what happens, what the message says
     vanished_image=(f'os.remove({IMAGE!r})', [IMAGE, 'is not there']),
     empty_image=(EMPTY(IMAGE), [IMAGE, 'is empty']),
@@ -23,6 +25,8 @@ FAULTS = dict(  # what happens, what the message says
     empty_map=(EMPTY(MAP), [MAP, 'is empty']),
     cut_map=(f'os.truncate({MAP!r}, 60)', [MAP, 'decoded']),
     one_pixel=(PIXEL, [IMAGE]),
+    # the preprocessor pads to 32 x 32 pixels and cannot cut
+    other_size=(SIZE, [IMAGE, '48x40', 'RandomCrop']),
     label=(LABEL, [MAP, 'the label 7', 'the classes 0 to 2', 'num_classes']),
     folder=("os.rename('scenes', 'moved')", ["the folder 'scenes'"]),
     killed_worker=('os.kill(workers[0], signal.SIGKILL)',

@@ -7,8 +7,7 @@ from mmengine.dist import all_gather_object, get_rank
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop
 
-from mmsinger.engine.samples import (sampler_of, seed_samples,
-                                      start_epoch)
+from mmsinger.engine.samples import sampler_of, seed_samples, start_epoch
 from mmsinger.registry import HOOKS
 
 
@@ -69,7 +68,9 @@ class RandomStateHook(Hook):
         iterator = getattr(runner.train_loop, 'dataloader_iterator', None)
         if getattr(iterator, '_iterator', None) is not None:
             # mmengine 0.10.7 has begun to read
-            sampler.indices = sampler._indices_of_rank()
+            loader._iterator = None
+            if hasattr(sampler, '_indices_of_rank'):
+                sampler.indices = sampler._indices_of_rank()
             runner.train_loop.dataloader_iterator = type(iterator)(loader)
 
     def before_train_epoch(self, runner) -> None:
