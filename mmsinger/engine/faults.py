@@ -2,11 +2,12 @@
 died or hang. Each ends in one message."""
 import contextlib
 import multiprocessing
+import os
 import re
 import signal
 import threading
 import time
-from typing import Any, Callable, Iterator, List, Optional
+from typing import Any, Callable, Iterator, List, Optional, Type
 
 import torch
 from mmengine.dist import get_rank, get_world_size
@@ -39,17 +40,19 @@ def guard_loops(runner: Any) -> None:
         key = f'{name}_dataloader'
         guard_samples(loop.dataloader.dataset, f'{key}.dataset')
         _limit_waiting(loop.dataloader)
-        loop.run = _guarded(loop.run, lambda error, _, loop=loop, key=key: (
-            _loader_fault(error, loop.dataloader, key)
-            or _process_fault(error, runner)))
+        loop.run = _guarded(
+            loop.run, TrainingError, lambda error, _, loop=loop, key=key: (
+                _loader_fault(error, loop.dataloader, key)
+                or _process_fault(error, runner)
+                or _folder_fault(error, runner)))
         loop.run_iter = _guarded(
-            loop.run_iter, lambda error, batch, key=key: _batch_fault(
-                error, batch, unwrap(runner.model), key),
+            loop.run_iter, DataError, lambda error, batch, key=key:
+                _batch_fault(error, batch, unwrap(runner.model), key),
             None if name == 'train' else lambda batch, key=key: _check_labels(
                 batch, unwrap(runner.model), key))
 
 
-def _guarded(call: Callable, explain: Callable,
+def _guarded(call: Callable, kind: Type[TrainingError], explain: Callable,
              before: Optional[Callable] = None) -> Callable:
     """A method of a loop whose errors are explained, where they can be."""
     def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -64,7 +67,7 @@ def _guarded(call: Callable, explain: Callable,
             said = explain(error, batch)
             if said is None:
                 raise
-            raise DataError(said) from error
+            raise kind(said) from error
     return guarded
 
 
@@ -239,6 +242,19 @@ def _process_fault(error: Exception, runner: Any) -> Optional[str]:
         + '. Look at its output and its machine (stopped, out of memory, a '
         'disk or network that does not answer). Checkpoints are as they '
         'were: go on with --resume. Said: ' + str(error).splitlines()[0])
+
+
+def _folder_fault(error: Exception, runner: Any) -> Optional[str]:
+    """A work dir that cannot be written any more."""
+    folder = os.path.abspath(runner.work_dir)
+    path = os.path.abspath(str(getattr(error, 'filename', None) or os.sep))
+    if not isinstance(error, OSError) or \
+            os.path.commonpath([folder, path]) != folder:
+        return None
+    return (
+        f'{path!r} cannot be written: {error.strerror}. Was the work dir '
+        'moved, or its drive taken away? Bring it back, with its checkpoints, '
+        'and go on with --resume.')
 
 
 def _time_limit(runner: Any) -> float:

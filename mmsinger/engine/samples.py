@@ -55,12 +55,13 @@ def seed_samples(loader: DataLoader, seed: int) -> None:
         loader (DataLoader): Of training; not iterated yet.
         seed (int): The run's.
     """
-    if isinstance(loader.dataset, IterableDataset):
+    sampler = sampler_of(loader)
+    if isinstance(loader.dataset, IterableDataset) or hasattr(
+            sampler, 'seeds_of_epoch'):
         return
     guard_samples(loader.dataset, 'train_dataloader.dataset')
     if loader.generator is None:  # it would draw from the model's
         loader.generator = torch.Generator().manual_seed(seed)
-    sampler = sampler_of(loader)
     cls, rank, processes = type(sampler), get_rank(), get_world_size()
 
     class Seeding(cls):

@@ -49,7 +49,7 @@ def test_a_process_that_hangs_or_dies(place, rank, number, words):
     pair[rank].finish(check=False)
     assert result.returncode == 1, result.stdout[-3000:]
     assert 'Traceback' not in result.stdout, result.stdout[-3000:]
-    message = result.stdout[result.stdout.index('DataError: '):]
+    message = result.stdout[result.stdout.index('\nTrainingError: '):]
     for word in (f'Process {1 - rank} of 2', f'process {rank} ', *words,
                  '--resume'):
         assert word in message
