@@ -16,9 +16,11 @@ from mmengine.runner import Runner
 
 from mmsinger.checkpoint import load_strict, safe_loading
 from mmsinger.engine.checks import check_data_folders, check_work_dir
+from mmsinger.engine.hooks import RunGuardHook
 from mmsinger.engine.logs import demote_details, import_datasets
 from mmsinger.engine.options import ConfigOptions
-from mmsinger.engine.prepare import fit_workers, load_config
+from mmsinger.engine.prepare import (fit_workers, limit_waiting,
+                                     load_config)
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import (ConfigError, check_output_file,
                              readable_errors)
@@ -147,6 +149,7 @@ def main():
         cfg.default_hooks.visualization.draw = True
         cfg.visualizer.save_dir = args.show_dir
     fit_workers(cfg)
+    limit_waiting(cfg)
     check_work_dir(cfg.work_dir)
     check_data_folders(cfg, ('test_dataloader', ))
 
@@ -159,6 +162,7 @@ def main():
     cfg.load_from, cfg.resume = None, False
     runner = TestRunner.from_cfg(cfg)
     runner.logger.addFilter(demote_details)
+    runner.register_hook(RunGuardHook())
     model = unwrap(runner.model)
     model = model.module if isinstance(model, BaseTTAModel) else model
     if weights is not None:

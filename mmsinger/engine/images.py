@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mmsinger.engine.checks import check_data_folders
 from mmsinger.engine.hooks.calibration_hook import preserved_random_states
+from mmsinger.engine.samples import guard_samples
 from mmsinger.errors import ConfigError
 from mmsinger.images import Size, check_patch, dataset_batches
 from mmsinger.models.distillers import FeatureDistiller
@@ -45,7 +46,8 @@ class ImageBatches:
                 'one of them.')
         check_data_folders(cfg, (self.source, ))
         loader = cfg[self.source]
-        self.dataset = DATASETS.build(loader['dataset'])
+        self.dataset = guard_samples(DATASETS.build(loader['dataset']),
+                                     f'{self.source}.dataset')
         total = len(self.dataset)
         if not total:
             raise ConfigError(

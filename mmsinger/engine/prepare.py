@@ -8,6 +8,7 @@ of your own may too::
     build_runner(cfg).train()
 """
 import os
+from datetime import timedelta
 from typing import Any, Optional, Sequence, Union
 
 import torch
@@ -36,6 +37,8 @@ from mmsinger.registry import MODELS
 
 # Of a model that is no distiller of ours
 PLAIN_HOOKS = ('SafeCheckpointHook', 'RunGuardHook', 'RandomStateHook')
+
+TIMEOUT = 1800  # seconds until what hangs ends a run
 
 
 def load_config(path: str, options: Optional[dict] = None) -> Config:
@@ -96,6 +99,7 @@ def prepare_training(cfg: Config) -> None:
     import_datasets(scope)
     add_required_hooks(cfg)
     fit_workers(cfg)
+    limit_waiting(cfg)
     compile_blocks_alone(cfg)
     use_cpu_amp(cfg)
     use_student_constructor(cfg)
@@ -276,7 +280,8 @@ def use_cpu_processes(cfg: Config) -> None:
     if cfg.get('launcher') != 'pytorch' or get_device() != 'cpu':
         return
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group('gloo')
+        torch.distributed.init_process_group('gloo', timeout=timedelta(
+            seconds=cfg.env_cfg.dist_cfg.timeout))
     wrapper = cfg.get('model_wrapper_cfg') or dict(
         type='MMDistributedDataParallel',
         find_unused_parameters=cfg.get('find_unused_parameters', False))
@@ -357,14 +362,24 @@ def use_strategy(cfg: Config) -> None:
 
 def fit_workers(cfg: Config) -> None:
     """Keep data workers alive between epochs unless the config says
-    otherwise, as mmpretrain's own ``tools/train.py`` does; without workers,
-    drop what torch takes for a mistake then."""
+    otherwise, as mmpretrain's own ``tools/train.py`` does, and wait for them
+    :data:`TIMEOUT` seconds; without workers, drop what torch takes for a
+    mistake then."""
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         loader = cfg.get(name)
         if not isinstance(loader, dict):
             continue
         if loader.get('num_workers', 0) > 0:
             loader.setdefault('persistent_workers', True)
+            loader.setdefault('timeout', TIMEOUT)
         else:
-            for key in ('persistent_workers', 'prefetch_factor'):
+            for key in ('persistent_workers', 'prefetch_factor', 'timeout'):
                 loader.pop(key, None)
+
+
+def limit_waiting(cfg: Config) -> None:
+    """Let processes wait :data:`TIMEOUT` seconds for each other unless the
+    config says otherwise (``env_cfg.dist_cfg.timeout``)."""
+    env = cfg.setdefault('env_cfg', ConfigDict())
+    env.setdefault('dist_cfg', ConfigDict(backend='nccl'))
+    env.dist_cfg.setdefault('timeout', TIMEOUT)

@@ -1,6 +1,7 @@
 """The hooks of a training run, in a Runner on eight small scenes."""
 import copy
 import errno
+import functools
 import gc
 import glob
 import logging
@@ -12,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from yapf.yapflib import yapf_api
 
 from mmsinger.checkpoint import load_checkpoint
 from mmsinger.engine.hooks import (DiagnosticsHook, RandomStateHook,
-                                   RunGuardHook, SiNGERAdapterHook,
-                                   StudentCheckpointHook, CalibrationHook,
-                                   calibration_hook)
+                                   RunGuardHook, SafeCheckpointHook,
+                                   SiNGERAdapterHook, StudentCheckpointHook,
+                                   CalibrationHook, calibration_hook)
 from mmsinger.engine.prepare import (add_required_hooks, fit_workers,
                                      load_config, prepare_training)
 from mmsinger.errors import ConfigError, TrainingError
@@ -646,3 +647,49 @@ def test_data_workers(tiny_config, workers):
     assert cfg.train_dataloader.get('persistent_workers', False) == \
         bool(workers)
     assert ('prefetch_factor' in cfg.train_dataloader) == bool(workers)
+
+
+def test_a_student_hook_brings_what_makes_a_run_safe(place, tiny_config,
+                                                     tmp_path, monkeypatch):
+    """Under a host's own tool; each hook starts once."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(yapf_api, 'FormatCode', lambda text, **_: (text, 1))
+    cfg = copy.deepcopy(tiny_config)
+    cfg.merge_from_dict({
+        'work_dir': str(tmp_path), 'train_cfg.max_iters': 1,
+        'custom_hooks': [dict(type='mmsinger.StudentCheckpointHook')],
+        'val_cfg': None, 'val_dataloader': None, 'val_evaluator': None,
+        'default_hooks.checkpoint.save_best': None})
+    cfg.experiment_name = cfg.visualizer.name = uuid.uuid4().hex
+    runner = Runner.from_cfg(cfg)
+    starts = []
+    for kind in (RunGuardHook, RandomStateHook, SafeCheckpointHook,
+                 StudentCheckpointHook, CheckpointHook):
+        monkeypatch.setattr(kind, 'before_run', functools.partialmethod(
+            lambda self, runner, name, call: (
+                starts.append(name), call(self, runner))[1],
+            name=kind.__name__, call=kind.before_run))
+    runner.train()
+    assert sorted(starts) == [
+        'CheckpointHook', 'RandomStateHook', 'RunGuardHook',
+        'SafeCheckpointHook', 'StudentCheckpointHook']
+    assert type(runner.train_dataloader.dataset).__name__ == 'BaseSegDataset'
+    assert hasattr(runner.train_dataloader.dataset, '_config_key')
+    init_default_scope('mmengine')
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_samples_that_were_read_too_early(make, workers):
+    """mmengine 0.10.7 begins to read when it builds the loop."""
+    def batches(*hooks):
+        seen = Batches()
+        make(4, hooks=[seen, *hooks], **{
+            'train_dataloader.num_workers': workers,
+            'train_dataloader.persistent_workers': bool(workers)}).train()
+        return seen.seen
+
+    expected = batches()
+    found = batches(Spy('HIGHEST', before_run=lambda runner: next(
+        runner.train_loop.dataloader_iterator)))
+    assert [paths for paths, _ in found] == [paths for paths, _ in expected]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(found, expected))

@@ -1,21 +1,23 @@
 import contextlib
 import functools
-import itertools
 import os
 import signal
 import sys
 import threading
-from typing import Any, Callable, List
+import time
+from typing import Any, Callable, List, Optional
 
-from mmengine.dist import broadcast_object_list, is_main_process, master_only
+import torch
+from mmengine.dist import (all_reduce, barrier, broadcast_object_list,
+                           is_distributed, is_main_process, master_only)
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop
 
 from mmsinger.checkpoint import safe_loading
+from mmsinger.engine.hooks.random_state_hook import RandomStateHook
 from mmsinger.engine.hooks.run_guard_hook import RunGuardHook
 from mmsinger.engine.resume import (changed_settings, check_fit, is_intact,
                                     optimizer_names, take_over_settings)
-from mmsinger.engine.unwrap import is_sharded
 from mmsinger.errors import TrainingError
 from mmsinger.files import (atomic_write, lock_folder, remove_leftovers,
                             unlock_folder)
@@ -23,6 +25,7 @@ from mmsinger.registry import HOOKS
 
 SUPERSEDED = 'superseded_ckpts'
 VALIDATED = 'last_validation'
+SAME_SIGNAL = 10  # seconds; Slurm and torchrun send SIGTERM both
 
 
 @HOOKS.register_module()
@@ -39,21 +42,28 @@ class SafeCheckpointHook(Hook):
       :mod:`mmsinger.engine.resume`).
     - A validation that a kill cut off is made up for on resume.
     - SIGTERM, which Slurm sends before it takes the machine away, leads to a
-      checkpoint after the current iteration, and to exit status 143.
+      checkpoint after the current iteration, and to exit status 143; to any
+      of several processes, in all of them.
     - A second run in the same work dir is refused.
     - No file that the run loads can run code (see
       :func:`mmsinger.checkpoint.safe_loading`).
 
-    Other hooks may have ``after_save_checkpoint(runner, path)`` and
-    ``after_remove_checkpoint(runner, path)``, which are called in the main
-    process.
+    It works with :class:`RunGuardHook` and :class:`RandomStateHook`, which it
+    adds where a config does not list them.
+
+    Other hooks may have ``before_gather(runner)``, which is called in all
+    processes when a checkpoint is due, and ``after_save_checkpoint(runner,
+    path)`` and ``after_remove_checkpoint(runner, path)``, which are called in
+    the main process.
     """
 
     priority = 'LOWEST'  # after CheckpointHook
 
     def __init__(self) -> None:
         self._exit = contextlib.ExitStack()
-        self._training = self._iterating = self._terminated = False
+        self._training = self._iterating = False
+        self._terminated: Optional[float] = None  # when; in this process
+        self._stopping = False  # in all of them
         # To be removed once the next checkpoint is there, and now
         self._superseded: List[str] = []
         self._removable: List[str] = []
@@ -62,6 +72,12 @@ class SafeCheckpointHook(Hook):
 
     def before_run(self, runner) -> None:
         self._exit.enter_context(safe_loading())
+        missing = [kind() for kind in (RunGuardHook, RandomStateHook) if not
+                   any(isinstance(hook, kind) for hook in runner.hooks)]
+        # Another list: the one that is gone through now stays as it is
+        runner._hooks = [*missing, *runner.hooks]
+        for hook in missing:
+            hook.before_run(runner)
         if not isinstance(runner._train_loop, BaseLoop):
             return  # validation or a test alone
         self._training = True
@@ -90,10 +106,7 @@ class SafeCheckpointHook(Hook):
             if resumed:  # a better validation than ever writes it again
                 hook.last_ckpt = os.path.join(
                     hook.out_dir, os.path.basename(resumed))
-        done = _done_of_epoch(runner)
-        if done:
-            loader = runner.train_dataloader
-            _skip(loader.sampler, done * loader.batch_size)
+        if _done_of_epoch(runner):
             # Of SIGTERM within an epoch: not among those that are counted
             self._superseded += [hook.last_ckpt for hook in _savers(runner)
                                  if hook.by_epoch]
@@ -114,6 +127,7 @@ class SafeCheckpointHook(Hook):
     def _save(self, runner, save: Callable, out_dir: str, filename: str,
               *args: Any, **kwargs: Any) -> None:
         """In place of ``runner.save_checkpoint``."""
+        runner.call_hook('before_gather')
         if not is_main_process() or '://' in out_dir:
             save(out_dir, filename, *args, **kwargs)
             return
@@ -152,14 +166,14 @@ class SafeCheckpointHook(Hook):
         self._remove(runner)
         loop = runner.train_loop
         # The last of an epoch is left to after_train_epoch
-        if self._terminated and (
+        if self._agree() and (
                 not isinstance(loop, EpochBasedTrainLoop)
                 or _done_of_epoch(runner, runner.iter + 1)):
             self._stop(runner, runner.epoch, runner.iter + 1)
 
     def after_train_epoch(self, runner) -> None:
         self._remove(runner)
-        if self._terminated:
+        if self._agree():
             self._stop(runner, runner.epoch + 1, runner.iter)
 
     def after_val_epoch(self, runner, metrics=None) -> None:
@@ -239,17 +253,32 @@ class SafeCheckpointHook(Hook):
     # -- SIGTERM -----------------------------------------------------------
 
     def _on_sigterm(self, *_) -> None:
-        if self._iterating and not self._terminated:
-            # The others follow when the main process has gone
-            self._terminated = is_main_process()
+        now = time.monotonic()
+        if self._iterating and now - (self._terminated or now) < SAME_SIGNAL:
+            self._terminated = self._terminated or now
             return
         print('\nSIGTERM: ended before the first step.'
               if not self._iterating else '\nSIGTERM, again: ended at once.',
               file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
 
-    def after_val_iter(self, runner, *args, **kwargs) -> None:
-        if self._terminated:
+    def _agree(self) -> bool:
+        """Whether to stop. All processes get the same answer, at the same
+        iteration."""
+        self._stopping = self._stopping or self._terminated is not None
+        if is_distributed():
+            flag = torch.tensor(int(self._stopping))
+            all_reduce(flag, 'max')
+            self._stopping = bool(flag)
+        return self._stopping
+
+    def before_val_epoch(self, runner) -> None:
+        # Iterations that all processes have
+        self._shared = torch.tensor(len(runner.val_loop.dataloader))
+        all_reduce(self._shared, 'min')
+
+    def after_val_iter(self, runner, batch_idx, *args, **kwargs) -> None:
+        if self._training and batch_idx < self._shared and self._agree():
             for hook in runner.hooks:
                 if isinstance(hook, EMAHook):  # takes its weights back
                     hook.after_val_epoch(runner)
@@ -261,9 +290,7 @@ class SafeCheckpointHook(Hook):
         for hook in runner.hooks:
             if isinstance(hook, RunGuardHook):
                 hook.check_weights(runner, done)
-        # With FSDP all processes would have to stop at the same iteration
-        savers = [] if is_sharded(runner.model) else _savers(runner)
-        for hook in savers[:1]:
+        for hook in _savers(runner)[:1]:
             meta = dict(epoch=epoch, iter=done)
             step = epoch if hook.by_epoch else done
             name = os.path.basename(str(hook.last_ckpt))
@@ -278,6 +305,7 @@ class SafeCheckpointHook(Hook):
             f'SIGTERM after iteration {done}: ended. '
             + (f'--resume goes on from {saved}.' if saved else
                'No checkpoint had been written.'))
+        barrier()  # torchrun ends the others when the first one ends
         self._exit.close()
         sys.exit(128 + signal.SIGTERM)
 
@@ -319,16 +347,3 @@ def _done_of_epoch(runner, done: int = 0) -> int:
         return 0
     return ((done or loop.iter) - loop.epoch * len(loop.dataloader)) % \
         len(loop.dataloader)
-
-
-def _skip(sampler: Any, count: int) -> None:
-    """Have a sampler pass over its first samples, the next time only."""
-    cls = type(sampler)
-
-    class Skipping(cls):
-
-        def __iter__(self):
-            self.__class__ = cls
-            return itertools.islice(cls.__iter__(self), count, None)
-
-    sampler.__class__ = Skipping

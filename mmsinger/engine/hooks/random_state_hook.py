@@ -3,10 +3,11 @@ from typing import Any, Dict, Optional
 
 import numpy as np
 import torch
-from mmengine.dist import get_rank
+from mmengine.dist import all_gather_object, get_rank
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop
 
+from mmsinger.engine.samples import sampler_of, seed_samples, start_epoch
 from mmsinger.registry import HOOKS
 
 
@@ -14,50 +15,74 @@ from mmsinger.registry import HOOKS
 class RandomStateHook(Hook):
     """Makes a resumed run go on as if it had not been interrupted.
 
-    Keeps the states of the random generators in each checkpoint and takes
-    them up on resume, so that augmentation and dropout continue where they
-    were. Validation does not count: it leaves the states as it found them.
+    Keeps the states of the random generators of all processes in each
+    checkpoint and takes them up on resume, so that dropout continues where it
+    was; validation leaves them as it found them. What is random about a
+    training sample has a seed of its own (see
+    :func:`~mmsinger.engine.samples.seed_samples`), whichever process reads
+    it.
 
-    Exact in one process that loads its own data (``num_workers=0``). Data
-    workers start their generators anew on resume, so that with them images
-    and order are the same, but not the augmentation. In a distributed run
-    all processes take up the states of the first, unless
-    ``randomness.diff_rank_seed`` is set.
+    A run resumed on more processes takes up the states of the first in those
+    that are new, unless ``randomness.diff_rank_seed`` is set. Transforms that
+    keep a random generator of their own, or samples from one call to the
+    next, are not covered.
     """
 
     priority = 'VERY_HIGH'
 
     def __init__(self) -> None:
+        self._saved: Any = None
         self._resumed: Optional[Dict[str, Any]] = None
         self._before_val: Optional[Dict[str, Any]] = None
+        self._seed: Optional[int] = None
+
+    def before_gather(self, runner) -> None:
+        """Called in all processes when a checkpoint is due."""
+        self._saved = all_gather_object(self._before_val or random_states())
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        checkpoint['random_states'] = self._before_val or random_states()
+        checkpoint['random_states'] = self._saved or [
+            self._before_val or random_states()]
+        checkpoint['sampler_seed'] = self._seed
+        self._saved = None
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        self._resumed = checkpoint.get('random_states')
+        states = checkpoint.get('random_states', [])
+        states = [states] if isinstance(states, dict) else states
+        if get_rank() < len(states):
+            self._resumed = states[get_rank()]
+        elif states and not runner._randomness_cfg.get('diff_rank_seed'):
+            self._resumed = states[0]
+        self._seed = checkpoint.get('sampler_seed')
 
     def before_train(self, runner) -> None:
-        seeds_differ = runner._randomness_cfg.get('diff_rank_seed', False)
-        if runner.iter == 0 or (seeds_differ and get_rank() > 0):
-            self._resumed = None
+        loader = runner.train_dataloader
+        sampler = sampler_of(loader)
+        if runner.iter == 0:  # only its weights were loaded
+            self._resumed = self._seed = None
+        if self._seed is None:
+            self._seed = getattr(sampler, 'seed', runner.seed)
+        elif hasattr(sampler, 'seed'):
+            sampler.seed = self._seed
+        seed_samples(loader, self._seed)
+        iterator = getattr(runner.train_loop, 'dataloader_iterator', None)
+        if getattr(iterator, '_iterator', None) is not None:
+            # mmengine 0.10.7 has begun to read
+            loader._iterator = None
+            if hasattr(sampler, '_indices_of_rank'):
+                sampler.indices = sampler._indices_of_rank()
+            runner.train_loop.dataloader_iterator = type(iterator)(loader)
 
     def before_train_epoch(self, runner) -> None:
-        if self._resumed is None:
-            return
         loop = runner.train_loop
         if isinstance(loop, EpochBasedTrainLoop):
-            set_random_states(self._resumed)
-            if loop.iter == loop.epoch * len(loop.dataloader):
-                self._resumed = None
-        elif hasattr(loop, 'fast_forward_on_resume'):
-            set_random_states(self._resumed)
-        # Else an older mmengine loads the data of all past iterations again,
-        # which brings the generators of the augmentation there by itself.
+            done = loop.iter - loop.epoch * len(loop.dataloader)
+            start_epoch(loop.dataloader, loop.epoch,
+                        done * (loop.dataloader.batch_size or 0))
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        if self._resumed is not None:  # starting the data loader drew a seed
-            set_torch_states(self._resumed)
+        if self._resumed is not None:
+            set_random_states(self._resumed)
             self._resumed = None
 
     def before_val(self, runner) -> None:
@@ -87,11 +112,6 @@ def set_random_states(states: Dict[str, Any]) -> None:
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = states['numpy']
     np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
-    set_torch_states(states)
-
-
-def set_torch_states(states: Dict[str, Any]) -> None:
-    """Put torch's generators alone into the states."""
     torch.set_rng_state(states['torch'].cpu())
     if 'cuda' in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states['cuda'].cpu())

@@ -4,6 +4,7 @@ from typing import List
 import torch
 from mmengine.hooks import CheckpointHook, Hook
 
+from mmsinger.engine.faults import batch_paths, batch_samples, guard_loops
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError, TrainingError
 from mmsinger.registry import HOOKS
@@ -18,9 +19,15 @@ class RunGuardHook(Hook):
       of the batch. It comes before CheckpointHook has its turn, so that the
       last checkpoint stays as it was.
     - Weights that are not finite when a checkpoint is due: the same.
+    - A sample that cannot be read, labels out of range, a data worker or
+      another process that died or hangs: one error that names it (see
+      :mod:`mmsinger.engine.faults`). In validation and tests too.
     """
 
     priority = 'VERY_HIGH'  # before CheckpointHook
+
+    def before_run(self, runner) -> None:
+        guard_loops(runner)
 
     def before_train(self, runner) -> None:
         dataset = runner.train_dataloader.dataset
@@ -38,12 +45,14 @@ class RunGuardHook(Hook):
         bad = [name for name, value in (outputs or {}).items()
                if torch.is_tensor(value) and not torch.isfinite(value).all()]
         if bad:
+            paths = batch_paths(batch_samples(data_batch))
             raise TrainingError(
                 f'Iteration {runner.iter + 1}: {", ".join(bad)} is not '
                 'finite, so training was stopped. '
-                f'{_batch_files(data_batch)} Lower the learning rate or '
-                'clip gradients (optim_wrapper.clip_grad); with float16, try '
-                f'bfloat16. {_last_checkpoint(runner)}')
+                f'The batch held {paths or "files that it does not name"}. '
+                'Lower the learning rate or clip gradients '
+                '(optim_wrapper.clip_grad); with float16, try bfloat16. '
+                f'{_last_checkpoint(runner)}')
         if any(self.every_n_train_iters(runner, hook.interval,
                                         hook.save_begin)
                or (hook.save_last and self.is_last_train_iter(runner))
@@ -71,15 +80,6 @@ class RunGuardHook(Hook):
                 'stopped before they were saved. Lower the learning rate or '
                 'clip gradients (optim_wrapper.clip_grad). '
                 f'{_last_checkpoint(runner)}')
-
-
-def _batch_files(data_batch) -> str:
-    samples = data_batch.get('data_samples') if isinstance(data_batch, dict) \
-        else None
-    paths = [getattr(sample, 'img_path', None) for sample in samples or []]
-    paths = [str(path) for path in paths if path]
-    return f'The batch held {", ".join(paths)}.' if paths else \
-        'The batch names no files.'
 
 
 def _last_checkpoint(runner) -> str:
