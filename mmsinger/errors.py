@@ -113,6 +113,20 @@ def check_keys(key: str, given: Iterable[str], known: Iterable[str],
 
 
 @contextlib.contextmanager
+def placed(place: str) -> Iterator[None]:
+    """Put a place in front of the keys that errors name: what is built in
+    here does not know where its config stands.
+
+    Args:
+        place (str): As the user writes it: ``'model.targets.0'``.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f'{place}.{error}') from error
+
+
+@contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
     """End a command line tool with the message alone, no traceback, when the
     mistake is the user's, the disk is full, or Ctrl-C was pressed; a wrong

@@ -2,7 +2,7 @@
 host toolboxes' own ways for the student."""
 import copy
 from contextlib import contextmanager
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Literal
 
 import torch
 from mmengine.logging import print_log
@@ -10,7 +10,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
 from mmsinger.engine.unwrap import unwrap
-from mmsinger.errors import ConfigError, check_choice, near_matches
+from mmsinger.errors import ConfigError, near_matches
 from mmsinger.models.features.anatomy import find_blocks
 from mmsinger.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 
@@ -30,8 +30,8 @@ class CPUAmpOptimWrapper(OptimWrapper):
         ConfigError: If ``dtype`` is another.
     """
 
-    def __init__(self, dtype: str = 'bfloat16', **kwargs) -> None:
-        check_choice('optim_wrapper.dtype (on a CPU)', dtype, ('bfloat16', ))
+    def __init__(self, dtype: Literal['bfloat16'] = 'bfloat16', **kwargs
+                 ) -> None:
         super().__init__(**kwargs)
 
     @contextmanager

@@ -1,12 +1,13 @@
 """What the methods that compare block outputs share."""
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import (Annotated, Any, Dict, List, Literal, Optional, Sequence,
+                    Tuple, Union)
 
 import torch
 from torch import Tensor, nn
 
-from mmsinger.errors import ConfigError, check_choice
+from mmsinger.errors import ConfigError, placed
 from mmsinger.models.distillers.base import BaseDistiller, reached_parameters
-from mmsinger.models.distillers.layer_map import LAYER_MAPS, map_layers
+from mmsinger.models.distillers.layer_map import LayerMap, map_layers
 from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.models.features.anatomy import (Features, Layer, at_same_paths,
                                               example_images, find_features,
@@ -18,10 +19,13 @@ from mmsinger.models.features.tokens import Tokens, align_tokens
 from mmsinger.models.losses import FeatureMSELoss
 from mmsinger.models.targets import (ClipNorms, Refine, TargetNorm, TargetStep,
                                      TeacherOutputs)
-from mmsinger.models.targets.normalise import MODES as TARGET_NORMS
+from mmsinger.models.targets.normalise import Mode
 from mmsinger.registry import build_part
+from mmsinger.schema import DefaultType
 
 StepConfigs = Union[Sequence[dict], Dict[str, dict]]
+FeatureLossConfig = Annotated[dict, DefaultType('mmsinger.FeatureMSELoss')]
+Projector = Annotated[dict, DefaultType('mmsinger.LinearProjector')]
 
 
 class FeatureDistiller(BaseDistiller):
@@ -50,10 +54,10 @@ class FeatureDistiller(BaseDistiller):
             own. As a dict, each has a name by which other configs and
             ``--cfg-options`` can change it. Defaults to none: the tokens as
             they are.
-        projector (dict, optional): Config of what brings student tokens to
+        projector (dict): Config of what brings student tokens to
             the teacher's width, one for each layer:
             :class:`LinearProjector`, :class:`MLPProjector`, or your own.
-            Defaults to None, linear.
+            Defaults to ``dict(type='mmsinger.LinearProjector')``.
         resample (str): Whose tokens are resampled where the grids of student
             and teacher differ: ``'student'``, to the teacher's grid;
             ``'teacher'``, to the student's, which for a coarse map of a
@@ -77,25 +81,21 @@ class FeatureDistiller(BaseDistiller):
 
     required_hooks = ('TargetNormHook', *BaseDistiller.required_hooks,
                       'SiNGERAdapterHook', 'DiagnosticsHook')
-    layer_maps = LAYER_MAPS
 
     def __init__(self,
                  student: dict,
                  teacher: dict,
                  layers: Optional[Sequence[Layer]] = None,
                  student_layers: Optional[Sequence[Layer]] = None,
-                 layer_map: str = 'relative',
-                 target_norm: Optional[str] = None,
+                 layer_map: LayerMap = 'relative',
+                 target_norm: Mode = None,
                  targets: StepConfigs = (),
-                 projector: Optional[dict] = None,
-                 resample: str = 'student',
+                 projector: Projector = dict(),
+                 resample: Literal['student', 'teacher'] = 'student',
                  compile: Union[bool, dict] = False,
-                 loss_kd: Optional[dict] = None,
+                 loss_kd: FeatureLossConfig = dict(),
                  **kwargs: Any) -> None:
         # Mistakes are found before the models are built, which takes long.
-        check_choice('layer_map', layer_map, self.layer_maps)
-        check_choice('target_norm', target_norm, TARGET_NORMS)
-        check_choice('resample', resample, ('student', 'teacher'))
         steps = build_steps(targets, target_norm)
         kd = build_part('model.loss_kd', loss_kd, 'mmsinger.FeatureMSELoss')
         super().__init__(student=student, teacher=teacher, **kwargs)
@@ -119,8 +119,9 @@ class FeatureDistiller(BaseDistiller):
         self.resample = resample
         self.target_norm = target_norm
         self.steps = steps
-        for step in steps:
-            step.prepare(self.teacher, self.layers)
+        for place, step in zip(self._places, steps):
+            with placed(place):
+                step.prepare(self.teacher, self.layers)
         #: Teacher blocks that are read: the distilled ones and what steps
         #: ask for
         self.tapped_teacher_layers: List[int] = sorted({

@@ -2,10 +2,10 @@ from typing import Optional
 
 from torch import Tensor, nn
 
-from mmsinger.errors import ConfigError
 from mmsinger.metrics.norms import outlier_threshold, token_norms
 from mmsinger.models.losses.feature_loss import weighted_mean
 from mmsinger.registry import MODELS
+from mmsinger.schema import NonNegative, Quantile
 
 
 @MODELS.register_module()
@@ -27,14 +27,9 @@ class OutlierSuppressionLoss(nn.Module):
         ConfigError: If the quantile is not in (0, 1).
     """
 
-    def __init__(self, quantile: float = 0.95,
-                 loss_weight: float = 0.01) -> None:
+    def __init__(self, quantile: Quantile = 0.95,
+                 loss_weight: NonNegative = 0.01) -> None:
         super().__init__()
-        if not isinstance(quantile, (int, float)) or not 0 < quantile < 1:
-            raise ConfigError(
-                f'loss_outlier.quantile={quantile!r} is not valid: give a '
-                'number between 0 and 1, both excluded (the paper uses '
-                '0.95).')
         self.quantile = quantile
         self.loss_weight = loss_weight
 
