@@ -119,8 +119,8 @@ class FeatureDistiller(BaseDistiller):
         self.resample = resample
         self.target_norm = target_norm
         self.steps = steps
-        for place, step in zip(self._places, steps):
-            with placed(place):
+        for step in steps:
+            with placed(step.place):
                 step.prepare(self.teacher, self.layers)
         #: Teacher blocks that are read: the distilled ones and what steps
         #: ask for
@@ -461,9 +461,12 @@ def build_steps(cfgs: StepConfigs, target_norm: Optional[str]
         raise ConfigError('model.targets must be a list of dicts, or a dict '
                           f"of them, got {cfgs!r}. For instance [dict(type="
                           "'mmsinger.ClipNorms', quantile=0.95)].")
-    steps = [build_part(f'model.targets.{name}', cfg)
-             for name, cfg in named.items()]
-    for step in steps:
+    steps = []
+    for key, cfg in named.items():
+        # SiNGER's own, which has no name, has its settings in the model
+        place = f'model.targets.{key}' if key != '' else 'model'
+        step = build_part(place, cfg)
+        steps.append(step)
         name = type(step).__name__
         if not isinstance(step, TargetStep):
             raise ConfigError(
@@ -479,4 +482,5 @@ def build_steps(cfgs: StepConfigs, target_norm: Optional[str]
                 'model.targets: ClipNorms has no effect with '
                 "target_norm='layernorm', which gives all targets the same "
                 "norm. Use target_norm='standardise' or None.")
+        step.place = place
     return steps
