@@ -43,8 +43,8 @@ def _check_when_built(cls: type) -> None:
         if not hasattr(type(self).__init__, 'checks_arguments') or \
                 type(self).__init__ is __init__:
             names = list(inspect.signature(init).parameters)[1:]
-            check_values(cls.__name__, cls, {**dict(zip(names, args)),
-                                             **kwargs})
+            check_values(getattr(cls, 'place', cls.__name__), cls,
+                         {**dict(zip(names, args)), **kwargs})
         init(self, *args, **kwargs)
 
     __init__.checks_arguments = True

@@ -157,7 +157,7 @@ def describe(hint: Any) -> str:
         rules = [str(rule) for rule in inner[1:] if isinstance(rule, Range)]
         return ', '.join([describe(inner[0]), *rules])
     if origin is Union:
-        return ' or '.join(describe(option) for option in inner)
+        return ', or '.join(describe(option) for option in inner)
     if origin is Literal:
         return 'one of ' + ', '.join(map(repr, inner)) if len(inner) > 1 \
             else repr(inner[0])
@@ -165,7 +165,7 @@ def describe(hint: Any) -> str:
     if item is not None:
         count = f' of {len(inner)}' if origin is tuple and \
             inner[-1:] != (Ellipsis, ) else ''
-        return f'a list{count}, each {describe(item)}'
+        return f'a list{count} (each {describe(item)})'
     mapping = _mapping(hint)
     if mapping is not None:
         return f'a dict with the keys {", ".join(hints_of(mapping))}'

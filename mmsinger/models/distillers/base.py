@@ -56,6 +56,7 @@ class BaseDistiller(BaseModel):
         'SafeCheckpointHook', 'StudentCheckpointHook', 'RunGuardHook',
         'RandomStateHook')
     teacher_class = FrozenTeacher
+    place = 'model'  # where a config has it, for messages
 
     def __init__(self,
                  student: dict,
