@@ -31,11 +31,13 @@ class CheckedRegistry(Registry):
     def _register_module(self, module: Any, *args: Any, **kwargs: Any
                          ) -> None:
         if inspect.isclass(module):
-            _check_when_built(module)
+            checked(module)
         super()._register_module(module, *args, **kwargs)
 
 
-def _check_when_built(cls: type) -> None:
+def checked(cls: type) -> type:
+    """A class decorator: look at arguments when an instance is made, see
+    :func:`check_values`. Registered classes have it."""
     init = cls.__init__
 
     @functools.wraps(init)
@@ -49,6 +51,7 @@ def _check_when_built(cls: type) -> None:
 
     __init__.checks_arguments = True
     cls.__init__ = __init__
+    return cls
 
 
 MODELS = CheckedRegistry(
@@ -164,9 +167,9 @@ def _use_of(function: Callable, name: str) -> _Use:
         elif isinstance(user, ast.Subscript) and isinstance(
                 user.slice, ast.Constant):
             read.add(user.slice.value)
-        elif isinstance(user, ast.Compare) and isinstance(
-                user.left, ast.Constant):
-            read.add(user.left.value)
+        elif isinstance(user, ast.Compare):
+            read |= {part.value for part in [user.left]
+                     if isinstance(part, ast.Constant)}
         elif not (isinstance(user, ast.Attribute)
                   and user.attr in ('setdefault', 'update')):
             elsewhere = True

@@ -79,15 +79,19 @@ def check_value(key: str, value: Any, hint: Any) -> None:
         for name, item in value.items():
             check_value(f'{key}.{name}', item, hints[name])
     for option in _options(hint):
-        item_hint = _item(option)
-        if item_hint is not None and isinstance(value, (list, tuple)):
-            for i, item in enumerate(value):
-                check_value(f'{key}.{i}', item, item_hint)
-    hint_text = describe(hint)
+        items = {}
+        if get_origin(option) is dict and isinstance(value, Mapping):
+            items = value
+        elif _item(option) is not None and isinstance(value, (list, tuple)):
+            items = dict(enumerate(value))
+        for name, item in items.items():
+            check_value(f'{key}.{name}', item,
+                        _item(option) or get_args(option)[1])
     near = near_matches(value, [
         choice for option in _options(hint) for choice in get_args(option)
         if isinstance(choice, str)]) if isinstance(value, str) else ''
-    raise ConfigError(f'{key}={value!r} is not valid: give {hint_text}.{near}')
+    raise ConfigError(f'{key}={value!r} is not valid: give '
+                      f'{describe(hint)}.{near}')
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -113,11 +117,13 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, hint)
     if _mapping(hint) is not None:
         hints = hints_of(hint)
-        return isinstance(value, Mapping) and all(
-            name in hints and fits(item, hints[name])
-            for name, item in value.items())
+        return isinstance(value, Mapping) and \
+            _mapping(hint).__required_keys__ <= set(value) and all(
+                name in hints and fits(item, hints[name])
+                for name, item in value.items())
     if hint is dict or origin is dict:
-        return isinstance(value, Mapping)
+        return isinstance(value, Mapping) and all(
+            fits(item, hint) for hint in inner[1:] for item in value.values())
     item = _item(hint)
     if item is not None:
         fixed = len(inner) if origin is tuple and inner[-1:] != (Ellipsis, ) \

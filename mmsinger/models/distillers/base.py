@@ -8,12 +8,12 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from mmsinger.checkpoint import safe_loading
-from mmsinger.errors import ConfigError
+from mmsinger.errors import ConfigError, check_keys
 from mmsinger.images import first_view
 from mmsinger.models.features.anatomy import find_part
 from mmsinger.models.teachers.frozen import (PRECISIONS, FrozenModule,
                                              FrozenTeacher, Normalisation)
-from mmsinger.registry import MODELS, check_arguments
+from mmsinger.registry import MODELS, arguments_of, check_arguments
 from mmsinger.schema import NonNegative
 
 
@@ -71,7 +71,8 @@ class BaseDistiller(BaseModel):
                 f'{type(self).__name__}. Give them what training wrote for '
                 'this: the config NAME_student.py and a checkpoint '
                 '…_student.pth of the work dir.')
-        check_arguments('model', type(self), unknown)
+        check_keys('model', unknown, arguments_of(type(self)).hints,
+                   type(self).__name__)
         with safe_loading():
             student_model = build_student(student, data_preprocessor)
         super().__init__(data_preprocessor=getattr(

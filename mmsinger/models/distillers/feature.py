@@ -455,12 +455,7 @@ def build_steps(cfgs: StepConfigs, target_norm: Optional[str]
     Raises:
         ConfigError: If one is no step, or has no effect.
     """
-    named = dict(cfgs) if isinstance(cfgs, dict) else dict(enumerate(cfgs)) \
-        if isinstance(cfgs, (list, tuple)) else {'': cfgs}
-    if not all(isinstance(cfg, dict) for cfg in named.values()):
-        raise ConfigError('model.targets must be a list of dicts, or a dict '
-                          f"of them, got {cfgs!r}. For instance [dict(type="
-                          "'mmsinger.ClipNorms', quantile=0.95)].")
+    named = cfgs if isinstance(cfgs, dict) else dict(enumerate(cfgs))
     steps = []
     for key, cfg in named.items():
         # SiNGER's own, which has no name, has its settings in the model

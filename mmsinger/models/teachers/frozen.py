@@ -12,7 +12,7 @@ from mmsinger.models.features.anatomy import (Blocks, Layer, find_blocks,
                                               fixed_input_size)
 from mmsinger.models.features.taps import BlockTaps, own_precision
 from mmsinger.models.teachers.feature_cache import FeatureCache
-from mmsinger.registry import MODELS
+from mmsinger.registry import MODELS, checked
 from mmsinger.schema import Count, Natural, Positive
 
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16}
@@ -63,7 +63,7 @@ class FrozenModule(nn.Module):
     """
 
     # Who it is and under which key its module is, in config and messages
-    role = 'teacher'
+    role = place = 'teacher'
     part = 'module'
     example = "type='mmpretrain.VisionTransformer', arch='l', patch_size=16"
 
@@ -233,6 +233,7 @@ class FrozenModule(nn.Module):
         return self
 
 
+@checked
 class FrozenTeacher(FrozenModule):
     """A pretrained backbone that gives features and never changes.
 
@@ -333,6 +334,7 @@ def feature_settings(cfg: Dict[str, Any]) -> Dict[str, Any]:
     return settings
 
 
+@checked
 class FrozenClassifier(FrozenModule):
     """A pretrained classifier or segmentor that gives class logits and never
     changes.
