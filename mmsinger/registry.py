@@ -74,7 +74,7 @@ DATASETS = CheckedRegistry(
     'dataset', parent=MMENGINE_DATASETS, scope='mmsinger',
     locations=[
         'mmsinger.datasets.imagenet_variants', 'mmsinger.datasets.inat2019',
-        'mmsinger.datasets.nyu_mat'
+        'mmsinger.datasets.nyu_mat', 'mmsinger.datasets.random_images'
     ])
 TRANSFORMS = CheckedRegistry(
     'transform', parent=MMENGINE_TRANSFORMS, scope='mmsinger',

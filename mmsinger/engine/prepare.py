@@ -22,7 +22,9 @@ from mmengine.runner import Runner
 from mmsinger.compat import onedl_config_packages
 from mmsinger.engine.checks import (check_data_folders, check_pretrained,
                                     check_work_dir, inner_datasets)
-from mmsinger.engine.logs import ParameterGroupsHook, demote_details
+from mmsinger.engine.logs import (ParameterGroupsHook, demote_details,
+                                  drop_starts)
+from mmsinger.engine.optim import check_custom_keys
 from mmsinger.engine.options import apply_options
 from mmsinger.engine.parts import check_parts
 from mmsinger.engine.resume import (check_checkpoint_files,
@@ -127,8 +129,13 @@ def build_runner(cfg: Config) -> Runner:
     """
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg \
         else Runner.from_cfg(cfg)
-    check_pretrained(cfg.model, unwrap(runner.model))
+    model = unwrap(runner.model)
+    check_pretrained(cfg.model, model)
+    settings = cfg.get('optim_wrapper') or {}
+    check_custom_keys(model, settings.get('paramwise_cfg') or {})
     runner.logger.addFilter(demote_details)
+    if cfg.get('resume') and cfg.get('load_from'):
+        runner.logger.addFilter(drop_starts)
     runner.register_hook(ParameterGroupsHook())
     return runner
 

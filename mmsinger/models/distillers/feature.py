@@ -184,7 +184,7 @@ class FeatureDistiller(BaseDistiller):
             step.init_weights(self.teacher)
 
     def _resolve_layers(self, layers: Sequence[Layer]) -> List[int]:
-        if isinstance(layers, (int, str)) or not len(layers):
+        if not len(layers):
             raise ConfigError(f'layers={layers!r} must be a list of teacher '
                               'blocks, for instance (17, 23).')
         resolved = [resolve_layer(layer, self.teacher.blocks, 'layers')
@@ -200,14 +200,19 @@ class FeatureDistiller(BaseDistiller):
         if layers is None:
             return map_layers(self.layers, len(self.teacher.blocks),
                               len(blocks), layer_map)
-        if isinstance(layers, (int, str)) or \
-                len(layers) != len(self.layers):
+        if len(layers) != len(self.layers):
             raise ConfigError(
                 f'student_layers={layers!r} must name one student block for '
                 f'each of the {len(self.layers)} teacher layers '
                 f'{self.layers}.')
-        return [resolve_layer(layer, blocks, 'student_layers')
-                for layer in layers]
+        resolved = [resolve_layer(layer, blocks, 'student_layers')
+                    for layer in layers]
+        if sorted(resolved) != resolved:
+            raise ConfigError(
+                f'student_layers={tuple(layers)} descends, while the teacher '
+                f'layers {self.layers} that they learn from ascend. Give them '
+                'in ascending order.')
+        return resolved
 
     def _check_same_images(self) -> None:
         ours = self.student_features.in_channels
@@ -293,7 +298,9 @@ class FeatureDistiller(BaseDistiller):
         """Losses of the method and of the target steps, see
         :meth:`BaseDistiller.distill`."""
         targets, losses = self.make_targets(teacher_outputs)
-        return {**self.feature_losses(targets, student_outputs), **losses}
+        own = self.feature_losses(targets, student_outputs)
+        _refuse_same_names(losses, own, 'model')
+        return {**own, **losses}
 
     def make_targets(self, outputs: TeacherOutputs
                      ) -> Tuple[Dict[int, Tokens], Dict[str, Tensor]]:
@@ -313,6 +320,7 @@ class FeatureDistiller(BaseDistiller):
         losses: Dict[str, Tensor] = {}
         for step in self.steps:
             targets, own = step(targets, outputs)
+            _refuse_same_names(losses, own, step.place)
             losses.update(own)
         return targets, losses
 
@@ -439,6 +447,15 @@ class FeatureDistiller(BaseDistiller):
             self.target_norms[str(layer)].calibrate(tokens)
         return {layer: self.target_norms[str(layer)].scale.item()
                 for layer in layers}
+
+
+def _refuse_same_names(losses: Dict[str, Tensor], more: Dict[str, Tensor],
+                       place: str) -> None:
+    for name in losses.keys() & more.keys():
+        raise ConfigError(
+            f'{place}: its loss {name!r} has the name of a loss of an earlier '
+            'step in model.targets, and one would replace the other. Let the '
+            'step return it under another name.')
 
 
 def build_steps(cfgs: StepConfigs, target_norm: Optional[str]
