@@ -1,6 +1,7 @@
 """Images to look at: from files, from folders, from data sets."""
 import os
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import (Any, Callable, Dict, Iterator, List, Optional, Sequence,
+                    Tuple)
 
 import cv2
 import mmcv

@@ -5,7 +5,6 @@
 Training does this by itself; this is for checkpoints that have no student
 file beside them.
 """
-import argparse
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 from mmengine.registry import init_default_scope
@@ -14,10 +13,11 @@ from mmsinger.checkpoint import load_checkpoint
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import readable_errors
 from mmsinger.export import export_student
+from mmsinger.schema import ToolParser
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument('checkpoint', help='the training checkpoint')
     parser.add_argument(
         '--config', help='the recipe; if given, the weights must load '

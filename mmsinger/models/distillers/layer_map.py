@@ -9,7 +9,8 @@ LayerMap = Literal['relative', 'official']
 
 
 def map_layers(teacher_layers: Sequence[int], teacher_depth: int,
-               student_depth: int, layer_map: LayerMap = 'relative') -> List[int]:
+               student_depth: int, layer_map: LayerMap = 'relative'
+               ) -> List[int]:
     """Derive student layers from teacher layers.
 
     Args:
