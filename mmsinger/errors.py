@@ -127,7 +127,8 @@ def placed(place: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(f'{place}.{error}') from error
+        error.args = (f'{place}.{error}', )
+        raise
 
 
 @contextlib.contextmanager
@@ -179,9 +180,9 @@ def _as_config_error(error: Exception) -> Optional[ConfigError]:
     while error.__context__ is not None:  # some registries raise anew
         error = error.__context__
         frames += traceback.walk_tb(error.__traceback__)
-    if any(isinstance(steps := getattr(frame.f_locals.get('self'), '_iter', 0),
-                      int) and steps > 0 for frame, _ in frames):
-        return None  # it has worked before
+    begun = any(
+        isinstance(steps := getattr(frame.f_locals.get('self'), '_iter', 0),
+                   int) and steps > 0 for frame, _ in frames)
     places: Dict[str, List[str]] = {}
     for frame, _ in frames:
         cfg = frame.f_locals.get('cfg')
@@ -202,7 +203,9 @@ def _as_config_error(error: Exception) -> Optional[ConfigError]:
             if str(getattr(cls, '__module__', '')).startswith('mmsinger.'):
                 return None  # then it is a mistake of ours
             if name in places:
-                where = ' or '.join(places[name][:3])
+                where = ' or '.join(dict.fromkeys(places[name]))
+                if begun and 'evaluator' not in where:
+                    return None  # it has worked before
                 last, line = frames[-1]
                 return ConfigError(
                     f'{where} ({name}) cannot be used as it is: '

@@ -5,6 +5,7 @@ mmengine imports this module by itself when a config names a type such as
 recipe needs no ``custom_imports``.
 """
 import ast
+import difflib
 import functools
 import inspect
 import textwrap
@@ -127,8 +128,10 @@ def arguments_of(target: Callable) -> Arguments:
         use = _use_of(inspect.unwrap(function), rest[0])
         for name in use.read - set(hints):
             hints[name] = Any
-        if use.elsewhere or not use.handed_up:
+        if use.elsewhere or not inspect.isclass(target):
             return Arguments(hints, False, defaults)
+        if not use.handed_up:  # to nothing
+            break
         taken |= use.taken
     return Arguments(hints, True, defaults)
 
@@ -189,6 +192,12 @@ def check_arguments(place: str, target: Callable, given: Dict[str, Any],
         also (Iterable[str]): Further names that are read by others.
     """
     arguments = arguments_of(target)
+    for name in [] if arguments.closed else set(given) - {
+            *arguments.hints, *also}:  # one that is as good as certain
+        near = difflib.get_close_matches(name, arguments.hints, 1, 0.9)
+        if near:
+            raise ConfigError(f'{place}.{name}: {target.__name__} has no such '
+                              f'key. Did you mean {near[0]!r}?')
     if arguments.closed:
         check_keys(place, given, [*arguments.hints, *also, 'type', '_scope_'],
                    getattr(target, '__name__', str(target)))

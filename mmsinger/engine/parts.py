@@ -15,6 +15,7 @@ from typing import (Any, Callable, Iterable, List, Literal, NamedTuple,
 import torch
 from mmengine import registry as mmengine_registry
 from mmengine.config import Config
+from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
 from mmengine.registry import DefaultScope, Registry
 from mmengine.runner import Runner
@@ -74,7 +75,8 @@ INSIDE = dict(
     pipeline=TRANSFORM, vis_backends=Slot('VISBACKENDS'),
     dataset=Slot('DATASETS'), datasets=Slot('DATASETS'),
     policies=Slot('TRANSFORMS', also=('magnitude_key', 'magnitude_range')),
-    norm_cfg=Slot('MODELS', also=('requires_grad', ), strict=False))
+    norm_cfg=Slot('MODELS', also=('requires_grad', )),
+    act_cfg=Slot('MODELS'))
 # As mmengine's runner fills them in
 HOOK_TYPES = dict(
     runtime_info='RuntimeInfoHook', timer='IterTimerHook',
@@ -83,7 +85,7 @@ HOOK_TYPES = dict(
 # Numbers of other packages' classes, which check little
 NUMBERS = dict(
     max_epochs=Count, max_iters=Count, val_interval=Count, batch_size=Count,
-    num_workers=Natural, lr=NonNegative, weight_decay=NonNegative,
+    num_classes=Count, num_workers=Natural, lr=NonNegative, weight_decay=NonNegative,
     loss_weight=NonNegative, accumulative_counts=Count)
 HOOK_INTERVAL = Union[Count, Literal[-1]]
 BOOLEANS = ('true', 'false', 'yes', 'no', 'on', 'off')
@@ -161,7 +163,11 @@ def _check(place: str, node: Any, slot: Optional[Slot]) -> None:
         for key, value in node.items():
             _check(f'{place}.{key}', value,
                    _slot_of(place, key, slot, target))
-        if target is not None:
+        if target is CheckpointHook:  # which hands the others on
+            check_keys(place, node, {
+                *arguments_of(target).hints, *also, 'type',
+                *arguments_of(Runner.save_checkpoint).hints})
+        elif target is not None:
             check_arguments(place, target, node, also)
         teacher_class = getattr(target, 'teacher_class', None)
         if teacher_class and isinstance(node.get('teacher'), Mapping):
@@ -251,7 +257,7 @@ def _check_values(place: str, node: Mapping, slot: Optional[Slot],
     defaults = arguments_of(target).defaults if target is not None else {}
     for key, value in node.items():
         if key in NUMBERS and not isinstance(value, (list, tuple, Mapping)) \
-                and value is not None:
+                and (value is not None or defaults.get(key, 0) is not None):
             check_value(f'{place}.{key}', value, NUMBERS[key])
         elif key == 'interval' and slot is not None and slot.name == 'HOOKS' \
                 and slot.also:

@@ -1,10 +1,13 @@
 """Every mistake ends in one message that names it, within seconds."""
 import contextlib
+import copy
+import functools
 import io
 import os
 import re
 import sys
 import traceback
+from unittest import mock
 
 import pytest
 import torch
@@ -14,11 +17,12 @@ from hypothesis import strategies as st
 import malformed
 import tiny
 from mmengine.logging import MMLogger
-from mmsinger.engine.prepare import load_config, prepare_training
+from mmsinger.engine import prepare
 from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.registry import MODELS
 
 ROWS = malformed.rows()
+_read = functools.lru_cache(maxsize=None)(prepare.Config.fromfile)
 
 
 @pytest.fixture(scope='module')
@@ -39,7 +43,10 @@ def call(tool, args, folder):
     sys.argv = [f'{tool}.py', *args]
     MMLogger._instance_dict.clear()
     try:
-        with contextlib.redirect_stdout(said), \
+        with mock.patch.object(
+                prepare.Config, 'fromfile',
+                lambda path: copy.deepcopy(_read(os.path.abspath(path)))), \
+                contextlib.redirect_stdout(said), \
                 contextlib.redirect_stderr(said), readable_errors():
             malformed.load_tool(tool).main()
         return 0, said.getvalue()
@@ -94,9 +101,9 @@ def test_any_value_is_taken_or_refused_by_name(place, key, value):
     cwd = os.getcwd()
     os.chdir(place)
     try:
-        cfg = load_config(tiny.SEG_CONFIG, {key: value})
+        cfg = prepare.load_config(tiny.SEG_CONFIG, {key: value})
         cfg.work_dir = 'fuzzed'
-        prepare_training(cfg)
+        prepare.prepare_training(cfg)
         MODELS.build(cfg.model).init_weights()
     except ConfigError as error:
         words = key.split('.')[1:]
