@@ -9,7 +9,6 @@ import sys
 import traceback
 from typing import Any, Dict, Iterable, Iterator, List, Optional
 
-
 # Environment variable: show tracebacks of mistakes in a config too
 TRACEBACK = 'MMSINGER_TRACEBACK'
 

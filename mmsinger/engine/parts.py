@@ -85,8 +85,9 @@ HOOK_TYPES = dict(
 # Numbers of other packages' classes, which check little
 NUMBERS = dict(
     max_epochs=Count, max_iters=Count, val_interval=Count, batch_size=Count,
-    num_classes=Count, num_workers=Natural, lr=NonNegative, weight_decay=NonNegative,
-    loss_weight=NonNegative, accumulative_counts=Count)
+    num_classes=Count, num_workers=Natural, lr=NonNegative,
+    weight_decay=NonNegative, loss_weight=NonNegative,
+    accumulative_counts=Count)
 HOOK_INTERVAL = Union[Count, Literal[-1]]
 BOOLEANS = ('true', 'false', 'yes', 'no', 'on', 'off')
 

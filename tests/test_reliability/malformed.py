@@ -17,6 +17,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple
 from unittest import mock
 
 import tiny
+
 from mmsinger import schema
 from mmsinger.engine.options import READ
 from mmsinger.engine.prepare import load_config
@@ -354,7 +355,8 @@ def reversed_pair(option: str, text: str) -> tuple:
 
 
 def rows() -> List[Row]:
-    return [*own_keys(), *other_parts(), *command_lines(), *by_hand()]
+    return list({(row.tool, row.args): row for row in (
+        *own_keys(), *other_parts(), *command_lines(), *by_hand())}.values())
 
 
 if __name__ == '__main__':

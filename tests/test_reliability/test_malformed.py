@@ -9,14 +9,14 @@ import sys
 import traceback
 from unittest import mock
 
+import malformed
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import malformed
-import tiny
 from mmengine.logging import MMLogger
+
 from mmsinger.engine import prepare
 from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.registry import MODELS
@@ -71,7 +71,7 @@ def test_malformed_call(place, row, request):
     said = re.split(r'(?m)^(?:ConfigError: |TrainingError: |\S+: error: )',
                     output)[-1]
     assert re.search(row.text, said, re.DOTALL), said[-1500:]
-    assert 'Iter(train)' not in output
+    assert 'Iter(train)' not in output or 'evaluator' in row.text
 
 
 def test_there_are_enough():
