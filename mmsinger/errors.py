@@ -7,7 +7,10 @@ import os
 import re
 import sys
 import traceback
-from typing import Callable, Dict, Iterable, Iterator, List, Optional
+from typing import Any, Dict, Iterable, Iterator, List, Optional
+
+# Environment variable: show tracebacks of mistakes in a config too
+TRACEBACK = 'MMSINGER_TRACEBACK'
 
 
 class ConfigError(ValueError):
@@ -113,19 +116,31 @@ def check_keys(key: str, given: Iterable[str], known: Iterable[str],
 
 
 @contextlib.contextmanager
+def placed(place: str) -> Iterator[None]:
+    """Put a place in front of the keys that errors name: what is built in
+    here does not know where its config stands.
+
+    Args:
+        place (str): As the user writes it: ``'model.targets.0'``.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        error.args = (f'{place}.{error}', )
+        raise
+
+
+@contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
     """End a command line tool with the message alone, no traceback, when the
-    mistake is the user's, the disk is full, or Ctrl-C was pressed; a wrong
-    ``type`` or argument that mmengine builds from is a mistake too. Any other
-    exception keeps its traceback."""
+    mistake is the user's, the disk is full, or Ctrl-C was pressed. What a
+    class of another package, named in the config, raises when it is built or
+    first used is such a mistake too, and the message says where it stands.
+    Any other exception keeps its traceback."""
     try:
         yield
     except (ConfigError, TrainingError) as error:
         said = _as_first_raised(error)
-    except (KeyError, TypeError) as error:
-        said = _as_config_error(error)
-        if said is None:
-            raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -133,6 +148,10 @@ def readable_errors() -> Iterator[None]:
             f'{error.filename or "A file"} cannot be written: '
             f'{error.strerror}. Make room and start again; a training run '
             'goes on with --resume.')
+    except Exception as error:
+        said = _as_config_error(error)
+        if said is None or os.environ.get(TRACEBACK):
+            raise
     except KeyboardInterrupt:
         print('\nInterrupted.', file=sys.stderr)
         sys.exit(130)
@@ -154,59 +173,54 @@ def _as_first_raised(error: Exception) -> Exception:
 
 
 def _as_config_error(error: Exception) -> Optional[ConfigError]:
-    """What a registry of mmengine's means, if it could not build from a
-    config."""
-    text = str(error.args[0]) if error.args else ''
-    match = re.search(r'(\S+) is not in the (\S+)::(.+?) registry', text)
-    if match and isinstance(error, KeyError):
-        kind, _, name = match.groups()
-        return ConfigError(f'type={kind!r}: there is no such {name}.'
-                           f'{near_matches(kind, _registered(name))}')
-    match = re.search(r"(\w+)\S* got an unexpected keyword argument '(\w+)'",
-                      text)
-    if match and isinstance(error, TypeError):
-        kinds = _given_by_mmengine(error, *match.groups())
-        known = {word for kind in kinds or ()
-                 for base in getattr(kind, '__mro__', ())
-                 for word in _arguments(base)}
-        if kinds is not None:
-            return ConfigError(
-                f'{match[1]} has no argument {match[2]!r}, which the config '
-                f'gives it.{near_matches(match[2], known)}')
+    """A mistake in a config that a class of another package found when it
+    was built, or first used; None if no class of the config was at work."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    while error.__context__ is not None:  # some registries raise anew
+        error = error.__context__
+        frames += traceback.walk_tb(error.__traceback__)
+    begun = any(
+        isinstance(steps := getattr(frame.f_locals.get('self'), '_iter', 0),
+                   int) and steps > 0 for frame, _ in frames)
+    places: Dict[str, List[str]] = {}
+    for frame, _ in frames:
+        cfg = frame.f_locals.get('cfg')
+        if hasattr(cfg, 'pretty_text'):
+            from mmengine.runner import Runner
+            read = inspect.signature(Runner.__init__).parameters
+            _collect_types({key: cfg[key] for key in cfg if key in read}, '',
+                           places)
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    hint = ''
+    for frame, _ in reversed(frames):
+        known = frame.f_locals
+        if unknown and not hint and 'obj_cls' in known:
+            hint = near_matches(unknown[1], inspect.signature(
+                known['obj_cls']).parameters)
+        for cls in (known.get('obj_cls'), type(known.get('self'))):
+            name = getattr(cls, '__name__', '')
+            if str(getattr(cls, '__module__', '')).startswith('mmsinger.'):
+                return None  # then it is a mistake of ours
+            if name in places:
+                where = ' or '.join(dict.fromkeys(places[name]))
+                if begun and 'evaluator' not in where:
+                    return None  # it has worked before
+                last, line = frames[-1]
+                return ConfigError(
+                    f'{where} ({name}) cannot be used as it is: '
+                    f'{type(error).__name__}: {error}.{hint}\n(at '
+                    f'{last.f_code.co_filename}:{line}; set {TRACEBACK}=1 for '
+                    'the traceback)')
     return None
 
 
-def _given_by_mmengine(error: BaseException, owner: str, argument: str
-                       ) -> Optional[List[type]]:
-    """The classes that an argument may have been meant for; None if it does
-    not come from a config that mmengine held."""
-    while error.__context__ is not None:
-        error = error.__context__
-    kinds = None
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        local, names = frame.f_locals, frame.f_globals
-        holder = local.get('self')
-        held = (*local.values(), *getattr(holder, '__dict__', {}).values())
-        if names['__name__'].startswith('mmengine.') and any(
-                isinstance(value, dict) and argument in value
-                for value in held):
-            kinds = (kinds or []) + [local.get('obj_cls'), names.get(owner),
-                                     type(holder)]
-    return kinds
-
-
-def _registered(name: str) -> List[str]:
-    """The types in all of mmengine's registries of a name."""
-    from mmengine import registry
-    roots = [value for value in vars(registry).values()
-             if isinstance(value, registry.Registry) and value.name == name]
-    return sorted({
-        kind for root in roots for part in (root, *root.children.values())
-        for kind in part.module_dict})
-
-
-def _arguments(kind: Callable) -> Iterable[str]:
-    try:
-        return inspect.signature(kind).parameters
-    except (TypeError, ValueError):  # written in C
-        return ()
+def _collect_types(node: Any, place: str, found: Dict[str, List[str]]
+                   ) -> None:
+    """Where in a config each type stands."""
+    items = node.items() if hasattr(node, 'items') else \
+        enumerate(node) if isinstance(node, (list, tuple)) else ()
+    for key, value in items:
+        if key == 'type' and place:
+            name = getattr(value, '__name__', str(value)).split('.')[-1]
+            found.setdefault(name, []).append(place)
+        _collect_types(value, f'{place}.{key}' if place else str(key), found)

@@ -1,6 +1,7 @@
 """Images to look at: from files, from folders, from data sets."""
 import os
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import (Any, Callable, Dict, Iterator, List, Optional, Sequence,
+                    Tuple)
 
 import cv2
 import mmcv
@@ -183,3 +184,20 @@ def dataset_batches(dataset: Any, indices: Sequence[int], batch_size: int,
         batch = preprocess(batch, training)
         yield dict(inputs=first_view(batch['inputs']),
                    data_samples=batch.get('data_samples'))
+
+
+def check_scale(place: str, mean: Any, std: Any) -> None:
+    """Raise :class:`ConfigError` for the mean and std of images from 0 to 1:
+    here they go from 0 to 255.
+
+    Args:
+        place (str): Where they stand, as the user writes it.
+        mean (Sequence[float], optional): By channel.
+        std (Sequence[float], optional): By channel.
+    """
+    if mean is not None and std is not None and 0 < max(std) < 1:
+        raise ConfigError(
+            f'{place}.mean={list(mean)}, std={list(std)} are of images from '
+            '0 to 1; here they go from 0 to 255. Set mean='
+            f'{[round(255 * value, 3) for value in mean]}, std='
+            f'{[round(255 * value, 3) for value in std]}.')

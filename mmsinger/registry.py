@@ -4,8 +4,12 @@ mmengine imports this module by itself when a config names a type such as
 ``mmsinger.SiNGERDistiller``, and the locations below when it looks one up: a
 recipe needs no ``custom_imports``.
 """
+import ast
+import difflib
+import functools
 import inspect
-from typing import Any, List
+import textwrap
+from typing import Any, Callable, Dict, Iterable, NamedTuple, Set
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
@@ -17,51 +21,203 @@ from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
-from mmsinger.errors import ConfigError, check_keys, near_matches
+from mmsinger.errors import ConfigError, check_keys, near_matches, placed
+from mmsinger.schema import check_value, hints_of
 
-MODELS = Registry(
+
+class CheckedRegistry(Registry):
+    """A registry whose classes look at their arguments when they are built,
+    wherever that happens: see :func:`check_values`."""
+
+    def _register_module(self, module: Any, *args: Any, **kwargs: Any
+                         ) -> None:
+        if inspect.isclass(module):
+            checked(module)
+        super()._register_module(module, *args, **kwargs)
+
+
+def checked(cls: type) -> type:
+    """A class decorator: look at arguments when an instance is made, see
+    :func:`check_values`. Registered classes have it."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not hasattr(type(self).__init__, 'checks_arguments') or \
+                type(self).__init__ is __init__:
+            names = list(inspect.signature(init).parameters)[1:]
+            check_values(getattr(cls, 'place', cls.__name__), cls,
+                         {**dict(zip(names, args)), **kwargs})
+        init(self, *args, **kwargs)
+
+    __init__.checks_arguments = True
+    cls.__init__ = __init__
+    return cls
+
+
+MODELS = CheckedRegistry(
     'model', parent=MMENGINE_MODELS, scope='mmsinger',
     locations=['mmsinger.models'])
-HOOKS = Registry(
+HOOKS = CheckedRegistry(
     'hook', parent=MMENGINE_HOOKS, scope='mmsinger',
     locations=['mmsinger.engine.hooks'])
-OPTIM_WRAPPERS = Registry(
+OPTIM_WRAPPERS = CheckedRegistry(
     'optimizer wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope='mmsinger',
     locations=['mmsinger.engine.optim'])
-OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+OPTIM_WRAPPER_CONSTRUCTORS = CheckedRegistry(
     'optimizer wrapper constructor',
     parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS, scope='mmsinger',
     locations=['mmsinger.engine.optim'])
-STRATEGIES = Registry(
+STRATEGIES = CheckedRegistry(
     'strategy', parent=MMENGINE_STRATEGIES, scope='mmsinger',
     locations=['mmsinger.engine.strategy'])
-DATASETS = Registry(
+DATASETS = CheckedRegistry(
     'dataset', parent=MMENGINE_DATASETS, scope='mmsinger',
     locations=[
         'mmsinger.datasets.imagenet_variants', 'mmsinger.datasets.inat2019',
-        'mmsinger.datasets.nyu_mat'
+        'mmsinger.datasets.nyu_mat', 'mmsinger.datasets.random_images'
     ])
-TRANSFORMS = Registry(
+TRANSFORMS = CheckedRegistry(
     'transform', parent=MMENGINE_TRANSFORMS, scope='mmsinger',
     locations=['mmsinger.datasets.transforms'])
 
 
-def argument_names(cls: type) -> List[str]:
-    """What a constructor takes by name, its bases' arguments too where it
-    hands them on as ``**kwargs``."""
-    names: List[str] = []
-    for base in cls.__mro__:
-        if base.__module__.split('.')[0] in ('mmengine', 'torch'):
+class Arguments(NamedTuple):
+    """What a constructor or a function takes by name.
+
+    Attributes:
+        hints (dict): Type hints by name, those of its bases too where it
+            hands ``**kwargs`` on to them.
+        closed (bool): Whether there are no others. False where ``**kwargs``
+            go to what cannot be known.
+        defaults (dict): Default values by name, of those that have one.
+    """
+    hints: Dict[str, Any]
+    closed: bool
+    defaults: Dict[str, Any]
+
+
+@functools.lru_cache(maxsize=None)
+def arguments_of(target: Callable) -> Arguments:
+    """The arguments of a class or a function."""
+    functions = [vars(base)['__init__'] for base in target.__mro__
+                 if '__init__' in vars(base) and base is not object] \
+        if inspect.isclass(target) else [target]
+    hints: Dict[str, Any] = {}
+    defaults: Dict[str, Any] = {}
+    taken: Set[str] = set()  # which a subclass sets itself
+    for function in functions:
+        try:
+            parameters = list(inspect.signature(function).parameters.values())
+        except (TypeError, ValueError):  # written in C
+            return Arguments(hints, False, defaults)
+        types = hints_of(function) if function.__module__.startswith(
+            'mmsinger.') else {}
+        for p in parameters[inspect.isclass(target):]:
+            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and \
+                    p.name not in {*taken, *hints}:
+                hints[p.name] = types.get(p.name, Any)
+                if p.default is not p.empty:
+                    defaults[p.name] = p.default
+        rest = [p.name for p in parameters if p.kind is p.VAR_KEYWORD]
+        if inspect.unwrap(function) is not function and \
+                not hasattr(function, 'checks_arguments'):
+            return Arguments(hints, False, defaults)  # mmcv renames some
+        if not rest or rest == ['unknown']:  # by which ours mean none
             break
-        if '__init__' not in vars(base):
+        use = _use_of(inspect.unwrap(function), rest[0])
+        for name in use.read - set(hints):
+            hints[name] = Any
+        if use.elsewhere or not inspect.isclass(target):
+            return Arguments(hints, False, defaults)
+        if not use.handed_up:  # to nothing
+            break
+        taken |= use.taken
+    return Arguments(hints, True, defaults)
+
+
+class _Use(NamedTuple):
+    """What a constructor does with its ``**kwargs``."""
+    read: Set[str]  # keys that it takes out
+    handed_up: bool  # to the constructor of a base
+    elsewhere: bool
+    taken: Set[str]  # arguments of that constructor that it sets itself
+
+
+def _use_of(function: Callable, name: str) -> _Use:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError, TypeError):
+        return _Use(set(), False, True, set())
+    above = {child: node for node in ast.walk(tree)
+             for child in ast.iter_child_nodes(node)}
+    read: Set[str] = set()
+    taken: Set[str] = set()
+    handed_up = elsewhere = False
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Name) or node.id != name:
             continue
-        parameters = list(inspect.signature(
-            base.__init__).parameters.values())[1:]
-        names += [p.name for p in parameters if p.name not in names
-                  and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return names
+        user = above[node]
+        call = above[user]
+        if isinstance(user, ast.keyword) and user.arg is None and \
+                ast.unparse(call.func).endswith('.__init__'):
+            handed_up = True
+            taken |= {keyword.arg for keyword in call.keywords} - {None}
+        elif isinstance(user, ast.Attribute) and isinstance(
+                call, ast.Call) and call.args and isinstance(
+                call.args[0], ast.Constant) and user.attr in ('get', 'pop'):
+            read.add(call.args[0].value)
+        elif isinstance(user, ast.Subscript) and isinstance(
+                user.slice, ast.Constant):
+            read.add(user.slice.value)
+        elif isinstance(user, ast.Compare):
+            read |= {part.value for part in [user.left]
+                     if isinstance(part, ast.Constant)}
+        elif not (isinstance(user, ast.Attribute)
+                  and user.attr in ('setdefault', 'update')):
+            elsewhere = True
+    return _Use(read, handed_up, elsewhere, taken)
+
+
+def check_arguments(place: str, target: Callable, given: Dict[str, Any],
+                    also: Iterable[str] = ()) -> None:
+    """Raise :class:`ConfigError` for an argument that a class does not have,
+    or a value that a type hint of ours excludes.
+
+    Args:
+        place (str): Where the arguments stand, as the user writes it:
+            ``'model.loss_kd'``.
+        target (Callable): The class, or a function.
+        given (dict): Arguments by name; of a config too.
+        also (Iterable[str]): Further names that are read by others.
+    """
+    arguments = arguments_of(target)
+    for name in [] if arguments.closed else set(given) - {
+            *arguments.hints, *also}:  # one that is as good as certain
+        near = difflib.get_close_matches(name, arguments.hints, 1, 0.9)
+        if near:
+            raise ConfigError(f'{place}.{name}: {target.__name__} has no such '
+                              f'key. Did you mean {near[0]!r}?')
+    if arguments.closed:
+        check_keys(place, given, [*arguments.hints, *also, 'type', '_scope_'],
+                   getattr(target, '__name__', str(target)))
+    check_values(place, target, given)
+
+
+def check_values(place: str, target: Callable, given: Dict[str, Any]) -> None:
+    """Raise :class:`ConfigError` for a value that a type hint of ours
+    excludes, see :func:`check_arguments`."""
+    hints = arguments_of(target).hints
+    for name, value in given.items():
+        check_value(f'{place}.{name}', value, hints.get(name, Any))
+
+
+def find_type(kind: Any, registry: Registry = MODELS) -> Any:
+    """The class of a ``type``; of our own the scope may be left out. None if
+    there is no such type."""
+    if not isinstance(kind, str):
+        return kind if callable(kind) else None
+    return kind and (registry.get(kind) or registry.get(f'mmsinger.{kind}'))
 
 
 def build_part(key: str, cfg: Any, default: str = '', **given: Any) -> Any:
@@ -69,9 +225,9 @@ def build_part(key: str, cfg: Any, default: str = '', **given: Any) -> Any:
 
     Args:
         key (str): Where the config stands, as the user writes it:
-            ``'model.loss_kd'``.
-        cfg (dict, optional): The config; ``type`` may be left out if there
-            is a default. Of our own types the scope may be left out.
+            ``'loss_kd'``.
+        cfg (dict): The config; ``type`` may be left out if there is a
+            default. Of our own types the scope may be left out.
         default (str): The type then. Defaults to none.
         **given: Arguments that are not the user's to set.
 
@@ -83,13 +239,12 @@ def build_part(key: str, cfg: Any, default: str = '', **given: Any) -> Any:
             keys.
     """
     example = default or 'mmsinger.ClipNorms'
-    if not isinstance(cfg, (dict, type(None) if default else dict)):
-        raise ConfigError(f'{key} must be a dict, got {cfg!r}. For instance '
-                          f'dict(type={example!r}).')
-    cfg = dict(cfg or {})
-    kind = cls = cfg.setdefault('type', default)
-    if kind and isinstance(kind, str):
-        cls = MODELS.get(kind) or MODELS.get(f'mmsinger.{kind}')
+    if not isinstance(cfg, dict):
+        raise ConfigError(f'{key}={cfg!r} is not valid: give a dict, for '
+                          f'instance dict(type={example!r}).')
+    cfg = dict(cfg)
+    kind = cfg.setdefault('type', default)
+    cls = find_type(kind)
     if not callable(cls):
         name = str(kind).split('.')[-1]
         raise ConfigError(
@@ -97,10 +252,6 @@ def build_part(key: str, cfg: Any, default: str = '', **given: Any) -> Any:
             f'{near_matches(name, MODELS.module_dict)} Write its scope too, '
             f'as in {example!r}.')
     cfg['type'] = cls
-    if inspect.isclass(cls) and (
-            cls.__module__.startswith('mmsinger.') or not any(
-                p.kind is p.VAR_KEYWORD
-                for p in inspect.signature(cls).parameters.values())):
-        check_keys(key, cfg, ['type', '_scope_', *argument_names(cls)],
-                   cls.__name__)
-    return MODELS.build(dict(cfg, **given))
+    check_arguments(key, cls, cfg)
+    with placed(key):
+        return MODELS.build(dict(cfg, **given))

@@ -15,6 +15,7 @@ LEVELS = (
     {'mmsinger.version', 'mmsinger.compat'},
     {'mmsinger'},  # its __init__ alone
     {'mmsinger.errors', 'mmsinger.paths'},
+    {'mmsinger.schema'},
     {'mmsinger.files', 'mmsinger.registry'},
     {'mmsinger.images', 'mmsinger.metrics', 'mmsinger.checkpoint',
      'mmsinger.datasets'},

@@ -24,10 +24,11 @@ from mmsinger.engine.prepare import load_config
 from mmsinger.errors import readable_errors
 from mmsinger.files import atomic_write
 from mmsinger.models.features.anatomy import patch_stride
+from mmsinger.schema import Count, Natural, Positive, ToolParser, reader
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('config', help='a recipe, a teacher, or a model')
@@ -38,26 +39,29 @@ def parse_args():
     parser.add_argument('--out', metavar='DIR',
                         help='where to write (default: '
                         'work_dirs/analysis/CONFIG)')
-    parser.add_argument('--num', type=int, default=64, metavar='N',
+    parser.add_argument('--num', type=reader(Count), default=64, metavar='N',
                         help='images to look at, a random choice')
-    parser.add_argument('--size', type=int, nargs='+', metavar='PX',
+    parser.add_argument('--size', type=reader(Count), nargs='+', metavar='PX',
                         help='height and width of the images, or one number '
                         "for both (default: the teacher's own)")
-    parser.add_argument('--samples', type=int, default=4, metavar='N',
+    parser.add_argument('--samples', type=reader(Natural),
+                        default=4, metavar='N',
                         help='images to show in the report')
-    parser.add_argument('--batch-size', type=int, default=8, metavar='N')
-    parser.add_argument('--jacobian', type=int, nargs='?', const=2, default=0,
+    parser.add_argument('--batch-size', type=reader(Count),
+                        default=8, metavar='N')
+    parser.add_argument('--jacobian', type=reader(Natural),
+                        nargs='?', const=2, default=0,
                         metavar='N', help='compare the FFN with the Jacobian '
                         'of whole blocks at N images (2 without a number): '
                         'slow')
-    parser.add_argument('--jacobian-products', type=int, default=64,
+    parser.add_argument('--jacobian-products', type=reader(Count), default=64,
                         metavar='N', help='Jacobian products for each block '
                         'and image; more find more')
-    parser.add_argument('--mean', type=float, nargs=3, metavar='X',
+    parser.add_argument('--mean', type=reader(float), nargs=3, metavar='X',
                         help="the teacher's normalisation, RGB, 0 to 255 "
                         "(default: the config's)")
-    parser.add_argument('--std', type=float, nargs=3, metavar='X')
-    parser.add_argument('--seed', type=int, default=0,
+    parser.add_argument('--std', type=reader(Positive), nargs=3, metavar='X')
+    parser.add_argument('--seed', type=reader(Natural), default=0,
                         help='of the choice of images and all that is random')
     parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions,
                         metavar='KEY=VALUE',

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from mmengine.registry import init_default_scope
 
-from mmsinger.errors import (ConfigError, check_output_file,
-                             readable_errors)
+from mmsinger.errors import check_output_file, readable_errors
 from mmsinger.figures.style import (add_caption, line_style, new_figure,
                                     save_figure)
+from mmsinger.schema import Count, ToolParser, reader
 from step_cost import (Steps, count_flops, describe_machine, interleaved,
                        peak_memory)
 
@@ -36,10 +36,10 @@ UNITS = {'FLOPs': 'GFLOP', 'seconds': 's', 'memory': 'MiB'}
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--rounds', type=int, default=3, metavar='N',
+    parser.add_argument('--rounds', type=reader(Count), default=3, metavar='N',
                         help='how often each step is timed')
     parser.add_argument('--out', default='growth',
                         help='path of the files, without suffix')
@@ -48,8 +48,6 @@ def parse_args():
 
 def main():
     args = parse_args()
-    if args.rounds < 1:
-        raise ConfigError(f'--rounds {args.rounds} must be at least 1.')
     for suffix in ('.json', '.png'):
         check_output_file(args.out + suffix)
     init_default_scope('mmpretrain')

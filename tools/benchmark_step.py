@@ -22,8 +22,9 @@ from mmengine.registry import init_default_scope
 
 from mmsinger import paths
 from mmsinger.engine.prepare import load_config
-from mmsinger.errors import (ConfigError, check_choice, check_output_file,
+from mmsinger.errors import (check_choice, check_output_file,
                              readable_errors)
+from mmsinger.schema import Count, ToolParser, reader
 from step_cost import (ImageLoading, Step, Steps, count_flops,
                        describe_machine, fast_precisions, interleaved,
                        paired_ratio, peak_memory)
@@ -35,24 +36,26 @@ ALWAYS = ('teacher', 'student', 'FitNet', 'SiNGER')  # the ratios' parts
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--teacher', default='vit_l16', metavar='VIT',
                         help='vit_{t,s,b,l,h,g}PATCH')
     parser.add_argument('--student', default='vit_t16', metavar='VIT')
-    parser.add_argument('--batch-size', type=int, default=4, metavar='N',
+    parser.add_argument('--batch-size', type=reader(Count),
+                        default=4, metavar='N',
                         help='images a step')
-    parser.add_argument('--size', type=int, default=224, metavar='PX',
+    parser.add_argument('--size', type=reader(Count),
+                        default=224, metavar='PX',
                         help='their side')
     parser.add_argument('--precision', default='fp32',
                         choices=(*PRECISIONS, 'fast'),
                         help='bf16: autocast; fast: fp32, and tf32 and bf16 '
                         'where the machine has instructions for them, each '
                         'into OUT with its name before the suffix')
-    parser.add_argument('--rank', type=int, default=16, metavar='R',
+    parser.add_argument('--rank', type=reader(Count), default=16, metavar='R',
                         help='of the adapters')
-    parser.add_argument('--rounds', type=int, default=5, metavar='N',
+    parser.add_argument('--rounds', type=reader(Count), default=5, metavar='N',
                         help='how often each step is timed')
     parser.add_argument('--levers', action='store_true',
                         help='also what might make a step cheaper')
@@ -71,10 +74,6 @@ def parse_args():
 
 def main():
     args = parse_args()
-    for key in ('batch_size', 'rounds'):
-        if getattr(args, key) < 1:
-            raise ConfigError(f'--{key.replace("_", "-")} '
-                              f'{getattr(args, key)} must be at least 1.')
     if args.compile:
         check_choice('--compile', args.compile,
                      torch.compiler.list_backends(exclude_tags=()))

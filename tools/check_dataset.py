@@ -7,7 +7,6 @@ NAME is a data set of the linear evaluation, checked against its published
 form; any OpenMMLab config is checked for what its data loaders read. The exit
 status is 1 if something is wrong.
 """
-import argparse
 import sys
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
@@ -16,17 +15,18 @@ from dataset_check import KNOWN, check_config, check_known
 from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, readable_errors
+from mmsinger.schema import Count, ToolParser, reader
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         'dataset', metavar='NAME|CONFIG',
         help=f'{", ".join(KNOWN)}, or a config file')
     parser.add_argument(
         '--root', help='where the data are (default: data_root of the config)')
     parser.add_argument(
-        '--samples', type=int, default=64,
+        '--samples', type=reader(Count), default=64,
         help='images of each split to read (default: 64)')
     parser.add_argument(
         '--all', action='store_true', help='read every image')
@@ -39,9 +39,6 @@ def parse_args():
 def main():
     args = parse_args()
     samples = None if args.all else args.samples
-    if samples is not None and samples < 1:
-        raise ConfigError(f'--samples {samples} is not valid: it must be at '
-                          'least 1.')
     if args.dataset.endswith('.py'):
         cfg = load_config(args.dataset, args.cfg_options)
         report = check_config(cfg, args.dataset, args.root, samples)

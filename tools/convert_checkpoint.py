@@ -4,7 +4,6 @@
 
 Prints the backbone's config to paste as `teacher`.
 """
-import argparse
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 from mmengine.config import Config, ConfigDict
@@ -14,6 +13,7 @@ from mmsinger.converters import LAYOUTS, convert_checkpoint
 from mmsinger.converters.describe import ACTIVATIONS
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, readable_errors
+from mmsinger.schema import Count, ToolParser, reader
 
 # Where a config may have its backbone, first come first served
 PLACES = ('model.teacher.backbone', 'teacher.backbone', 'model.backbone',
@@ -21,7 +21,7 @@ PLACES = ('model.teacher.backbone', 'teacher.backbone', 'model.backbone',
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument('source', metavar='SOURCE', help='the file to '
                         'convert: .pth, .bin, .safetensors')
     parser.add_argument('out', metavar='OUT', help='the file to write')
@@ -38,12 +38,14 @@ def parse_args():
     target.add_argument(
         '--config', help='a config with the backbone to convert for: its '
         f'{", ".join(PLACES[:-1])} or {PLACES[-1]}')
-    parser.add_argument('--num-heads', type=int, help='attention heads, for '
+    parser.add_argument('--num-heads', type=reader(Count),
+                        help='attention heads, for '
                         'models of uncommon width')
     parser.add_argument('--act', choices=list(ACTIVATIONS),
                         help="the FFN's activation, for CLIP")
     parser.add_argument(
-        '--img-size', type=int, nargs='+', metavar='N', help='resample the '
+        '--img-size', type=reader(Count), nargs='+', metavar='N',
+        help='resample the '
         'position embeddings for this image size; two numbers: H W')
     parser.add_argument('--prefix', default='backbone.', help='what keys in '
                         "OUT begin with (default: 'backbone.')")

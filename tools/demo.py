@@ -30,12 +30,13 @@ from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, TrainingError, readable_errors
 from mmsinger.registry import MODELS
 from mmsinger.figures import extract_features, norm_map
+from mmsinger.schema import ToolParser
 
 TEACHER = 'mmsinger://digits_teacher.pth'
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--out', default='work_dirs/demo',

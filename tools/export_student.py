@@ -6,7 +6,6 @@
 Training writes the student in the plain layout by itself; this is for
 checkpoints that have no student file beside them, for timm and for ONNX.
 """
-import argparse
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 from mmengine.registry import init_default_scope
@@ -16,10 +15,11 @@ from mmsinger.converters import export_timm
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.export import export_onnx, export_student
+from mmsinger.schema import Count, ToolParser, reader
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument('checkpoint', help='the training checkpoint; with '
                         '--layout timm or --onnx also a student file')
     parser.add_argument(
@@ -41,7 +41,7 @@ def parse_args():
         '--onnx', action='store_true',
         help='an ONNX file for batches of any size; needs --config')
     parser.add_argument(
-        '--size', type=int, nargs='+', metavar='N',
+        '--size', type=reader(Count), nargs='+', metavar='N',
         help='with --onnx: height and width of the images, or one number for '
         "both (default: the backbone's, or 224)")
     args = parser.parse_args()
@@ -55,8 +55,8 @@ def parse_args():
         parser.error('--timm-model is for --layout timm')
     if args.size and not args.onnx:
         parser.error('--size is for --onnx')
-    if args.size and (len(args.size) > 2 or min(args.size) < 1):
-        parser.error('--size is one positive number, or height and width')
+    if args.size and len(args.size) > 2:
+        parser.error('--size is one number, or height and width')
     return args
 
 

@@ -7,7 +7,6 @@ Trains the head of TASK_CONFIG on the backbone of SOURCE_CONFIG and prints the
 metrics. The config that this amounts to is in the work dir; tools/train.py
 repeats the run with it.
 """
-import argparse
 import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
@@ -22,10 +21,11 @@ from mmsinger.engine.prepare import (build_runner, load_config,
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.linear_eval import evaluation_config
+from mmsinger.schema import Natural, ToolParser, reader
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument('task', metavar='TASK_CONFIG',
                         help='one of configs/linear_eval')
     parser.add_argument('source', metavar='SOURCE_CONFIG',
@@ -45,7 +45,8 @@ def parse_args():
     parser.add_argument(
         '--resume', action='store_true',
         help='go on from the latest checkpoint in the work dir')
-    parser.add_argument('--seed', type=int, help="(default: the task's)")
+    parser.add_argument('--seed', type=reader(Natural),
+                        help="(default: the task's)")
     parser.add_argument(
         '--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
         help='override settings of the task config')

@@ -28,6 +28,8 @@ import numpy as np
 from mmengine.logging import print_log
 
 from mmsinger.errors import ConfigError, readable_errors
+from mmsinger.schema import (Count, Natural, Positive, Quantile, ToolParser,
+                             reader)
 
 DIGIT_SCENES_CLASSES = ('background', '0', '1', '2', '3', '4', '5', '6', '7',
                         '8', '9')
@@ -319,25 +321,25 @@ def _is_complete(root: str, settings: Dict) -> bool:
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--root', default='data/digit_scenes',
                         help='the folder to make')
-    parser.add_argument('--num-train', type=int, default=12000,
+    parser.add_argument('--num-train', type=reader(Count), default=12000,
                         help='number of training scenes')
-    parser.add_argument('--num-val', type=int, default=1000,
+    parser.add_argument('--num-val', type=reader(Count), default=1000,
                         help='number of validation scenes')
-    parser.add_argument('--canvas', type=int, default=32,
+    parser.add_argument('--canvas', type=reader(Count), default=32,
                         help='height and width of a scene in pixels')
-    parser.add_argument('--digit-size', type=float, nargs=2,
+    parser.add_argument('--digit-size', type=reader(Positive), nargs=2,
                         default=(13., 18.), metavar=('MIN', 'MAX'),
                         help='range of the size of a digit in pixels')
-    parser.add_argument('--max-digits', type=int, default=2,
+    parser.add_argument('--max-digits', type=reader(Count), default=2,
                         help='most digits in a scene')
-    parser.add_argument('--val-fraction', type=float, default=0.2,
+    parser.add_argument('--val-fraction', type=reader(Quantile), default=0.2,
                         help='share of the digits kept for validation')
-    parser.add_argument('--seed', type=int, default=0,
+    parser.add_argument('--seed', type=reader(Natural), default=0,
                         help='seed of the split and the scenes')
     return parser.parse_args()
 

@@ -8,7 +8,6 @@ each number means.
 """
 import argparse
 import json
-import math
 from typing import Any, Dict, Iterator, Tuple
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
@@ -27,9 +26,9 @@ from mmsinger.engine.images import ImageBatches
 from mmsinger.engine.loading import load_distiller, prepare
 from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import load_config
-from mmsinger.errors import (ConfigError, check_output_file,
-                             readable_errors)
+from mmsinger.errors import check_output_file, readable_errors
 from mmsinger.files import atomic_write
+from mmsinger.schema import Count, Natural, Positive, ToolParser, reader
 
 INFLATION = dict(g_ffn1='G_FFN1', g_ffn2='G_FFN2', delta_ffn='delta FFN',
                  delta_sa='delta SA')
@@ -47,13 +46,14 @@ COLUMNS = dict(
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('config', help='a distillation recipe')
     parser.add_argument('checkpoint', nargs='?',
                         help='a training checkpoint of it')
-    parser.add_argument('--images', type=int, default=256, metavar='N',
+    parser.add_argument('--images', type=reader(Count),
+                        default=256, metavar='N',
                         help='images to measure on, from val_dataloader, or '
                         'train_dataloader if there is none')
     parser.add_argument('--metrics', nargs='+', metavar='NAME',
@@ -61,14 +61,15 @@ def parse_args():
                         'that the method has)')
     parser.add_argument('--out', default='metrics.json',
                         help='the JSON file to write')
-    parser.add_argument('--seed', type=int, default=0,
+    parser.add_argument('--seed', type=reader(Natural), default=0,
                         help='of the choice of images and all that is random')
-    parser.add_argument('--strength', type=float, default=0.3,
+    parser.add_argument('--strength', type=reader(Positive), default=0.3,
                         help='deviation: steps over the norm of a token')
-    parser.add_argument('--jacobian-images', type=int, default=8, metavar='N',
+    parser.add_argument('--jacobian-images', type=reader(Count),
+                        default=8, metavar='N',
                         help='deviation: images at which blocks are '
                         'linearised')
-    parser.add_argument('--jacobian-products', type=int, metavar='N',
+    parser.add_argument('--jacobian-products', type=reader(Count), metavar='N',
                         help='deviation: Jacobian products for each layer '
                         'and image; fewer than the teacher has channels are '
                         'quicker and not exact (default: as many)')
@@ -81,12 +82,6 @@ def parse_args():
 def main():
     args = parse_args()
     check_output_file(args.out)
-    if args.jacobian_products is not None and args.jacobian_products < 1:
-        raise ConfigError(f'--jacobian-products={args.jacobian_products}: at '
-                          'least 1 is needed.')
-    if not (math.isfinite(args.strength) and args.strength > 0):
-        raise ConfigError(f'--strength {args.strength} must be above 0, for '
-                          'instance 0.3.')
     cfg = load_config(args.config, args.cfg_options)
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     # Initialisation logs a paragraph for each parameter.

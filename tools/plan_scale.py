@@ -24,6 +24,7 @@ from mmsinger import paths
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.registry import MODELS
+from mmsinger.schema import Count, Positive, Share, ToolParser, reader
 from step_cost import AllocatedMemory, ImageLoading, flop_counter
 
 RECIPE = os.path.join(paths.configs(), 'classification',
@@ -125,36 +126,26 @@ def decode_rate(size: int, count: int) -> float:
         return count / (time.process_time() - start)
 
 
-def positive(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if float(text) > 0:
-            return float(text)
-    raise argparse.ArgumentTypeError(f'{text!r} must be a number above 0')
-
-
 def parse_args():
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--sizes', nargs='+', type=int, default=[224, 518],
+    parser.add_argument('--sizes', nargs='+', type=reader(Count),
+                        default=[224, 518],
                         help='sides of the images')
-    parser.add_argument('--gpus', nargs='+', type=int, default=[8, 64],
+    parser.add_argument('--gpus', nargs='+', type=reader(Count),
+                        default=[8, 64],
                         help='numbers of GPUs')
-    parser.add_argument('--batch', type=int, default=64,
+    parser.add_argument('--batch', type=reader(Count), default=64,
                         help='images a GPU, for the memory')
-    parser.add_argument('--utilisation', type=positive, default=0.4,
+    parser.add_argument('--utilisation', type=reader(Share), default=0.4,
                         help='share of the peak that is reached')
-    parser.add_argument('--epochs', type=positive, default=100)
-    parser.add_argument('--images', type=positive, default=1281167,
+    parser.add_argument('--epochs', type=reader(Positive), default=100)
+    parser.add_argument('--images', type=reader(Positive), default=1281167,
                         help='in an epoch')
-    parser.add_argument('--decode-images', type=int, default=200,
+    parser.add_argument('--decode-images', type=reader(Count), default=200,
                         help='how many to time the data loading with')
     args = parser.parse_args()
-    for name in ('sizes', 'gpus', 'batch', 'decode_images'):
-        values = getattr(args, name)
-        if min(values if isinstance(values, list) else [values]) < 1:
-            raise ConfigError(f'--{name.replace("_", "-")} must be 1 or more, '
-                              f'got {values}.')
     if min(args.sizes) < 32:
         raise ConfigError(f'--sizes must be 32 or more, got {args.sizes}: '
                           'patches have 14 and 16 px.')

@@ -13,7 +13,7 @@ suffix of --out says what is written: PNG, SVG or PDF.
 import argparse
 import fnmatch
 import os
-from typing import Dict, List, Optional, Sequence
+from typing import Annotated, Dict, List, Optional, Sequence
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 import torch
@@ -35,11 +35,12 @@ from mmsinger.figures.style import check_output
 from mmsinger.images import Size, check_patch, cover, read_image
 from mmsinger.models import FeatureDistiller
 from mmsinger.models.features.anatomy import find_blocks
+from mmsinger.schema import Count, Range, ToolParser, reader
 from reproduction.figures import draw_radar, draw_sweep, read_table
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     figures = parser.add_subparsers(dest='figure', required=True)
@@ -69,15 +70,16 @@ def parse_args():
         maps.add_argument('config', help='a distillation recipe')
         maps.add_argument('checkpoint', help='a training checkpoint of it')
         maps.add_argument('images', nargs='+', help='image files')
-        maps.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'),
+        maps.add_argument('--size', type=reader(Count),
+                          nargs=2, metavar=('H', 'W'),
                           help="pixels to bring them to (default: the "
                           "student's own size)")
         maps.add_argument('--cfg-options', nargs='+', action=ConfigOptions,
                           metavar='KEY=VALUE',
                           help='override settings of the config')
         if name == 'similarity':
-            maps.add_argument('--patch', type=float, nargs=2,
-                              metavar=('DOWN', 'RIGHT'),
+            maps.add_argument('--patch', nargs=2, type=reader(
+                Annotated[float, Range(0, 1)]), metavar=('DOWN', 'RIGHT'),
                               help='where the marked patch is, as shares of '
                               'height and width')
     sweep = add('sweep', 'figure 6: depth error by rank and quantile',

@@ -18,6 +18,7 @@ from mmsinger.engine.checks import check_data_folders
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.files import atomic_save
+from mmsinger.schema import ToolParser
 
 README = """\
 # The demo's teacher
@@ -40,7 +41,7 @@ differ a little between machines. `torch.load(path, weights_only=True)` gives
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--config', default='configs/demo/digits_teacher.py',

@@ -5,7 +5,6 @@
 Runs what is missing, goes on where an earlier call was interrupted, and writes
 Markdown, CSV, LaTeX and a plot. Runs are shared between tables.
 """
-import argparse
 import os
 import re
 import shlex
@@ -20,6 +19,7 @@ from mmengine.logging import MMLogger
 from make_digit_scenes import MARKER, make_digit_scenes
 from mmsinger.errors import (ConfigError, check_choice, near_paths,
                              readable_errors)
+from mmsinger.schema import Count, ToolParser, reader
 from reproduction.evidence import evidence, evidence_quick, search
 from reproduction.flow import Resources, run_jobs
 from reproduction.plan import all_jobs, wanted_metrics
@@ -36,7 +36,7 @@ OURS = {'search': search, 'evidence': evidence,
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument('table', nargs='+',
                         help=f'one or several of {", ".join(TABLES)}; all of '
                         'these; or, with --profile digits, '
@@ -45,7 +45,7 @@ def parse_args():
         '--profile', default='full',
         help='full: the paper\'s models and data; digits: small models on '
         'the built-in data (default: full)')
-    parser.add_argument('--seeds', type=int, default=1, metavar='N',
+    parser.add_argument('--seeds', type=reader(Count), default=1, metavar='N',
                         help='runs with seeds 0 to N - 1 (default: 1)')
     parser.add_argument('--dry-run', action='store_true',
                         help='print the plan and stop')
@@ -58,13 +58,14 @@ def parse_args():
         '--root', help='where runs and reports go '
         '(default: work_dirs/reproduce/PROFILE)')
     parser.add_argument(
-        '--jobs', type=int, metavar='N',
+        '--jobs', type=reader(Count), metavar='N',
         help='jobs at the same time (default: as many as the GPUs hold; on '
         'the CPU one, with --profile digits one for each core). More than '
         'that share GPUs')
     parser.add_argument('--gpus', metavar='0,1,...',
                         help='which to use (default: all that torch sees)')
-    parser.add_argument('--gpus-per-job', type=int, default=1, metavar='N',
+    parser.add_argument('--gpus-per-job', type=reader(Count),
+                        default=1, metavar='N',
                         help='(default: 1)')
     parser.add_argument(
         '--slurm', nargs='*', metavar='NAME=VALUE', help='run each job '
@@ -76,8 +77,6 @@ def parse_args():
 
 def chosen_tables(args):
     check_choice('--profile', args.profile, tuple(PROFILES))
-    if args.seeds < 1:
-        raise ConfigError(f'--seeds {args.seeds}: at least 1 is needed.')
     known = TABLES
     if args.profile == 'digits':
         known = {**TABLES, **OURS}
@@ -98,8 +97,6 @@ def chosen_tables(args):
 
 
 def resources_of(args):
-    if args.gpus_per_job < 1 or (args.jobs is not None and args.jobs < 1):
-        raise ConfigError('--jobs and --gpus-per-job must be at least 1.')
     if args.slurm is not None:
         return slurm_resources(args)
     gpus = chosen_gpus(args.gpus)

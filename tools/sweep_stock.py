@@ -10,7 +10,6 @@ train for a step itself does not count. Each result is a line of
 ``--results``, by which an interrupted sweep goes on; docs/coverage.md is the
 page that is made of them.
 """
-import argparse
 import json
 import multiprocessing
 import os
@@ -44,6 +43,7 @@ from mmsinger.export import save_student, student_config
 from mmsinger.models.features.anatomy import (find_features, find_part,
                                               unmasked)
 from mmsinger.registry import MODELS
+from mmsinger.schema import Count, ToolParser, reader
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOOLBOXES = ('mmpretrain', 'mmseg', 'mmdet')
@@ -440,15 +440,15 @@ def write_page(results, groups, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument('--only', default='', metavar='PATTERN',
                         help='a regular expression for names of configs')
     parser.add_argument('--again', default='^$', metavar='PATTERN',
                         help='results to try again, such as "fails|refused"')
-    parser.add_argument('--workers', type=int, default=1)
-    parser.add_argument('--seconds', type=int, default=180,
+    parser.add_argument('--workers', type=reader(Count), default=1)
+    parser.add_argument('--seconds', type=reader(Count), default=180,
                         help='time limit of a config')
-    parser.add_argument('--gigabytes', type=int, default=10,
+    parser.add_argument('--gigabytes', type=reader(Count), default=10,
                         help='memory limit of a config')
     parser.add_argument('--results', default='work_dirs/sweep_stock.jsonl')
     parser.add_argument('--page', default=os.path.join(

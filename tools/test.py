@@ -5,7 +5,6 @@
 With a distillation recipe, the plain student is built and evaluated; the
 checkpoint may be a training checkpoint or a student-only file.
 """
-import argparse
 import inspect
 import os
 
@@ -25,10 +24,11 @@ from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import (ConfigError, check_output_file,
                              readable_errors)
 from mmsinger.export import is_distiller, load_student, student_config
+from mmsinger.schema import ToolParser
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument('config', help='the config file')
     parser.add_argument(
         'checkpoint', nargs='?', help='the checkpoint file (not needed for a '

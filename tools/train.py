@@ -2,7 +2,6 @@
 
     python tools/train.py configs/singer_vitl_to_vits_ade20k.py
 """
-import argparse
 import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
@@ -13,10 +12,11 @@ from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import (build_runner, load_config,
                                      prepare_training, scale_learning_rate)
 from mmsinger.errors import ConfigError, readable_errors
+from mmsinger.schema import ToolParser
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument('config', help='the config file')
     parser.add_argument(
         '--work-dir', help='where logs and checkpoints go '

@@ -100,6 +100,12 @@ def convert(weights: Dict[str, Tensor],
             nor dropped on purpose, the result does not fit the backbone, or
             there is no head of the wanted kind.
     """
+    broken = [key for key, value in weights.items()
+              if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise ConfigError(f'{path} has weights that are not finite, in '
+                          f'{", ".join(broken[:4])}: the file is damaged, or '
+                          'its training diverged. Take another.')
     if family == 'auto':
         family = detect(weights, path)
     check_choice('--source', family, LAYOUTS)

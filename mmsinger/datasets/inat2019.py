@@ -1,11 +1,11 @@
 """iNaturalist-2019 in torchvision's layout, with the official split."""
 import os
-from typing import List
+from typing import List, Literal
 
 import torch
 from mmpretrain.datasets import BaseDataset
 
-from mmsinger.errors import ConfigError, check_choice
+from mmsinger.errors import ConfigError
 from mmsinger.registry import DATASETS
 
 TRAIN_SHARE = 0.8
@@ -65,12 +65,10 @@ class INaturalist2019(BaseDataset):
 
     def __init__(self,
                  data_root: str,
-                 split: str = 'train',
+                 split: Literal['train', 'val'] = 'train',
                  data_prefix: str = '2019',
-                 file_order: str = 'torchvision',
+                 file_order: Literal['torchvision', 'sorted'] = 'torchvision',
                  **kwargs) -> None:
-        check_choice('split', split, ('train', 'val'))
-        check_choice('file_order', file_order, ('torchvision', 'sorted'))
         self.split = split
         self.file_order = file_order
         super().__init__(ann_file='', data_root=data_root,

@@ -1,11 +1,11 @@
 """NYUd-v2 straight from its labelled file, nyu_depth_v2_labeled.mat."""
 import os
-from typing import List
+from typing import List, Literal
 
 import numpy as np
 from mmseg.datasets import NYUDataset
 
-from mmsinger.errors import ConfigError, check_choice
+from mmsinger.errors import ConfigError
 from mmsinger.registry import DATASETS
 
 SPLIT_KEYS = {'train': 'trainNdxs', 'test': 'testNdxs'}
@@ -39,11 +39,10 @@ class NYUMatDataset(NYUDataset):
 
     def __init__(self,
                  data_root: str,
-                 split: str = 'train',
+                 split: Literal['train', 'test'] = 'train',
                  mat_file: str = 'nyu_depth_v2_labeled.mat',
                  splits_file: str = 'splits.mat',
                  **kwargs) -> None:
-        check_choice('split', split, SPLIT_KEYS)
         self.split = split
         self.mat_file = os.path.join(data_root, mat_file)
         self.splits_file = os.path.join(data_root, splits_file)

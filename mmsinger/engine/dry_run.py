@@ -2,15 +2,17 @@
 import resource
 import tempfile
 import time
-from typing import List
+from typing import List, Optional
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from mmsinger.engine.checks import check_data_folders, inner_datasets
 from mmsinger.engine.prepare import build_runner, prepare_training
 from mmsinger.engine.unwrap import unwrap
+from mmsinger.errors import ConfigError
 
 STEPS = 3
 
@@ -47,6 +49,7 @@ def dry_run(cfg: Config) -> str:
         ConfigError: As a run would; without a validation.
     """
     length = dict(cfg.train_cfg)
+    missing = use_random_images(cfg)
     cfg.resume = False
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     cfg.train_cfg = dict(type='mmengine.IterBasedTrainLoop', max_iters=STEPS)
@@ -61,9 +64,41 @@ def dry_run(cfg: Config) -> str:
         times = _StepTimes()
         runner.register_hook(times)
         runner.train()
-    steps = length.get('max_iters') or \
-        length['max_epochs'] * len(runner.train_dataloader)
-    return '\n'.join(['', *_taps(runner), *_costs(times.seconds, steps)])
+    steps = length.get('max_iters')
+    if steps is None and not missing:
+        steps = length['max_epochs'] * len(runner.train_dataloader)
+    return '\n'.join(['', *missing, *_taps(runner),
+                      *_costs(times.seconds, steps)])
+
+
+def use_random_images(cfg: Config) -> List[str]:
+    """Put :class:`~mmsinger.datasets.random_images.RandomImages` in the place
+    of training data that are not there.
+
+    Args:
+        cfg (Config): Changed in place.
+
+    Returns:
+        list[str]: A line that says so; none if the data are there.
+    """
+    try:
+        check_data_folders(cfg, ('train_dataloader', ))
+        return []
+    except ConfigError as error:
+        datasets = inner_datasets(cfg.train_dataloader.dataset, '')
+        pipeline = next(
+            (dataset['pipeline'] for _, dataset in datasets
+             if dataset.get('pipeline')), None)
+        if pipeline is None:
+            raise
+        student = cfg.model.get('student', cfg.model)
+        size = (student.get('data_preprocessor') or {}).get('size') or (
+            student.get('backbone') or student).get('img_size') or 512
+        cfg.train_dataloader.dataset = ConfigDict(
+            type='mmsinger.RandomImages', pipeline=pipeline,
+            size=[size] * 2 if isinstance(size, int) else list(size))
+        return ['Random images, through the pipeline of the data that are '
+                f'missing: {error}']
 
 
 def _taps(runner: Runner) -> List[str]:
@@ -79,7 +114,7 @@ def _taps(runner: Runner) -> List[str]:
     return lines
 
 
-def _costs(seconds: List[float], steps: int) -> List[str]:
+def _costs(seconds: List[float], steps: Optional[int]) -> List[str]:
     each = min(seconds[1:])  # the first one warms up
     if torch.cuda.is_available():
         memory, where = torch.cuda.max_memory_allocated(), 'GPU'
@@ -88,4 +123,5 @@ def _costs(seconds: List[float], steps: int) -> List[str]:
         where = 'process'
     return [f'A step: {each:.3g} s, {memory / 2**30:.2f} GiB ({where}, peak)',
             f'The run: {steps} steps, about {each * steps / 3600:.3g} h '
-            'without validation']
+            'without validation' if steps else
+            'The run: how many steps an epoch has, the data would say']

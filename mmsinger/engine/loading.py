@@ -7,15 +7,15 @@ from mmengine.config import Config
 from torch import Tensor
 
 from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
-from mmsinger.engine.resume import check_checkpoint_files
 from mmsinger.engine.hooks.calibration_hook import NUM_IMAGES
 from mmsinger.engine.images import ImageBatches
-from mmsinger.errors import ConfigError, check_keys
+from mmsinger.engine.resume import check_checkpoint_files
+from mmsinger.errors import ConfigError
 from mmsinger.export import is_distiller
 from mmsinger.models.distillers import FeatureDistiller
 from mmsinger.models.teachers.frozen import (FrozenTeacher, Normalisation,
                                              feature_settings)
-from mmsinger.registry import MODELS, argument_names
+from mmsinger.registry import MODELS, check_arguments
 
 NOT_NORMALISED = Normalisation(None, None)
 IMAGENET = Normalisation((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
@@ -149,7 +149,7 @@ def load_subject(cfg: Config, checkpoint: Optional[str] = None,
         settings['prefix'] = 'backbone.'
     if mean is not None:
         settings.update(mean=mean, std=std, swap_channels=False)
-    check_keys(source, settings, argument_names(FrozenTeacher))
+    check_arguments(source, FrozenTeacher, settings)
     teacher = FrozenTeacher(**settings)
     teacher.feature_cache = 0  # constant memory
     teacher.load_weights()

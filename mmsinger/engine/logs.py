@@ -9,7 +9,6 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
 from torch import nn
 
-from mmsinger.engine.optim import unused_keys
 from mmsinger.engine.unwrap import unwrap
 
 # Of mmengine, a line a parameter or what no config can change
@@ -26,6 +25,12 @@ def demote_details(record: logging.LogRecord) -> bool:
     if str(record.msg).startswith(DETAILS):
         record.levelno, record.levelname = logging.DEBUG, 'DEBUG'
     return True
+
+
+def drop_starts(record: logging.LogRecord) -> bool:
+    """A logging filter, for a run that goes on from a checkpoint: how the
+    adapters would have started is not how they are."""
+    return not str(record.msg).startswith('SiNGER adapter of layer')
 
 
 def import_datasets(scope: str) -> None:
@@ -69,13 +74,6 @@ class ParameterGroupsHook(Hook):
                   for group in each.optimizer.param_groups]
         model = unwrap(runner.model)
         runner.logger.info(describe_groups(model, groups))
-        settings = runner.cfg.get('optim_wrapper') or {}
-        for line in unused_keys(model, settings.get('paramwise_cfg') or {},
-                                wrappers[0].optimizer.defaults
-                                if isinstance(wrappers, list) else {}):
-            # Stock configs list keys for several backbones
-            runner.logger.log(logging.WARNING if 'Did you mean' in line
-                              else logging.INFO, line)
 
 
 def describe_groups(model: nn.Module, groups: List[dict]) -> str:

@@ -1,8 +1,9 @@
 """How parameters get their learning rates: mixed precision on a CPU, and the
 host toolboxes' own ways for the student."""
 import copy
+import difflib
 from contextlib import contextmanager
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Literal
 
 import torch
 from mmengine.logging import print_log
@@ -10,7 +11,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
 from mmsinger.engine.unwrap import unwrap
-from mmsinger.errors import ConfigError, check_choice, near_matches
+from mmsinger.errors import ConfigError
 from mmsinger.models.features.anatomy import find_blocks
 from mmsinger.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 
@@ -30,8 +31,8 @@ class CPUAmpOptimWrapper(OptimWrapper):
         ConfigError: If ``dtype`` is another.
     """
 
-    def __init__(self, dtype: str = 'bfloat16', **kwargs) -> None:
-        check_choice('optim_wrapper.dtype (on a CPU)', dtype, ('bfloat16', ))
+    def __init__(self, dtype: Literal['bfloat16'] = 'bfloat16', **kwargs
+                 ) -> None:
         super().__init__(**kwargs)
 
     @contextmanager
@@ -142,29 +143,31 @@ class StudentFirstConstructor(DefaultOptimWrapperConstructor):
         return builder(model.student)
 
 
-def unused_keys(model: nn.Module, paramwise_cfg: dict,
-                options: Dict[str, Any]) -> List[str]:
-    """What ``custom_keys`` of a config hold that has no effect.
+def check_custom_keys(model: nn.Module, paramwise_cfg: dict) -> None:
+    """Hold ``custom_keys`` of a config against the names of parameters.
+
+    Stock schedules list keys for several backbones: those that match nothing
+    are said in one warning.
 
     Args:
-        model (nn.Module): Whose parameters they are matched with.
+        model (nn.Module): A distiller or a plain model.
         paramwise_cfg (dict): ``optim_wrapper.paramwise_cfg``.
-        options (dict): ``defaults`` of the optimizer, which a group may set.
 
-    Returns:
-        list[str]: A sentence for each key that is in no parameter's name, and
-        each setting that is none.
+    Raises:
+        ConfigError: If a key that matches nothing is a misspelt part of the
+            model.
     """
     names = [f'.{name}' for name, _ in model.named_parameters()]
-    words = {word for name in names for word in name.split('.') if word}
-    settings = ('lr_mult', 'decay_mult', *options)
-    found = []
-    for key, value in (paramwise_cfg.get('custom_keys') or {}).items():
-        place = f'optim_wrapper.paramwise_cfg.custom_keys[{key!r}]'
-        if not any(key in name for name in names):
-            found.append(f'{place} is in the name of no parameter.'
-                         f'{near_matches(key, words)}')
-        found += [f'{place} sets {name!r}, which no optimizer reads.'
-                  f'{near_matches(name, settings)}'
-                  for name in value if name not in settings]
-    return found
+    parts = [name for name, _ in model.named_children()]
+    unused = [key for key in paramwise_cfg.get('custom_keys') or {}
+              if not any(key in name for name in names)]
+    for key in unused:
+        near = difflib.get_close_matches(key.split('.')[0], parts, 1, 0.75)
+        if near and near[0] != key.split('.')[0]:
+            raise ConfigError(
+                f'optim_wrapper.paramwise_cfg.custom_keys[{key!r}] is in the '
+                f'name of no parameter. Did you mean {near[0]!r}?')
+    if unused:
+        print_log('optim_wrapper.paramwise_cfg.custom_keys: '
+                  f'{", ".join(map(repr, unused))} are in the name of no '
+                  'parameter and have no effect', logger='current', level=30)

@@ -30,16 +30,17 @@ class ConfigOptions(DictAction):
     def __call__(self, parser: ArgumentParser, namespace: Namespace,
                  values: Sequence[str], option_string: Optional[str] = None
                  ) -> None:
-        structured = [pair for pair in values if 'dict(' in pair
-                      or '{' in pair]
+        options: Dict[str, Any] = {}
         try:
-            super().__call__(parser, namespace, [
-                pair for pair in values if pair not in structured],
-                option_string)
-            for pair in structured:
-                key, text = pair.split('=', maxsplit=1)
-                getattr(namespace, self.dest)[key] = _evaluate(
-                    ast.parse(text.strip(), mode='eval').body)
+            for pair in values:  # a later one may be inside an earlier one
+                if 'dict(' in pair or '{' in pair:
+                    key, text = pair.split('=', maxsplit=1)
+                    options[key] = _evaluate(
+                        ast.parse(text.strip(), mode='eval').body)
+                else:
+                    super().__call__(parser, namespace, [pair], option_string)
+                    options.update(getattr(namespace, self.dest))
+            setattr(namespace, self.dest, options)
         except (AssertionError, ValueError, SyntaxError) as error:
             parser.error(f'{option_string} {" ".join(values)}: expected '
                          f'KEY=VALUE ({error})')

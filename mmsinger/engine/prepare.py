@@ -24,8 +24,10 @@ from mmsinger.compat import onedl_config_packages
 from mmsinger.engine.checks import (check_data_folders, check_pretrained,
                                     check_work_dir, inner_datasets)
 from mmsinger.engine.logs import (ParameterGroupsHook, demote_details,
-                                  import_datasets)
+                                  drop_starts)
+from mmsinger.engine.optim import check_custom_keys
 from mmsinger.engine.options import apply_options
+from mmsinger.engine.parts import check_parts
 from mmsinger.engine.resume import (check_checkpoint_files,
                                     resume_from_intact_checkpoint)
 from mmsinger.engine.unwrap import unwrap
@@ -53,7 +55,9 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
         Config: The merged config, with a ``work_dir``.
 
     Raises:
-        ConfigError: If the file cannot be read, or an option does not fit.
+        ConfigError: If the file cannot be read, an option does not fit, or
+            nothing would read what it sets; see
+            :func:`~mmsinger.engine.parts.check_parts`.
     """
     if not os.path.isfile(path):
         raise ConfigError(f'config {path!r}: no such file (working directory '
@@ -67,6 +71,7 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
                           f'{_said(error)}') from error
     if options:
         apply_options(cfg, options)
+    check_parts(cfg)
     if cfg.get('work_dir') is None:
         stem = os.path.splitext(os.path.basename(path))[0]
         cfg.work_dir = os.path.join('work_dirs', stem)
@@ -96,7 +101,7 @@ def prepare_training(cfg: Config) -> None:
             'not one of the bases that it is made of.')
     scope = cfg.get('default_scope') or 'mmengine'
     init_default_scope(scope)
-    import_datasets(scope)
+    check_parts(cfg)
     add_required_hooks(cfg)
     fit_workers(cfg)
     limit_waiting(cfg)
@@ -128,8 +133,13 @@ def build_runner(cfg: Config) -> Runner:
     """
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg \
         else Runner.from_cfg(cfg)
-    check_pretrained(cfg.model, unwrap(runner.model))
+    model = unwrap(runner.model)
+    check_pretrained(cfg.model, model)
+    settings = cfg.get('optim_wrapper') or {}
+    check_custom_keys(model, settings.get('paramwise_cfg') or {})
     runner.logger.addFilter(demote_details)
+    if cfg.get('resume') and cfg.get('load_from'):
+        runner.logger.addFilter(drop_starts)
     runner.register_hook(ParameterGroupsHook())
     return runner
 

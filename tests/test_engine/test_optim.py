@@ -10,7 +10,7 @@ from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, init_default_scope
 from torch import nn
 
-from mmsinger.engine.optim import unused_keys
+from mmsinger.engine.optim import check_custom_keys
 from mmsinger.engine.prepare import load_config, use_student_constructor
 from mmsinger.errors import ConfigError
 from mmsinger.export import student_config
@@ -165,11 +165,11 @@ def test_a_backbone_without_blocks(tmp_path):
         groups_of(Distiller(student), cfg.optim_wrapper)
 
 
-def test_settings_without_effect():
+def test_keys_without_effect(caplog):
     model = nn.ModuleDict({'adapters': nn.Linear(1, 1)})
-    found = unused_keys(model, dict(custom_keys={
-        'adaptors': dict(lr_mult=0.1), 'adapters': dict(lr_mul=0.1),
-        '.weight': dict(lr_mult=2., eps=1e-4)}), dict(lr=1., eps=1e-8))
-    assert len(found) == 2
-    assert "custom_keys['adaptors']" in found[0] and "'adapters'?" in found[0]
-    assert "'lr_mul'" in found[1] and "Did you mean 'lr_mult'" in found[1]
+    with caplog.at_level('WARNING'):
+        check_custom_keys(model, dict(custom_keys={
+            'norm': dict(), '.weight': dict(), 'adapters': dict()}))
+    assert "'norm' are in the name of no parameter" in caplog.text
+    with pytest.raises(ConfigError, match="'adaptors'.*Did you mean 'adapt"):
+        check_custom_keys(model, dict(custom_keys={'adaptors': dict()}))

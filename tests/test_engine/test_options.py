@@ -40,14 +40,15 @@ def test_values_that_cannot_be_read(text, capsys):
 
 @pytest.mark.parametrize('option, value, copies', [
     ('teacher.checkpoint', 'other.pth', ['model.teacher.checkpoint']),
-    ('student.backbone.new_key', 1, ['model.student.backbone.new_key']),
+    ('student.backbone.qkv_bias', False, [
+        'model.student.backbone.qkv_bias']),
     ('distiller.adapter.rank', 3, ['model.adapter.rank']),
     ('distiller.target_norm', 'standardise', ['model.target_norm']),
-    ('train_pipeline.0.type', 'Other', [
+    ('train_pipeline.0.type', 'LoadImageFromNDArray', [
         'train_dataloader.dataset.pipeline.0.type']),
-    ('test_pipeline.1.size', 3, [
-        'val_dataloader.dataset.pipeline.1.size',
-        'test_dataloader.dataset.pipeline.1.size']),
+    ('test_pipeline.1.scale', 3, [
+        'val_dataloader.dataset.pipeline.1.scale',
+        'test_dataloader.dataset.pipeline.1.scale']),
 ])
 def test_overrides_of_variables_reach_their_copies(option, value, copies):
     cfg = load_config(RECIPE, {option: value})

@@ -202,7 +202,7 @@ def test_whose_tokens_are_resampled(resample):
 
 
 @pytest.mark.parametrize('projector, modules', [
-    (None, 'LinearProjector'),
+    ({}, 'LinearProjector'),
     (dict(type='mmsinger.MLPProjector'), 'LayerNorm'),
     (dict(type='mmsinger.MLPProjector', norm_cfg=dict(type='BN1d'),
           hidden_channels=12), 'BatchNorm1d'),

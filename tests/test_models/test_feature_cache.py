@@ -299,7 +299,7 @@ def test_the_planted_mask_is_of_the_last_pass():
             student=vit(), layers=(1, 3), teacher=teacher,
             task_loss_weight=0,
             targets=[dict(type='mmsinger.MaskTokens', oracle=True)])
-    for word in ('MaskTokens(oracle=True)', 'teacher.feature_cache=10',
+    for word in ('model.targets.0.oracle=True', 'teacher.feature_cache=10',
                  'teacher.feature_cache=0'):
         assert word in str(error.value)
 

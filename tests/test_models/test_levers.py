@@ -188,7 +188,7 @@ def test_the_whole_batch_draws_nothing(images):
 
 @pytest.mark.parametrize('value', [0, -0.1, 1.1, True, 'half'])
 def test_bad_fraction(value):
-    with pytest.raises(ConfigError, match='info_fraction=.*loss_weight=0'):
+    with pytest.raises(ConfigError, match='info_fraction=.*at most 1'):
         distiller(info_fraction=value)
 
 

@@ -264,7 +264,7 @@ DEPTH = dict(
     (dict(teacher=dict(backbone=vit())), ['teacher must be dict(model=']),
     (dict(teacher=dict(model=classifier(), layers=(1, ))),
      ['model.teacher.layers']),
-    (dict(teacher=dict(model='vit')), ['teacher.model must be a config']),
+    (dict(teacher=dict(model='vit')), ["teacher.model='vit'", 'a dict']),
     (dict(student=DEPTH), ['student: DepthEstimator', 'no class logits']),
     (dict(teacher=dict(model=DEPTH)), ['teacher.model: DepthEstimator']),
     (dict(student=classifier(head=None)), ['student: ImageClassifier',
@@ -274,7 +274,7 @@ DEPTH = dict(
     (dict(loss_kd=dict(temprature=2)), ['loss_kd.temprature',
                                         "'temperature'"]),
     (dict(layers=(1, 3)), ['model.layers', 'LogitKDDistiller']),
-    (dict(task_loss_weight=-1), ['task_loss_weight', 'negative']),
+    (dict(task_loss_weight=-1), ['task_loss_weight=-1', '0 or more']),
 ])
 def test_bad_input(kwargs, words):
     kwargs = {**dict(student=classifier(), teacher=dict(model=classifier())),

@@ -476,14 +476,14 @@ def test_the_block_it_plants_after_is_not_run_alone():
 
 
 @pytest.mark.parametrize('settings, words', [
-    (dict(share=0.4), ['share=0.4', '0 and 1/3']),
-    (dict(share=-0.1), ['share=-0.1', '0 and 1/3']),
+    (dict(share=0.4), ['share=0.4', 'at most 0.33']),
+    (dict(share=-0.1), ['share=-0.1', '0 or more']),
     (dict(norm=(9., 7.)), ['norm=(9.0, 7.0)', '(7.0, 9.0)']),
-    (dict(norm=(0., 7.)), ['norm=(0.0, 7.0)']),
+    (dict(norm=(0., 7.)), ['norm.0=0.0', 'above 0']),
     (dict(norm=7.), ['norm=7.0']),
-    (dict(dims=0), ['dims=0', '32 channels']),
+    (dict(dims=0), ['dims=0', '1 or more']),
     (dict(dims=33), ['dims=33', '32 channels']),
-    (dict(dims=1.5), ['dims=1.5', 'integer']),
+    (dict(dims=1.5), ['dims=1.5', 'a whole number']),
     (dict(direction='nul'), ["direction='nul'", "Did you mean 'null'"]),
     (dict(after=4), ['after=4', '0 to 3']),
     (dict(after=3), ['after=3', 'last block']),

@@ -227,16 +227,16 @@ def test_nothing_depends_on_data(step, weighted):
 
 
 @pytest.mark.parametrize('targets, words', [
-    ([clip()], ['ClipNorms: give quantile=0.95 or mad=6.0']),
-    ([clip(mad=2., quantile=0.9)], ['ClipNorms', 'not both']),
+    ([clip()], ['model.targets.0.quantile: give quantile=0.95 or mad=6.0']),
+    ([clip(mad=2., quantile=0.9)], ['model.targets.0.quantile', 'not both']),
     ([clip(quantil=0.9)], ['model.targets.0.quantil', "'quantile'"]),
-    ([clip(quantile=1.0)], ['ClipNorms: quantile=1.0', 'between 0 and 1']),
-    ([clip(mad=0)], ['ClipNorms: mad=0', 'above 0']),
-    ([clip(mad='6')], ["ClipNorms: mad='6'", 'above 0']),
-    ([mask()], ['MaskTokens: give mad=6.0 or oracle=True']),
+    ([clip(quantile=1.0)], ['targets.0.quantile=1.0', 'between 0 and 1']),
+    ([clip(mad=0)], ['targets.0.mad=0', 'above 0']),
+    ([clip(mad='6')], ["targets.0.mad='6'", 'above 0']),
+    ([mask()], ['targets.0.mad: give mad=6.0 or oracle=True']),
     ([mask(quantile=0.9)], ['model.targets.0.quantile', 'MaskTokens']),
-    ([mask(mad=6., oracle=True)], ['MaskTokens: mad=6.0', 'one of the two']),
-    ([mask(oracle=True)], ['MaskTokens(oracle=True)', 'PlantedArtifacts']),
+    ([mask(mad=6., oracle=True)], ['targets.0.mad=6.0', 'one of the two']),
+    ([mask(oracle=True)], ['targets.0.oracle=True', 'PlantedArtifacts']),
     ([dict(type='mmsinger.ClipNrms', mad=6.)], [
         "model.targets.0.type='mmsinger.ClipNrms'", "'ClipNorms'"]),
     ([dict(type='mmsinger.FeatureMSELoss')], [
@@ -244,11 +244,13 @@ def test_nothing_depends_on_data(step, weighted):
     ([dict(mad=6.)], ["model.targets.0.type=''"]),
     ([dict(type=None, mad=6.)], ['model.targets.0.type=None']),
     ([dict(type=7)], ['model.targets.0.type=7']),
-    (clip(mad=6.), ['model.targets must be a list of dicts']),
-    ([clip(mad=6.), 'mmsinger.MaskTokens'], ['must be a list of dicts']),
+    (clip(mad=6.), ["model.targets.type=", 'a dict']),
+    ([clip(mad=6.), 'mmsinger.MaskTokens'], [
+        "model.targets.1='mmsinger.MaskTokens'", 'a dict']),
     (dict(long=clip(quantil=0.9)), ['model.targets.long.quantil']),
-    (dict(clip=clip(mad=6.), mask='mad'), ['must be a list of dicts']),
-    (None, ['model.targets must be a list of dicts', 'got None']),
+    (dict(clip=clip(mad=6.), mask='mad'), [
+        "model.targets.mask='mad'", 'a dict']),
+    (None, ['model.targets=None', 'a list']),
 ], ids=str)
 def test_bad_input(targets, words):
     with pytest.raises(ConfigError) as error:

@@ -142,7 +142,7 @@ def test_bad_mode():
         TargetNorm(D, 'standardize')
     message = str(caught.value)
     assert "target_norm='standardize'" in message
-    assert "None, 'standardise', 'layernorm'" in message
+    assert "'standardise', 'layernorm', or None" in message
     assert "Did you mean 'standardise'" in message
 
 

@@ -223,7 +223,7 @@ def test_nothing_depends_on_data():
     (dict(reduction='summ'), ["reduction='summ'", "Did you mean 'sum'"]),
     (dict(mask_ratio=0), ['mask_ratio=0']),
     (dict(mask_ratio=1.5), ['mask_ratio=1.5']),
-    (dict(mimic_layers=0), ['mimic_layers=0 must be a list']),
+    (dict(mimic_layers=0), ['model.mimic_layers=0', 'a list']),
     (dict(mimic_layers=(0, 9)), ['=9 is out of range']),
     (dict(mimic_layers=(0, 7)), ['ascending order']),
     (dict(mimic_layers=(0, 5)), ['student_layers=5 is out of range']),

@@ -4,10 +4,9 @@ optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=6e-5, weight_decay=0.01),
     clip_grad=dict(max_norm=1.0),
-    paramwise_cfg=dict(custom_keys={
+    paramwise_cfg=dict(norm_decay_mult=0., custom_keys={
         'pos_embed': dict(decay_mult=0.),
         'cls_token': dict(decay_mult=0.),
-        'norm': dict(decay_mult=0.),
         'projectors': dict(lr_mult=10.),
         'adapters': dict(lr_mult=0.1),
     }))

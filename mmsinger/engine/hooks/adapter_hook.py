@@ -6,6 +6,7 @@ from mmsinger.engine.unwrap import unwrap
 from mmsinger.models import FeatureDistiller
 from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.registry import HOOKS
+from mmsinger.schema import Count, NonNegative
 
 
 @HOOKS.register_module()
@@ -27,8 +28,8 @@ class SiNGERAdapterHook(Hook):
 
     priority = 'NORMAL'
 
-    def __init__(self, interval: int = 50,
-                 min_variance_ratio: float = 0.5) -> None:
+    def __init__(self, interval: Count = 50,
+                 min_variance_ratio: NonNegative = 0.5) -> None:
         self.interval = interval
         self.min_variance_ratio = min_variance_ratio
         self._collapsed = set()

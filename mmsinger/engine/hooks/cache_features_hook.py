@@ -14,6 +14,7 @@ from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError
 from mmsinger.models.probes.frozen_backbone import FrozenBackbone
 from mmsinger.registry import HOOKS
+from mmsinger.schema import Count
 
 
 @HOOKS.register_module()
@@ -33,10 +34,7 @@ class CacheFeaturesHook(Hook):
 
     priority = 'LOW'  # other hooks see the images' data set in before_train
 
-    def __init__(self, chunk_size: int = 250) -> None:
-        if chunk_size < 1:
-            raise ConfigError('CacheFeaturesHook.chunk_size must be at least '
-                              f'1, got {chunk_size}.')
+    def __init__(self, chunk_size: Count = 250) -> None:
         self.chunk_size = chunk_size
 
     def before_train(self, runner) -> None:

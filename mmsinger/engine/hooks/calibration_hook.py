@@ -12,6 +12,7 @@ from mmsinger.engine.hooks.random_state_hook import (random_states,
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.images import dataset_batches
 from mmsinger.registry import HOOKS
+from mmsinger.schema import Count
 
 NUM_IMAGES = 256
 
@@ -32,8 +33,8 @@ class CalibrationHook(Hook):
 
     priority = 'NORMAL'
 
-    def __init__(self, num_images: int = NUM_IMAGES, batch_size: int = 32
-                 ) -> None:
+    def __init__(self, num_images: Count = NUM_IMAGES,
+                 batch_size: Count = 32) -> None:
         self.num_images = num_images
         self.batch_size = batch_size
 

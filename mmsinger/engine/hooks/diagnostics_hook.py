@@ -14,6 +14,7 @@ from mmsinger.errors import ConfigError
 from mmsinger.models import FeatureDistiller
 from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.registry import HOOKS
+from mmsinger.schema import Count, Natural
 
 MIDDLE = (0.5, 0.5)
 
@@ -62,19 +63,12 @@ class DiagnosticsHook(Hook):
     priority = 'NORMAL'
 
     def __init__(self,
-                 interval: int = 100,
-                 num_images: int = 16,
+                 interval: Natural = 100,
+                 num_images: Count = 16,
                  draw: bool = False,
-                 draw_interval: int = 0,
-                 draw_images: int = 4,
+                 draw_interval: Natural = 0,
+                 draw_images: Count = 4,
                  patch: Tuple[float, float] = MIDDLE) -> None:
-        for name, value, least in (
-                ('interval', interval, 0), ('num_images', num_images, 1),
-                ('draw_interval', draw_interval, 0),
-                ('draw_images', draw_images, 1)):
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(f'DiagnosticsHook.{name}={value!r} must be '
-                                  f'a whole number, {least} or more.')
         if draw or patch != MIDDLE:
             from mmsinger.figures import patch_at
             patch_at((1, 1), patch)
@@ -155,8 +149,8 @@ class DiagnosticsHook(Hook):
         if not self.draw or model is None:
             return
         # Not before: training needs no matplotlib
-        from mmsinger.figures import (draw_maps, extract_features,
-                                      pictures_of, to_array)
+        from mmsinger.figures import (draw_maps, extract_features, pictures_of,
+                                      to_array)
         if self._images is None:
             with preserved_random_states(seed=0):
                 self._images = torch.cat([

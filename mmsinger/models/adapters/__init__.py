@@ -1,10 +1,10 @@
-from mmsinger.models.adapters.nullspace import (SELECTIONS, Nullspace,
+from mmsinger.models.adapters.nullspace import (Nullspace, Selection,
                                                 left_nullspace,
                                                 left_singular_directions,
                                                 linearised_ffn)
-from mmsinger.models.adapters.singer_adapter import INITS, SiNGERAdapter
+from mmsinger.models.adapters.singer_adapter import Init, SiNGERAdapter
 
 __all__ = [
-    'INITS', 'Nullspace', 'SELECTIONS', 'SiNGERAdapter', 'left_nullspace',
+    'Init', 'Nullspace', 'Selection', 'SiNGERAdapter', 'left_nullspace',
     'left_singular_directions', 'linearised_ffn'
 ]

@@ -6,17 +6,18 @@ where ``u^T W`` is (near) zero. W is computed and decomposed in float64: its
 small singular values are what matters here.
 """
 import warnings
-from typing import NamedTuple, Optional, Tuple
+from typing import Literal, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from mmsinger.errors import ConfigError, check_choice
+from mmsinger.errors import ConfigError
 from mmsinger.metrics.subspaces import random_rows
 from mmsinger.models.features.anatomy import (ffn_weights, find_part,
                                               layer_scale)
+from mmsinger.schema import check_value
 
-SELECTIONS = ('smallest', 'threshold')
+Selection = Literal['smallest', 'threshold']
 
 
 class Nullspace(NamedTuple):
@@ -121,7 +122,7 @@ def left_singular_directions(weight: Tensor) -> Tuple[Tensor, Tensor]:
 
 def left_nullspace(weight: Optional[Tensor],
                    rank: int,
-                   selection: str = 'smallest',
+                   selection: Selection = 'smallest',
                    threshold: float = 0.05,
                    seed: int = 0,
                    decomposition: Optional[Tuple[Tensor, Tensor]] = None
@@ -149,7 +150,7 @@ def left_nullspace(weight: Optional[Tensor],
     Raises:
         ConfigError: If the rank is not in [1, D] or the selection is unknown.
     """
-    check_choice('adapter.selection', selection, SELECTIONS)
+    check_value('adapter.selection', selection, Selection)
     directions, values = decomposition or left_singular_directions(weight)
     check_rank(rank, len(values))
     if selection == 'smallest':

@@ -1,15 +1,16 @@
 """The low-rank adapter that refines a teacher's patch tokens."""
 import math
-from typing import Dict, Tuple
+from typing import Dict, Literal, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from mmsinger.errors import check_choice
 from mmsinger.metrics.subspaces import random_rows
-from mmsinger.models.adapters.nullspace import check_rank, left_nullspace
+from mmsinger.models.adapters.nullspace import (Selection, check_rank,
+                                                left_nullspace)
+from mmsinger.schema import check_value
 
-INITS = ('nullspace', 'random', 'zero')
+Init = Literal['nullspace', 'random', 'zero']
 
 
 class SiNGERAdapter(nn.Module):
@@ -62,8 +63,8 @@ class SiNGERAdapter(nn.Module):
     @torch.no_grad()
     def initialise(self,
                    decomposition: Tuple[Tensor, Tensor],
-                   init: str = 'nullspace',
-                   selection: str = 'smallest',
+                   init: Init = 'nullspace',
+                   selection: Selection = 'smallest',
                    threshold: float = 0.05,
                    seed: int = 0) -> Dict[str, object]:
         """Set both matrices (section 3.2; Table 4 compares the first two).
@@ -83,7 +84,7 @@ class SiNGERAdapter(nn.Module):
             dict: For the log: ``init``, ``rank``, ``singular_values`` kept
             (a list, empty unless ``init='nullspace'``), ``num_random``.
         """
-        check_choice('adapter.init', init, INITS)
+        check_value('adapter.init', init, Init)
         dim, rank = self.down.shape
         info: Dict[str, object] = dict(
             init=init, rank=rank, singular_values=[], num_random=0)

@@ -1,11 +1,11 @@
 """Artifacts planted into a clean teacher, to judge methods against."""
-from typing import NamedTuple, Optional, Sequence
+from typing import Annotated, Literal, NamedTuple, Optional, Tuple
 
 import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmsinger.errors import ConfigError, check_choice
+from mmsinger.errors import ConfigError
 from mmsinger.metrics.norms import lower_median
 from mmsinger.models.adapters import left_singular_directions, linearised_ffn
 from mmsinger.models.features.anatomy import (Layer, find_blocks, patch_grid,
@@ -14,9 +14,7 @@ from mmsinger.models.features.anatomy import (Layer, find_blocks, patch_grid,
 from mmsinger.models.features.taps import first_output
 from mmsinger.models.features.tokens import Grid
 from mmsinger.registry import MODELS
-
-DIRECTIONS = ('null', 'random')
-PLACES = ('plain', 'content')
+from mmsinger.schema import Count, Natural, Positive, Range
 
 
 @MODELS.register_module()
@@ -63,22 +61,14 @@ class PlantedArtifacts(BaseModule):
     def __init__(self,
                  backbone: dict,
                  after: Layer = 1,
-                 share: float = 0.03,
-                 norm: Sequence[float] = (7.0, 9.0),
-                 dims: int = 1,
-                 direction: str = 'random',
-                 on: str = 'plain',
-                 seed: int = 0) -> None:
+                 share: Annotated[float, Range(0, 1 / 3)] = 0.03,
+                 norm: Tuple[Positive, Positive] = (7.0, 9.0),
+                 dims: Count = 1,
+                 direction: Literal['null', 'random'] = 'random',
+                 on: Literal['plain', 'content'] = 'plain',
+                 seed: Natural = 0) -> None:
         super().__init__()
-        check_choice('direction', direction, DIRECTIONS)
-        check_choice('on', on, PLACES)
-        if not 0 <= share <= 1 / 3:
-            raise ConfigError(
-                f'share={share} must lie between 0 and 1/3: artifacts are '
-                'planted into the half of the patches that has the least (or '
-                'the most) content, and an image has up to 1.5 times as many.')
-        if isinstance(norm, (int, float)) or len(norm) != 2 or \
-                not 0 < norm[0] <= norm[1]:
+        if norm[0] > norm[1]:
             raise ConfigError(f'norm={norm} must be the smallest and the '
                               'largest length, for instance (7.0, 9.0).')
         self.backbone = MODELS.build(backbone)
@@ -87,7 +77,7 @@ class PlantedArtifacts(BaseModule):
         if self.after == len(blocks) - 1:
             raise ConfigError(f'after={after} is the last block: there is no '
                               'following block to plant for.')
-        if not isinstance(dims, int) or not 1 <= dims <= blocks.dim:
+        if dims > blocks.dim:
             raise ConfigError(f'dims={dims} must be an integer between 1 and '
                               f"the tokens' {blocks.dim} channels.")
         self.share = share

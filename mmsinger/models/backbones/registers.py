@@ -5,6 +5,7 @@ from torch import nn
 
 from mmsinger.errors import ConfigError
 from mmsinger.registry import MODELS
+from mmsinger.schema import Natural
 
 
 @MODELS.register_module()
@@ -26,7 +27,7 @@ class VisionTransformerWithRegisters(VisionTransformer):
         ConfigError: If there is no class token to put them after.
     """
 
-    def __init__(self, num_registers: int = 4, **kwargs) -> None:
+    def __init__(self, num_registers: Natural = 4, **kwargs) -> None:
         if not kwargs.get('with_cls_token', True):
             raise ConfigError(
                 'VisionTransformerWithRegisters needs a class token: remove '

@@ -1,6 +1,6 @@
 """What all distillation methods share: a student and a frozen teacher."""
 import copy
-from typing import Any, Callable, Dict, Optional, Tuple, Type, Union
+from typing import Any, Callable, Dict, Literal, Optional, Tuple, Type, Union
 
 import torch
 from mmengine.logging import MessageHub, print_log
@@ -8,12 +8,13 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from mmsinger.checkpoint import safe_loading
-from mmsinger.errors import ConfigError, check_choice, check_keys
+from mmsinger.errors import ConfigError, check_keys
 from mmsinger.images import first_view
 from mmsinger.models.features.anatomy import find_part
 from mmsinger.models.teachers.frozen import (PRECISIONS, FrozenModule,
                                              FrozenTeacher, Normalisation)
-from mmsinger.registry import MODELS, argument_names
+from mmsinger.registry import MODELS, arguments_of, check_arguments
+from mmsinger.schema import NonNegative
 
 
 class BaseDistiller(BaseModel):
@@ -55,12 +56,13 @@ class BaseDistiller(BaseModel):
         'SafeCheckpointHook', 'StudentCheckpointHook', 'RunGuardHook',
         'RandomStateHook')
     teacher_class = FrozenTeacher
+    place = 'model'  # where a config has it, for messages
 
     def __init__(self,
                  student: dict,
                  teacher: dict,
-                 task_loss_weight: float = 1.0,
-                 teacher_dtype: Optional[str] = None,
+                 task_loss_weight: NonNegative = 1.0,
+                 teacher_dtype: Optional[Literal['fp32', 'bf16']] = None,
                  data_preprocessor: Optional[dict] = None,
                  **unknown: Any) -> None:
         if {'pretrained', 'train_cfg'} <= set(unknown):  # set to None there
@@ -69,12 +71,8 @@ class BaseDistiller(BaseModel):
                 f'{type(self).__name__}. Give them what training wrote for '
                 'this: the config NAME_student.py and a checkpoint '
                 '…_student.pth of the work dir.')
-        check_keys('model', unknown, argument_names(type(self)),
+        check_keys('model', unknown, arguments_of(type(self)).hints,
                    type(self).__name__)
-        check_choice('teacher_dtype', teacher_dtype, (None, *PRECISIONS))
-        if task_loss_weight < 0:
-            raise ConfigError('task_loss_weight must not be negative, got '
-                              f'{task_loss_weight}.')
         with safe_loading():
             student_model = build_student(student, data_preprocessor)
         super().__init__(data_preprocessor=getattr(
@@ -409,7 +407,7 @@ def build_teacher(cfg: dict, cls: Type[FrozenModule] = FrozenTeacher
         got = sorted(cfg) if isinstance(cfg, dict) else repr(cfg)
         raise ConfigError(
             f'teacher must be dict({cls.part}=…, checkpoint=…), got {got}.')
-    check_keys('model.teacher', cfg, argument_names(cls))
+    check_arguments('model.teacher', cls, cfg)
     return cls(**cfg)
 
 

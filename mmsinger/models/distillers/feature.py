@@ -1,12 +1,13 @@
 """What the methods that compare block outputs share."""
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import (Annotated, Any, Dict, List, Literal, Optional, Sequence,
+                    Tuple, Union)
 
 import torch
 from torch import Tensor, nn
 
-from mmsinger.errors import ConfigError, check_choice
+from mmsinger.errors import ConfigError, placed
 from mmsinger.models.distillers.base import BaseDistiller, reached_parameters
-from mmsinger.models.distillers.layer_map import LAYER_MAPS, map_layers
+from mmsinger.models.distillers.layer_map import LayerMap, map_layers
 from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.models.features.anatomy import (Features, Layer, at_same_paths,
                                               example_images, find_features,
@@ -18,10 +19,13 @@ from mmsinger.models.features.tokens import Tokens, align_tokens
 from mmsinger.models.losses import FeatureMSELoss
 from mmsinger.models.targets import (ClipNorms, Refine, TargetNorm, TargetStep,
                                      TeacherOutputs)
-from mmsinger.models.targets.normalise import MODES as TARGET_NORMS
+from mmsinger.models.targets.normalise import Mode
 from mmsinger.registry import build_part
+from mmsinger.schema import DefaultType
 
 StepConfigs = Union[Sequence[dict], Dict[str, dict]]
+FeatureLossConfig = Annotated[dict, DefaultType('mmsinger.FeatureMSELoss')]
+Projector = Annotated[dict, DefaultType('mmsinger.LinearProjector')]
 
 
 class FeatureDistiller(BaseDistiller):
@@ -50,10 +54,10 @@ class FeatureDistiller(BaseDistiller):
             own. As a dict, each has a name by which other configs and
             ``--cfg-options`` can change it. Defaults to none: the tokens as
             they are.
-        projector (dict, optional): Config of what brings student tokens to
+        projector (dict): Config of what brings student tokens to
             the teacher's width, one for each layer:
             :class:`LinearProjector`, :class:`MLPProjector`, or your own.
-            Defaults to None, linear.
+            Defaults to ``dict(type='mmsinger.LinearProjector')``.
         resample (str): Whose tokens are resampled where the grids of student
             and teacher differ: ``'student'``, to the teacher's grid;
             ``'teacher'``, to the student's, which for a coarse map of a
@@ -77,25 +81,21 @@ class FeatureDistiller(BaseDistiller):
 
     required_hooks = ('CalibrationHook', *BaseDistiller.required_hooks,
                       'SiNGERAdapterHook', 'DiagnosticsHook')
-    layer_maps = LAYER_MAPS
 
     def __init__(self,
                  student: dict,
                  teacher: dict,
                  layers: Optional[Sequence[Layer]] = None,
                  student_layers: Optional[Sequence[Layer]] = None,
-                 layer_map: str = 'relative',
-                 target_norm: Optional[str] = None,
+                 layer_map: LayerMap = 'relative',
+                 target_norm: Mode = None,
                  targets: StepConfigs = (),
-                 projector: Optional[dict] = None,
-                 resample: str = 'student',
+                 projector: Projector = dict(),
+                 resample: Literal['student', 'teacher'] = 'student',
                  compile: Union[bool, dict] = False,
-                 loss_kd: Optional[dict] = None,
+                 loss_kd: FeatureLossConfig = dict(),
                  **kwargs: Any) -> None:
         # Mistakes are found before the models are built, which takes long.
-        check_choice('layer_map', layer_map, self.layer_maps)
-        check_choice('target_norm', target_norm, TARGET_NORMS)
-        check_choice('resample', resample, ('student', 'teacher'))
         steps = build_steps(targets, target_norm)
         kd = build_part('model.loss_kd', loss_kd, 'mmsinger.FeatureMSELoss')
         super().__init__(student=student, teacher=teacher, **kwargs)
@@ -120,7 +120,8 @@ class FeatureDistiller(BaseDistiller):
         self.target_norm = target_norm
         self.steps = steps
         for step in steps:
-            step.prepare(self.teacher, self.layers)
+            with placed(step.place):
+                step.prepare(self.teacher, self.layers)
         #: Teacher blocks that are read: the distilled ones and what steps
         #: ask for
         self.tapped_teacher_layers: List[int] = sorted({
@@ -183,7 +184,7 @@ class FeatureDistiller(BaseDistiller):
             step.init_weights(self.teacher)
 
     def _resolve_layers(self, layers: Sequence[Layer]) -> List[int]:
-        if isinstance(layers, (int, str)) or not len(layers):
+        if not len(layers):
             raise ConfigError(f'layers={layers!r} must be a list of teacher '
                               'blocks, for instance (17, 23).')
         resolved = [resolve_layer(layer, self.teacher.blocks, 'layers')
@@ -199,14 +200,19 @@ class FeatureDistiller(BaseDistiller):
         if layers is None:
             return map_layers(self.layers, len(self.teacher.blocks),
                               len(blocks), layer_map)
-        if isinstance(layers, (int, str)) or \
-                len(layers) != len(self.layers):
+        if len(layers) != len(self.layers):
             raise ConfigError(
                 f'student_layers={layers!r} must name one student block for '
                 f'each of the {len(self.layers)} teacher layers '
                 f'{self.layers}.')
-        return [resolve_layer(layer, blocks, 'student_layers')
-                for layer in layers]
+        resolved = [resolve_layer(layer, blocks, 'student_layers')
+                    for layer in layers]
+        if sorted(resolved) != resolved:
+            raise ConfigError(
+                f'student_layers={tuple(layers)} descends, while the teacher '
+                f'layers {self.layers} that they learn from ascend. Give them '
+                'in ascending order.')
+        return resolved
 
     def _check_same_images(self) -> None:
         ours = self.student_features.in_channels
@@ -290,7 +296,9 @@ class FeatureDistiller(BaseDistiller):
             student_outputs = {layer: padding.weigh(tokens)
                                for layer, tokens in student_outputs.items()}
         targets, losses = self.make_targets(teacher_outputs)
-        return {**self.feature_losses(targets, student_outputs), **losses}
+        own = self.feature_losses(targets, student_outputs)
+        _refuse_same_names(losses, own, 'model')
+        return {**own, **losses}
 
     def make_targets(self, outputs: TeacherOutputs
                      ) -> Tuple[Dict[int, Tokens], Dict[str, Tensor]]:
@@ -310,6 +318,7 @@ class FeatureDistiller(BaseDistiller):
         losses: Dict[str, Tensor] = {}
         for step in self.steps:
             targets, own = step(targets, outputs)
+            _refuse_same_names(losses, own, step.place)
             losses.update(own)
         return targets, losses
 
@@ -448,6 +457,15 @@ class FeatureDistiller(BaseDistiller):
                         if step.needs_calibration]
 
 
+def _refuse_same_names(losses: Dict[str, Tensor], more: Dict[str, Tensor],
+                       place: str) -> None:
+    for name in losses.keys() & more.keys():
+        raise ConfigError(
+            f'{place}: its loss {name!r} has the name of a loss of an earlier '
+            'step in model.targets, and one would replace the other. Let the '
+            'step return it under another name.')
+
+
 def build_steps(cfgs: StepConfigs, target_norm: Optional[str]
                 ) -> List[TargetStep]:
     """Build the steps of ``model.targets``.
@@ -462,15 +480,13 @@ def build_steps(cfgs: StepConfigs, target_norm: Optional[str]
     Raises:
         ConfigError: If one is no step, or has no effect.
     """
-    named = dict(cfgs) if isinstance(cfgs, dict) else dict(enumerate(cfgs)) \
-        if isinstance(cfgs, (list, tuple)) else {'': cfgs}
-    if not all(isinstance(cfg, dict) for cfg in named.values()):
-        raise ConfigError('model.targets must be a list of dicts, or a dict '
-                          f"of them, got {cfgs!r}. For instance [dict(type="
-                          "'mmsinger.ClipNorms', quantile=0.95)].")
-    steps = [build_part(f'model.targets.{name}', cfg)
-             for name, cfg in named.items()]
-    for step in steps:
+    named = cfgs if isinstance(cfgs, dict) else dict(enumerate(cfgs))
+    steps = []
+    for key, cfg in named.items():
+        # SiNGER's own, which has no name, has its settings in the model
+        place = f'model.targets.{key}' if key != '' else 'model'
+        step = build_part(place, cfg)
+        steps.append(step)
         name = type(step).__name__
         if not isinstance(step, TargetStep):
             raise ConfigError(
@@ -486,4 +502,5 @@ def build_steps(cfgs: StepConfigs, target_norm: Optional[str]
                 'model.targets: ClipNorms has no effect with '
                 "target_norm='layernorm', which gives all targets the same "
                 "norm. Use target_norm='standardise' or None.")
+        step.place = place
     return steps

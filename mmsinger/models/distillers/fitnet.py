@@ -1,8 +1,7 @@
-from typing import Any, Dict
+from typing import Any, Dict, Literal
 
 from torch import Tensor
 
-from mmsinger.errors import check_choice
 from mmsinger.models.distillers.feature import FeatureDistiller
 from mmsinger.models.features.tokens import Tokens
 from mmsinger.registry import MODELS
@@ -21,8 +20,8 @@ class FitNetDistiller(FeatureDistiller):
         **kwargs: See :class:`FeatureDistiller`.
     """
 
-    def __init__(self, over_layers: str = 'sum', **kwargs: Any) -> None:
-        check_choice('over_layers', over_layers, ('sum', 'mean'))
+    def __init__(self, over_layers: Literal['sum', 'mean'] = 'sum',
+                 **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.over_layers = over_layers
 

@@ -1,15 +1,16 @@
 """Which student block learns from which teacher block."""
-from typing import List, Sequence
+from typing import List, Literal, Sequence
 
 import numpy as np
 
 from mmsinger.errors import ConfigError
 
-LAYER_MAPS = ('relative', 'official')
+LayerMap = Literal['relative', 'official']
 
 
 def map_layers(teacher_layers: Sequence[int], teacher_depth: int,
-               student_depth: int, layer_map: str = 'relative') -> List[int]:
+               student_depth: int, layer_map: LayerMap = 'relative'
+               ) -> List[int]:
     """Derive student layers from teacher layers.
 
     Args:

@@ -1,5 +1,5 @@
 """Distillation of class logits (arXiv 1503.02531)."""
-from typing import Any, Dict, Optional, Tuple
+from typing import Annotated, Any, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from mmsinger.models.features.anatomy import fixed_input_size
 from mmsinger.models.features.padding import Padding, find_padding
 from mmsinger.models.teachers.frozen import FrozenClassifier
 from mmsinger.registry import MODELS, build_part
+from mmsinger.schema import DefaultType
+
+LogitLossConfig = Annotated[dict, DefaultType('mmsinger.LogitKLLoss')]
 
 
 @MODELS.register_module()
@@ -25,7 +28,7 @@ class LogitKDDistiller(BaseDistiller):
         student (dict): Config of a model with a head.
         teacher (dict): Arguments of :class:`FrozenClassifier`: a whole model,
             head included.
-        loss_kd (dict, optional): Defaults to ``dict(
+        loss_kd (dict): Defaults to ``dict(
             type='mmsinger.LogitKLLoss', temperature=4.0, loss_weight=1.0)``.
         **kwargs: See :class:`BaseDistiller`. With ``task_loss_weight=0``
             the student never sees a label.
@@ -38,7 +41,8 @@ class LogitKDDistiller(BaseDistiller):
     teacher_class = FrozenClassifier
     _not_reached = 'that the logits do not depend on (auxiliary heads)'
 
-    def __init__(self, loss_kd: Optional[dict] = None, **kwargs: Any) -> None:
+    def __init__(self, loss_kd: LogitLossConfig = dict(), **kwargs: Any
+                 ) -> None:
         kd = build_part('model.loss_kd', loss_kd, 'mmsinger.LogitKLLoss')
         super().__init__(**kwargs)
         self.loss_kd = kd

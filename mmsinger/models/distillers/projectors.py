@@ -5,6 +5,7 @@ from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 
 from mmsinger.registry import MODELS
+from mmsinger.schema import Count
 
 
 @MODELS.register_module()
@@ -35,7 +36,7 @@ class MLPProjector(nn.Module):
     """
 
     def __init__(self, in_channels: int, out_channels: int,
-                 hidden_channels: Optional[int] = None,
+                 hidden_channels: Optional[Count] = None,
                  norm_cfg: Optional[dict] = dict(type='LN')) -> None:
         super().__init__()
         hidden = hidden_channels or out_channels

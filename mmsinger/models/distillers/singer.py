@@ -1,9 +1,12 @@
 """SiNGER: distil refined teacher features (arXiv 2509.20986)."""
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 from mmsinger.models.distillers.feature import StepConfigs
 from mmsinger.models.distillers.fitnet import FitNetDistiller
+from mmsinger.models.targets.refine import (Adapter, Gate, InfoConfig,
+                                            LastLayer, OutlierConfig)
 from mmsinger.registry import MODELS
+from mmsinger.schema import Share
 
 
 @MODELS.register_module()
@@ -23,11 +26,11 @@ class SiNGERDistiller(FitNetDistiller):
             'adapters': dict(lr_mult=0.1)}))
 
     Args:
-        adapter (dict, optional): ``rank``, ``init`` and more, see
+        adapter (dict): ``rank``, ``init`` and more, see
             :class:`Refine`, as for all that follow.
-        loss_outlier (dict, optional): ``quantile`` (0.95) and
+        loss_outlier (dict): ``quantile`` (0.95) and
             ``loss_weight`` (0.01).
-        loss_info (dict, optional): ``loss_weight`` (1.0) and more.
+        loss_info (dict): ``loss_weight`` (1.0) and more.
         last_layer (str): ``'final'`` (default) or ``'listed'``.
         info_fraction (float): Defaults to 1.0.
         gate (dict, optional): ``dict(mad=k)``. Defaults to None.
@@ -43,16 +46,16 @@ class SiNGERDistiller(FitNetDistiller):
     """
 
     def __init__(self,
-                 adapter: Optional[dict] = None,
-                 loss_outlier: Optional[dict] = None,
-                 loss_info: Optional[dict] = None,
-                 last_layer: str = 'final',
-                 info_fraction: float = 1.0,
-                 gate: Optional[dict] = None,
+                 adapter: Adapter = Adapter(),
+                 loss_outlier: OutlierConfig = dict(),
+                 loss_info: InfoConfig = dict(),
+                 last_layer: LastLayer = 'final',
+                 info_fraction: Share = 1.0,
+                 gate: Optional[Gate] = None,
                  cap: bool = False,
                  kd_gradient: bool = True,
                  targets: StepConfigs = (),
-                 over_layers: str = 'mean',
+                 over_layers: Literal['sum', 'mean'] = 'mean',
                  **kwargs: Any) -> None:
         refine = dict(
             type='mmsinger.Refine', adapter=adapter,

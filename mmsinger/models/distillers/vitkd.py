@@ -1,17 +1,16 @@
 """ViTKD: mimic the first blocks, generate the last (arXiv 2209.02432)."""
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Literal, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from mmsinger.errors import ConfigError, check_choice
+from mmsinger.errors import ConfigError
 from mmsinger.models.distillers.feature import FeatureDistiller
 from mmsinger.models.distillers.layer_map import map_layers
 from mmsinger.models.features.anatomy import Layer
 from mmsinger.models.features.tokens import Tokens
 from mmsinger.registry import MODELS
-
-REDUCTIONS = ('sum', 'mean')
+from mmsinger.schema import NonNegative, Share
 
 
 @MODELS.register_module()
@@ -51,16 +50,14 @@ class ViTKDDistiller(FeatureDistiller):
             together.
     """
 
-    layer_maps = ('same', *FeatureDistiller.layer_maps)
-
     def __init__(self,
                  mimic_layers: Sequence[Layer] = (0, 1),
                  generate_layer: Layer = -1,
-                 layer_map: str = 'same',
-                 reduction: str = 'sum',
-                 mimic_weight: float = 3e-5,
-                 generate_weight: float = 3e-6,
-                 mask_ratio: float = 0.5,
+                 layer_map: Literal['same', 'relative', 'official'] = 'same',
+                 reduction: Literal['sum', 'mean'] = 'sum',
+                 mimic_weight: NonNegative = 3e-5,
+                 generate_weight: NonNegative = 3e-6,
+                 mask_ratio: Share = 0.5,
                  **kwargs: Any) -> None:
         for key, instead in (
                 ('layers', 'mimic_layers and generate_layer'),
@@ -68,13 +65,6 @@ class ViTKDDistiller(FeatureDistiller):
             if key in kwargs:
                 raise ConfigError(f'model.{key}: ViTKDDistiller has {instead} '
                                   'instead.')
-        check_choice('reduction', reduction, REDUCTIONS)
-        if not 0 < mask_ratio <= 1:
-            raise ConfigError(f'mask_ratio={mask_ratio} must be above 0 and '
-                              'at most 1; the original is 0.5.')
-        if isinstance(mimic_layers, (int, str)):
-            raise ConfigError(f'mimic_layers={mimic_layers!r} must be a list '
-                              'of teacher blocks, for instance (0, 1).')
         super().__init__(layers=(*mimic_layers, generate_layer),
                          layer_map=layer_map, **kwargs)
         self.mimic_layers = self.layers[:-1]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.registry import MODELS
+from mmsinger.schema import NonNegative
 
 
 class FeatureLoss(nn.Module):
@@ -18,7 +19,7 @@ class FeatureLoss(nn.Module):
         loss_weight (float): Defaults to 1.0.
     """
 
-    def __init__(self, loss_weight: float = 1.0) -> None:
+    def __init__(self, loss_weight: NonNegative = 1.0) -> None:
         super().__init__()
         self.loss_weight = loss_weight
 
@@ -74,7 +75,8 @@ class FeatureSmoothL1Loss(FeatureLoss):
         loss_weight (float): Defaults to 1.0.
     """
 
-    def __init__(self, beta: float = 1.0, loss_weight: float = 1.0) -> None:
+    def __init__(self, beta: NonNegative = 1.0,
+                 loss_weight: NonNegative = 1.0) -> None:
         super().__init__(loss_weight)
         self.beta = beta
 

@@ -1,13 +1,13 @@
-from typing import Any, Optional, Tuple, Union
+from typing import Any, Literal, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mmsinger.errors import check_choice
 from mmsinger.metrics.geometry import unit_tokens
 from mmsinger.models.losses.feature_loss import weighted_mean
 from mmsinger.registry import MODELS
+from mmsinger.schema import NonNegative
 
 
 def gram_difference(pred: Tensor, target: Tensor,
@@ -104,11 +104,10 @@ class GramInformationLoss(nn.Module):
         loss_weight (float): Defaults to 1.0.
     """
 
-    def __init__(self, intermediate: str = 'gram', last: str = 'self',
-                 loss_weight: float = 1.0) -> None:
+    def __init__(self, intermediate: Literal['gram', 'mse'] = 'gram',
+                 last: Literal['self', 'previous'] = 'self',
+                 loss_weight: NonNegative = 1.0) -> None:
         super().__init__()
-        check_choice('loss_info.intermediate', intermediate, ('gram', 'mse'))
-        check_choice('loss_info.last', last, ('self', 'previous'))
         self.intermediate = intermediate
         self.last = last
         self.loss_weight = loss_weight

@@ -2,8 +2,8 @@ from typing import Optional
 
 from torch import Tensor, nn
 
-from mmsinger.errors import ConfigError
 from mmsinger.registry import MODELS
+from mmsinger.schema import NonNegative, Positive
 
 
 @MODELS.register_module()
@@ -21,12 +21,9 @@ class LogitKLLoss(nn.Module):
         ConfigError: If the temperature is not above 0.
     """
 
-    def __init__(self, temperature: float = 4.0, loss_weight: float = 1.0
-                 ) -> None:
+    def __init__(self, temperature: Positive = 4.0,
+                 loss_weight: NonNegative = 1.0) -> None:
         super().__init__()
-        if not isinstance(temperature, (int, float)) or temperature <= 0:
-            raise ConfigError(f'loss_kd.temperature={temperature!r} is not '
-                              'valid: give a number above 0, such as 4.0.')
         self.temperature = temperature
         self.loss_weight = loss_weight
 

@@ -1,11 +1,11 @@
-from typing import Optional
+from typing import Literal, Optional
 
 from torch import Tensor, nn
 
-from mmsinger.errors import ConfigError, check_choice
 from mmsinger.metrics.norms import outlier_threshold, token_norms
 from mmsinger.models.losses.feature_loss import weighted_mean
 from mmsinger.registry import MODELS
+from mmsinger.schema import NonNegative, Quantile
 
 
 @MODELS.register_module()
@@ -31,15 +31,10 @@ class OutlierSuppressionLoss(nn.Module):
         ConfigError: If the quantile is not in (0, 1).
     """
 
-    def __init__(self, quantile: float = 0.95,
-                 loss_weight: float = 0.01, of: str = 'refined') -> None:
+    def __init__(self, quantile: Quantile = 0.95,
+                 loss_weight: NonNegative = 0.01,
+                 of: Literal['refined', 'teacher'] = 'refined') -> None:
         super().__init__()
-        check_choice('loss_outlier.of', of, ('refined', 'teacher'))
-        if not isinstance(quantile, (int, float)) or not 0 < quantile < 1:
-            raise ConfigError(
-                f'loss_outlier.quantile={quantile!r} is not valid: give a '
-                'number between 0 and 1, both excluded (the paper uses '
-                '0.95).')
         self.quantile = quantile
         self.of = of
         self.loss_weight = loss_weight

@@ -1,19 +1,20 @@
 """A frozen backbone as the backbone of a stock model with a linear head."""
-from typing import Dict, Optional, Sequence, Tuple, Union
+from typing import Dict, Literal, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.model import BaseModule
 from torch import Tensor
 
 from mmsinger.checkpoint import STUDENT, student_state_dict
-from mmsinger.errors import ConfigError, check_choice
+from mmsinger.errors import ConfigError
 from mmsinger.models.features.anatomy import (Layer, find_features,
                                               resolve_layer)
 from mmsinger.models.features.tokens import Tokens
 from mmsinger.models.teachers.frozen import FrozenTeacher, Normalisation
 from mmsinger.registry import MODELS
+from mmsinger.schema import Count
 
-OUTPUTS = ('cls_token', 'mean_patch', 'featmap', 'featmap_cls')
+Output = Literal['cls_token', 'mean_patch', 'featmap', 'featmap_cls']
 
 
 @MODELS.register_module()
@@ -61,11 +62,10 @@ class FrozenBackbone(FrozenTeacher, BaseModule):
                  backbone: Optional[dict],
                  checkpoint: Optional[str] = None,
                  prefix: str = 'backbone.',
-                 ignore_keys: Sequence[str] = (),
-                 input_size: Union[int, Sequence[int], None] = None,
+                 ignore_keys: Union[str, Sequence[str]] = (),
+                 input_size: Union[Count, Sequence[Count], None] = None,
                  layer: Layer = -1,
-                 output: str = 'cls_token') -> None:
-        check_choice('model.backbone.output', output, OUTPUTS)
+                 output: Output = 'cls_token') -> None:
         if backbone is None:
             raise ConfigError(
                 'model.backbone.backbone is not set: a linear evaluation '

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError
 from mmsinger.registry import MODELS
+from mmsinger.schema import Count, Positive
 
 
 @MODELS.register_module()
@@ -35,18 +36,11 @@ class KNNClassifier(BaseModel):
 
     def __init__(self,
                  backbone: dict,
-                 num_classes: int,
-                 k: int = 20,
-                 temperature: float = 0.07,
-                 chunk_size: int = 32768,
+                 num_classes: Count,
+                 k: Count = 20,
+                 temperature: Positive = 0.07,
+                 chunk_size: Count = 32768,
                  data_preprocessor: Optional[dict] = None) -> None:
-        for key, value, valid, rule in (
-                ('num_classes', num_classes, num_classes >= 1, 'at least 1'),
-                ('k', k, k >= 1, 'at least 1'),
-                ('temperature', temperature, temperature > 0, 'positive'),
-                ('chunk_size', chunk_size, chunk_size >= 1, 'at least 1')):
-            if not valid:
-                raise ConfigError(f'model.{key}={value} must be {rule}.')
         super().__init__(data_preprocessor=data_preprocessor)
         self.backbone = MODELS.build(backbone)
         self.num_classes = num_classes

@@ -1,12 +1,12 @@
 """Depth by classification into bins, with one linear layer."""
-from typing import Dict, List, Optional, Tuple
+from typing import Annotated, Dict, List, Optional, Tuple
 
 import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmsinger.errors import ConfigError
 from mmsinger.registry import MODELS
+from mmsinger.schema import Count, Positive, Range
 
 IGNORED = -1
 
@@ -41,20 +41,13 @@ class LinearDepthHead(BaseModule):
     out_channels = 1  # of a prediction
 
     def __init__(self,
-                 in_channels: int,
-                 num_bins: int = 256,
-                 max_depth: float = 10.0,
-                 temperature: float = 0.03,
+                 in_channels: Count,
+                 num_bins: Annotated[int, Range(2)] = 256,
+                 max_depth: Positive = 10.0,
+                 temperature: Positive = 0.03,
                  align_corners: bool = False,
                  init_cfg: Optional[dict] = dict(
                      type='Normal', layer='Conv2d', std=0.01)) -> None:
-        for key, value, valid, rule in (
-                ('num_bins', num_bins, num_bins >= 2, 'at least 2'),
-                ('max_depth', max_depth, max_depth > 0, 'positive'),
-                ('temperature', temperature, temperature > 0, 'positive')):
-            if not valid:
-                raise ConfigError(
-                    f'model.decode_head.{key}={value} must be {rule}.')
         super().__init__(init_cfg)
         self.num_classes = num_bins
         self.max_depth = max_depth

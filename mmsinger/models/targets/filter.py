@@ -10,8 +10,9 @@ from mmsinger.errors import ConfigError
 from mmsinger.metrics.norms import (outlier_threshold, robust_threshold,
                                     token_norms)
 from mmsinger.models.features.tokens import Tokens
-from mmsinger.models.targets.step import TargetStep, TeacherOutputs, Targets
+from mmsinger.models.targets.step import Targets, TargetStep, TeacherOutputs
 from mmsinger.registry import MODELS
+from mmsinger.schema import Positive, Quantile
 
 
 class FilterStep(TargetStep):
@@ -51,10 +52,10 @@ class ClipNorms(FilterStep):
         ConfigError: If a value is not valid.
     """
 
-    def __init__(self, quantile: Optional[float] = None,
-                 mad: Optional[float] = None) -> None:
+    def __init__(self, quantile: Optional[Quantile] = None,
+                 mad: Optional[Positive] = None) -> None:
         super().__init__()
-        self.limit = norm_limit('ClipNorms', quantile=quantile, mad=mad)
+        self.limit = norm_limit(quantile=quantile, mad=mad)
 
     def filter(self, tokens: Tokens) -> Tokens:
         """See :meth:`FilterStep.filter`."""
@@ -79,15 +80,14 @@ class MaskTokens(FilterStep):
         ConfigError: If a value is not valid.
     """
 
-    def __init__(self, mad: Optional[float] = None,
+    def __init__(self, mad: Optional[Positive] = None,
                  oracle: bool = False) -> None:
         super().__init__()
         self.oracle = oracle
         if not oracle or mad is not None:
-            self.limit = norm_limit(
-                'MaskTokens', ' or oracle=True', mad=mad)
+            self.limit = norm_limit(' or oracle=True', mad=mad)
         if oracle and mad is not None:
-            raise ConfigError(f'MaskTokens: mad={mad!r} has no effect with '
+            raise ConfigError(f'mad={mad!r} has no effect with '
                               'oracle=True. Give one of the two.')
 
     def prepare(self, teacher: nn.Module, layers: List[int]) -> None:
@@ -97,13 +97,13 @@ class MaskTokens(FilterStep):
         self.__dict__['_teacher'] = teacher  # no submodule
         if _planter(teacher) is None:
             raise ConfigError(
-                'MaskTokens(oracle=True) needs a teacher that plants its '
+                'oracle=True needs a teacher that plants its '
                 "artifacts itself: teacher.backbone=dict(type="
                 "'mmsinger.PlantedArtifacts', backbone=…). For any other, "
                 'use mad=6.0.')
         if teacher.feature_cache:
             raise ConfigError(
-                'MaskTokens(oracle=True) asks the teacher about its last '
+                'oracle=True asks the teacher about its last '
                 f'pass, which teacher.feature_cache={teacher.feature_cache} '
                 'leaves out for known images. Set teacher.feature_cache=0.')
 
@@ -138,11 +138,10 @@ def clip_norms(patches: Tensor, norms: Tensor, limit: Tensor) -> Tensor:
 Limit = Callable[[Tensor, Optional[Tensor]], Tensor]
 
 
-def norm_limit(owner: str, more: str = '', **given: Any) -> Limit:
+def norm_limit(more: str = '', **given: Any) -> Limit:
     """A limit of norms from what the user wrote.
 
     Args:
-        owner (str): Whose option it is, for messages.
         more (str): What else would be valid, for messages.
         **given (float, optional): ``quantile``, ``mad``, or both of which
             one is None.
@@ -152,22 +151,16 @@ def norm_limit(owner: str, more: str = '', **given: Any) -> Limit:
         limit, (B, 1) or a scalar.
 
     Raises:
-        ConfigError: Unless exactly one is given, and valid.
+        ConfigError: Unless exactly one is given.
     """
     chosen = {name: value for name, value in given.items()
               if value is not None}
     form = ' or '.join(f'{name}={0.95 if name == "quantile" else 6.0}'
                        for name in given) + more
     if len(chosen) != 1:
-        raise ConfigError(f'{owner}: give {form}'
+        raise ConfigError(f'{next(iter(given))}: give {form}'
                           f'{", not both" if chosen else ""}.')
     (name, value), = chosen.items()
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or value <= 0 or (name == 'quantile' and value >= 1):
-        raise ConfigError(
-            f'{owner}: {name}={value!r} is not valid: give a number '
-            + ('between 0 and 1, both excluded.' if name == 'quantile'
-               else 'above 0.'))
     if name == 'quantile':
         return lambda norms, weight: outlier_threshold(norms, value, weight)
     return lambda norms, weight: robust_threshold(

@@ -1,13 +1,13 @@
 """Standardising the features that a student is to match."""
-from typing import Optional
+from typing import Literal, Optional
 
 import torch
 from torch import Tensor, nn
 
-from mmsinger.errors import check_choice
 from mmsinger.metrics.norms import lower_median
+from mmsinger.schema import check_value
 
-MODES = (None, 'standardise', 'layernorm')
+Mode = Optional[Literal['standardise', 'layernorm']]
 
 
 class TargetNorm(nn.Module):
@@ -26,9 +26,9 @@ class TargetNorm(nn.Module):
             weights. None: raw features, the paper. Defaults to None.
     """
 
-    def __init__(self, dim: int, mode: Optional[str] = None) -> None:
+    def __init__(self, dim: int, mode: Mode = None) -> None:
         super().__init__()
-        check_choice('target_norm', mode, MODES)
+        check_value('target_norm', mode, Mode)
         self.mode = mode
         if mode == 'standardise':
             self.register_buffer('centre', torch.zeros(dim))

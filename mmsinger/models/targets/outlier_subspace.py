@@ -1,14 +1,13 @@
 """Outliers without what makes them such, found once and not trained."""
-from typing import Dict, List, Tuple
+from typing import Annotated, Dict, List, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from mmsinger.errors import ConfigError
 from mmsinger.metrics.norms import robust_threshold, token_norms
-from mmsinger.models.targets.filter import norm_limit
 from mmsinger.models.targets.step import TargetStep, TeacherOutputs, Targets
 from mmsinger.registry import MODELS
+from mmsinger.schema import Count, Positive, Range
 
 
 class OutlierSubspace(nn.Module):
@@ -114,21 +113,11 @@ class RemoveOutlierSubspace(TargetStep):
         rank (int): The most directions to remove. Defaults to 32.
         ratio (float): Least energy of a direction. Defaults to 4.0.
 
-    Raises:
-        ConfigError: If a value is not valid.
     """
 
-    def __init__(self, mad: float = 6.0, rank: int = 32, ratio: float = 4.0
-                 ) -> None:
+    def __init__(self, mad: Positive = 6.0, rank: Count = 32,
+                 ratio: Annotated[float, Range(1)] = 4.0) -> None:
         super().__init__()
-        norm_limit('RemoveOutlierSubspace', mad=mad)
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ConfigError(f'RemoveOutlierSubspace: rank={rank!r} must be '
-                              'a positive integer.')
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or \
-                not ratio >= 1:
-            raise ConfigError(f'RemoveOutlierSubspace: ratio={ratio!r} must '
-                              'be a number of at least 1.')
         self.mad = mad
         self.rank = rank
         self.ratio = ratio

@@ -1,27 +1,53 @@
 """SiNGER's refinement of teacher tokens (arXiv 2509.20986)."""
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import (Annotated, Any, Dict, List, Literal, NamedTuple, Optional,
+                    Sequence, Tuple, TypedDict)
 
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmsinger.errors import ConfigError, check_choice, check_keys
+from mmsinger.errors import ConfigError
 from mmsinger.metrics.norms import (outlier_threshold, robust_threshold,
                                     token_norms)
 from mmsinger.metrics.subspaces import subspace_energy
-from mmsinger.models.adapters import (INITS, SELECTIONS, SiNGERAdapter,
-                                      left_singular_directions,
-                                      linearised_ffn)
+from mmsinger.models.adapters import (Init, Selection, SiNGERAdapter,
+                                      left_singular_directions, linearised_ffn)
 from mmsinger.models.features.tokens import Tokens
 from mmsinger.models.losses import weighted_mean
-from mmsinger.models.targets.filter import clip_norms, norm_limit
-from mmsinger.models.targets.step import TargetStep, TeacherOutputs, Targets
+from mmsinger.models.targets.filter import clip_norms
+from mmsinger.models.targets.step import Targets, TargetStep, TeacherOutputs
 from mmsinger.registry import MODELS, build_part
+from mmsinger.schema import (Count, DefaultType, Natural, NonNegative,
+                             Positive, Share)
 
 # The keys of ``adapter``, by who reads them.
 _BUILD_KEYS = ('rank', 'gain', 'train_up')
 _FFN_KEYS = ('fold_layer_scale', 'fold_norm')
 _INIT_KEYS = ('init', 'selection', 'threshold', 'seed')
+
+
+class Adapter(TypedDict, total=False):
+    """Settings of the adapters, see :class:`Refine`."""
+    rank: Count
+    gain: float
+    train_up: bool
+    init: Init
+    selection: Selection
+    threshold: NonNegative
+    seed: Natural
+    fold_layer_scale: bool
+    fold_norm: bool
+
+
+class Gate(TypedDict):
+    """Which tokens are refined, see :class:`Refine`."""
+    mad: Positive
+
+
+LastLayer = Literal['final', 'listed']
+OutlierConfig = Annotated[
+    dict, DefaultType('mmsinger.OutlierSuppressionLoss')]
+InfoConfig = Annotated[dict, DefaultType('mmsinger.GramInformationLoss')]
 
 
 class FFNDirections(NamedTuple):
@@ -66,15 +92,16 @@ class Refine(TargetStep):
     med)^2`` over the gated tokens with ``||F_hat|| > med``.
 
     Args:
-        adapter (dict, optional): ``rank`` (16), ``gain`` (1.0), ``train_up``
-            (True), ``init`` (``'nullspace'``), ``selection`` (``'smallest'``), ``threshold``
+        adapter (dict): ``rank`` (16), ``gain`` (1.0), ``train_up`` (True),
+            ``init`` (``'nullspace'``), ``selection`` (``'smallest'``),
+            ``threshold``
             (0.05), ``seed`` (0), ``fold_layer_scale`` (False), ``fold_norm``
             (False); see :class:`SiNGERAdapter`, :func:`left_nullspace` and
             :func:`linearised_ffn`. Defaults to the values in parentheses.
-        loss_outlier (dict, optional): Defaults to ``dict(
+        loss_outlier (dict): Defaults to ``dict(
             type='mmsinger.OutlierSuppressionLoss', quantile=0.95,
             loss_weight=0.01)``.
-        loss_info (dict, optional): Defaults to ``dict(
+        loss_info (dict): Defaults to ``dict(
             type='mmsinger.GramInformationLoss', loss_weight=1.0)``.
         last_layer (str): Which distilled layer has no next block, so that its
             own FFN and its own tokens take that place. ``'final'``: the
@@ -100,39 +127,27 @@ class Refine(TargetStep):
     """
 
     def __init__(self,
-                 adapter: Optional[dict] = None,
-                 loss_outlier: Optional[dict] = None,
-                 loss_info: Optional[dict] = None,
-                 last_layer: str = 'final',
-                 info_fraction: float = 1.0,
-                 gate: Optional[dict] = None,
+                 adapter: Adapter = Adapter(),
+                 loss_outlier: OutlierConfig = dict(),
+                 loss_info: InfoConfig = dict(),
+                 last_layer: LastLayer = 'final',
+                 info_fraction: Share = 1.0,
+                 gate: Optional[Gate] = None,
                  cap: bool = False,
                  kd_gradient: bool = True) -> None:
         super().__init__()
-        check_choice('last_layer', last_layer, ('final', 'listed'))
-        if isinstance(info_fraction, bool) or \
-                not isinstance(info_fraction, (int, float)) or \
-                not 0 < info_fraction <= 1:
-            raise ConfigError(
-                f'info_fraction={info_fraction!r} must be above 0 and at most '
-                '1, the share of images to compute L_info on. To leave L_info '
-                'out, set loss_info.loss_weight=0.')
-        if gate is not None:
-            _check_dict('model.gate', gate, 'mad=8.0', ('mad', ))
-            norm_limit('model.gate', mad=gate.get('mad'))
-        elif cap:
+        if cap and gate is None:
             raise ConfigError('cap=True shortens gated tokens, but there is '
                               'no gate. Add gate=dict(mad=8.0).')
-        self.adapter_cfg = _check_adapter_keys(adapter or {})
+        self.adapter_cfg = adapter
         self.info_fraction = info_fraction
         self.gate = gate
         self.cap = cap
         self.kd_gradient = kd_gradient
         self.loss_outlier = build_part(
-            'model.loss_outlier', loss_outlier,
-            'mmsinger.OutlierSuppressionLoss')
+            'loss_outlier', loss_outlier, 'mmsinger.OutlierSuppressionLoss')
         self.loss_info = build_part(
-            'model.loss_info', loss_info, 'mmsinger.GramInformationLoss')
+            'loss_info', loss_info, 'mmsinger.GramInformationLoss')
         self._last_layer = last_layer
         self.ffn_directions: Dict[int, FFNDirections] = {}
 
@@ -340,23 +355,6 @@ def inlier_variance_ratio(original: Tensor, refined: Tensor, quantile: float,
         return ((tokens - mean) * inliers).square().sum() / count
 
     return variance(refined) / variance(original).clamp(min=1e-12)
-
-
-def _check_dict(key: str, value: Any, example: str, keys: Sequence[str]
-                ) -> None:
-    if not isinstance(value, dict):
-        raise ConfigError(f'{key}={value!r} must be a dict, for instance '
-                          f'dict({example}).')
-    check_keys(key, value, keys)
-
-
-def _check_adapter_keys(cfg: Dict[str, Any]) -> Dict[str, Any]:
-    _check_dict('model.adapter', cfg, 'rank=16',
-                _BUILD_KEYS + _FFN_KEYS + _INIT_KEYS)
-    for key, choices in (('init', INITS), ('selection', SELECTIONS)):
-        if key in cfg:
-            check_choice(f'model.adapter.{key}', cfg[key], choices)
-    return cfg
 
 
 def _pick(cfg: Dict[str, Any], keys: Sequence[str]) -> Dict[str, Any]:

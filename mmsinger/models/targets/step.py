@@ -60,7 +60,12 @@ class TargetStep(nn.Module):
     taken in its order. The distiller holds what trains in a step under the
     step's own name for it (``adapters``), so that its place in the list does
     not show in checkpoints.
+
+    Attributes:
+        place (str): Where its settings stand in the config, for messages.
     """
+
+    place = 'model.targets'
 
     def prepare(self, teacher: nn.Module, layers: List[int]) -> None:
         """Called once, when the teacher is built.

@@ -7,11 +7,13 @@ from torch import Tensor, nn
 
 from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
 from mmsinger.errors import ConfigError
+from mmsinger.images import check_scale
 from mmsinger.models.features.anatomy import (Blocks, Layer, find_blocks,
                                               fixed_input_size)
 from mmsinger.models.features.taps import BlockTaps, own_precision
 from mmsinger.models.teachers.feature_cache import FeatureCache
-from mmsinger.registry import MODELS
+from mmsinger.registry import MODELS, checked
+from mmsinger.schema import Count, Natural, Positive
 
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16}
 
@@ -61,7 +63,7 @@ class FrozenModule(nn.Module):
     """
 
     # Who it is and under which key its module is, in config and messages
-    role = 'teacher'
+    role = place = 'teacher'
     part = 'module'
     example = "type='mmpretrain.VisionTransformer', arch='l', patch_size=16"
 
@@ -70,11 +72,12 @@ class FrozenModule(nn.Module):
                  /,
                  checkpoint: Optional[str] = None,
                  prefix: str = '',
-                 ignore_keys: Sequence[str] = (),
+                 ignore_keys: Union[str, Sequence[str]] = (),
                  mean: Optional[Sequence[float]] = None,
-                 std: Optional[Sequence[float]] = None,
+                 std: Optional[Sequence[Positive]] = None,
                  swap_channels: bool = False,
-                 input_size: Union[int, Sequence[int], None] = None) -> None:
+                 input_size: Union[Count, Sequence[Count], None] = None
+                 ) -> None:
         super().__init__()
         if not isinstance(module, dict) or 'type' not in module:
             raise ConfigError(
@@ -83,12 +86,8 @@ class FrozenModule(nn.Module):
         if (mean is None) != (std is None):
             raise ConfigError(f'{self.role}.mean and {self.role}.std belong '
                               f'together: got mean={mean}, std={std}.')
-        if std is not None and max(std) < 1:
-            raise ConfigError(
-                f'{self.role}.mean={list(mean)}, std={list(std)} are of '
-                'images from 0 to 1; here they go from 0 to 255. Set mean='
-                f'{[round(255 * value, 3) for value in mean]}, std='
-                f'{[round(255 * value, 3) for value in std]}.')
+        if std is not None:
+            check_scale(self.role, mean, std)
         module = dict(module)
         checkpoint, prefix = _weights_of_init_cfg(
             module.pop('init_cfg', None), checkpoint, prefix)
@@ -234,6 +233,7 @@ class FrozenModule(nn.Module):
         return self
 
 
+@checked
 class FrozenTeacher(FrozenModule):
     """A pretrained backbone that gives features and never changes.
 
@@ -262,13 +262,8 @@ class FrozenTeacher(FrozenModule):
     def __init__(self,
                  backbone: dict,
                  layers: Sequence[Layer] = (17, 23),
-                 feature_cache: int = 0,
+                 feature_cache: Natural = 0,
                  **kwargs: Any) -> None:
-        if not isinstance(feature_cache, int) or \
-                isinstance(feature_cache, bool) or feature_cache < 0:
-            raise ConfigError(
-                f'{self.role}.feature_cache={feature_cache!r} must be a '
-                'number of images, 0 for none.')
         super().__init__(backbone, **kwargs)
         self.blocks: Blocks = self.find_features(self.backbone, self.role)
         self.layers = layers
@@ -340,6 +335,7 @@ def feature_settings(cfg: Dict[str, Any]) -> Dict[str, Any]:
     return settings
 
 
+@checked
 class FrozenClassifier(FrozenModule):
     """A pretrained classifier or segmentor that gives class logits and never
     changes.
