@@ -8,8 +8,7 @@ from torch import nn
 from mmsinger.errors import ConfigError
 from mmsinger.metrics import robust_threshold
 from mmsinger.models import OutlierSuppressionLoss
-from mmsinger.models.targets.outlier_subspace import (OutlierSubspace,
-                                                      RemoveOutlierSubspace)
+from mmsinger.models.targets.outlier_subspace import OutlierSubspace
 from test_models.test_targets import batch, build
 
 D = 24
@@ -134,12 +133,12 @@ def test_uncalibrated_use_is_an_error():
 
 
 @pytest.mark.parametrize('kwargs, word', [
-    (dict(mad=0), 'mad=0'), (dict(mad=True), 'mad=True'),
+    (dict(mad=0), 'targets.0.mad=0'), (dict(mad=True), 'mad=True'),
     (dict(rank=0), 'rank=0'), (dict(rank=1.5), 'rank=1.5'),
     (dict(ratio=0.5), 'ratio=0.5'), (dict(ratio='4'), "ratio='4'")])
 def test_bad_values(kwargs, word):
     with pytest.raises(ConfigError, match=word):
-        RemoveOutlierSubspace(**kwargs)
+        build(FITNET, [removing(**kwargs)])
 
 
 # -- what moves the adapters --------------------------------------------------

@@ -134,6 +134,7 @@ class FeatureDistiller(BaseDistiller):
         self.loss_kd = kd
         self._hold_parts_of_steps()
         self._compile = compile
+        self._ready = False
         # Put here by hooks, for the steps that they measure
         self.records: List[StepRecord] = []
         self._find_what_learns()
@@ -323,17 +324,19 @@ class FeatureDistiller(BaseDistiller):
         return targets, losses
 
     def _check_ready(self) -> None:
-        if self._compile is not False:
-            # Not while building: a copy made until then is a plain model
-            options = {} if self._compile is True else self._compile
-            for blocks in (self.teacher.blocks, self.student_features):
-                compile_blocks(blocks, **options)
-            self._compile = False
+        if self._ready:
+            return
         if self.needs_calibration:
             raise RuntimeError(
                 'target_norm or a step in targets has not been calibrated. '
                 "Add dict(type='mmsinger.CalibrationHook') to custom_hooks, "
                 'or call calibrate().')
+        if self._compile is not False:
+            # Not while building: a copy made until then is a plain model
+            options = {} if self._compile is True else self._compile
+            for blocks in (self.teacher.blocks, self.student_features):
+                compile_blocks(blocks, **options)
+        self._ready = True
 
     def kd_loss(self, layer: int, student: Tokens, target: Tokens) -> Tensor:
         """L_KD of one layer: projected student tokens against a target.
