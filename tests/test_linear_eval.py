@@ -228,7 +228,7 @@ def test_depth_head_without_a_valid_pixel():
 @pytest.mark.parametrize('key, value', [
     ('num_bins', 1), ('max_depth', 0.), ('temperature', 0.)])
 def test_errors_of_the_depth_head(key, value):
-    with pytest.raises(ConfigError, match=f'decode_head.{key}={value}'):
+    with pytest.raises(ConfigError, match=f'LinearDepthHead.{key}={value}'):
         LinearDepthHead(4, **{key: value})
 
 

@@ -165,9 +165,9 @@ def _check(place: str, node: Any, slot: Optional[Slot]) -> None:
             _check(f'{place}.{key}', value,
                    _slot_of(place, key, slot, target))
         if target is CheckpointHook:  # which hands the others on
-            check_keys(place, node, {
-                *arguments_of(target).hints, *also, 'type',
-                *arguments_of(Runner.save_checkpoint).hints})
+            check_keys(place, node, [
+                *arguments_of(target).hints, *also, 'type', '_scope_',
+                *arguments_of(Runner.save_checkpoint).hints])
         elif target is not None:
             check_arguments(place, target, node, also)
         teacher_class = getattr(target, 'teacher_class', None)
