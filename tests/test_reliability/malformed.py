@@ -16,14 +16,18 @@ import sys
 from typing import Any, Dict, Iterator, List, NamedTuple
 from unittest import mock
 
-import tiny
+if __name__ == '__main__':  # where conftest.py does it for tests
+    TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    sys.path[:0] = [TESTS, os.path.join(os.path.dirname(TESTS), 'tools')]
 
-from mmsinger import schema
-from mmsinger.engine.options import READ
-from mmsinger.engine.prepare import load_config
-from mmsinger.models.targets.refine import Adapter, Gate
-from mmsinger.models.teachers.frozen import FrozenTeacher
-from mmsinger.registry import HOOKS, MODELS, arguments_of
+import tiny  # noqa: E402
+
+from mmsinger import schema  # noqa: E402
+from mmsinger.engine.options import READ  # noqa: E402
+from mmsinger.engine.prepare import load_config  # noqa: E402
+from mmsinger.models.targets.refine import Adapter, Gate  # noqa: E402
+from mmsinger.models.teachers.frozen import FrozenTeacher  # noqa: E402
+from mmsinger.registry import HOOKS, MODELS, arguments_of  # noqa: E402
 
 
 class Row(NamedTuple):
@@ -49,7 +53,8 @@ def train(kind: str, option: str, text: str, *more: str) -> Row:
 # -- our own keys -------------------------------------------------------------
 
 def own_parts() -> Dict[str, tuple]:
-    """Hints of what stands in each place, and the options that put it there."""
+    """Hints of what stands in each place, and the options that put it
+    there."""
     parts = dict(
         [(f'model.{name}', (arguments_of(MODELS.get(f'mmsinger.{kind}')).hints,
                             ())) for name, kind in (
