@@ -111,8 +111,8 @@ def arguments_of(target: Callable) -> Arguments:
             parameters = list(inspect.signature(function).parameters.values())
         except (TypeError, ValueError):  # written in C
             return Arguments(hints, False, defaults)
-        types = hints_of(function) if str(function.__module__).startswith(
-            'mmsinger.') else {}
+        types = hints_of(function) if str(
+            function.__module__).startswith('mmsinger.') else {}
         for p in parameters[inspect.isclass(target):]:
             if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and \
                     p.name not in {*taken, *hints}:

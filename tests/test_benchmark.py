@@ -240,7 +240,6 @@ def test_image_loading(size):
 
 
 @pytest.mark.parametrize('args, words', [
-    (['--rounds', '0'], '--rounds 0'), (['--batch-size', '-1'], '--batch'),
     (['--precision', 'tf32'], 'CUDA'), (['--teacher', 'vitl'], "'vitl'"),
     (['--compile', 'induktor'],
      "--compile='induktor'.*Did you mean 'inductor'"),
@@ -254,13 +253,10 @@ def test_bad_arguments(monkeypatch, args, words):
 
 
 @pytest.mark.parametrize('tool', [benchmark_step, benchmark_growth])
-@pytest.mark.parametrize('args, words', [
-    (['--rounds', '0'], '--rounds 0'),
-    (['--out', 'gone/file.json'], 'no folder')])
-def test_bad_arguments_of_both(monkeypatch, tmp_path, tool, args, words):
+def test_bad_place_of_output(monkeypatch, tmp_path, tool):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, 'argv', [tool.__name__, *args])
-    with pytest.raises(ConfigError, match=words):
+    monkeypatch.setattr(sys, 'argv', [tool.__name__, '--out', 'gone/a.json'])
+    with pytest.raises(ConfigError, match='no folder'):
         tool.main()
 
 

@@ -782,7 +782,6 @@ def test_all_stands_for_the_papers_tables(monkeypatch):
     (['search'], ["'search' needs --profile digits"]),
     (['1', '--profile', 'digit'], ["'digit'", "Did you mean 'digits'"]),
     (['1', '--quick'], ['--quick', '--profile digits']),
-    (['1', '--seeds', '0'], ['--seeds 0', 'at least 1']),
 ])
 def test_errors_of_tables(monkeypatch, args, words):
     with pytest.raises(ConfigError) as error:
@@ -794,8 +793,6 @@ def test_errors_of_tables(monkeypatch, args, words):
     (['1', '--gpus', '0,7'], ['--gpus 0,7', '0, 1, 2']),
     (['1', '--gpus', '0,0'], ['--gpus 0,0', 'each once']),
     (['1', '--gpus', '0,'], ['--gpus 0,']),
-    (['1', '--jobs', '0'], ['--jobs', 'at least 1']),
-    (['1', '--gpus-per-job', '0'], ['--gpus-per-job', 'at least 1']),
     (['1', '--gpus-per-job', '4'], ['--gpus-per-job 4', 'only 3 GPUs',
                                     '0, 1, 2']),
 ])

@@ -261,7 +261,7 @@ def _check_values(place: str, node: Mapping, slot: Optional[Slot],
                 and (value is not None or defaults.get(key, 0) is not None):
             check_value(f'{place}.{key}', value, NUMBERS[key])
         elif key == 'interval' and slot is not None and slot.name == 'HOOKS' \
-                and slot.also:
+                and slot.also and arguments_of(target).hints.get(key) is Any:
             check_value(f'{place}.{key}', value, HOOK_INTERVAL)
         elif isinstance(value, float) and math.isnan(value):
             raise ConfigError(f'{place}.{key}={value!r} is not valid: give a '

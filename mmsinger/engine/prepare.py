@@ -71,7 +71,8 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
                           f'{_said(error)}') from error
     if options:
         apply_options(cfg, options)
-    check_parts(cfg)
+    if 'default_scope' in cfg:  # bases leave it to their recipe
+        check_parts(cfg)
     if cfg.get('work_dir') is None:
         stem = os.path.splitext(os.path.basename(path))[0]
         cfg.work_dir = os.path.join('work_dirs', stem)

@@ -281,4 +281,4 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     code, said = call('pet')
     assert code == 1 and "Did you mean 'pets'" in said.err
     code, said = call('pets', '--samples', '0')
-    assert code == 1 and '--samples 0' in said.err
+    assert code == 2 and "--samples: '0'" in said.err

@@ -415,7 +415,7 @@ def test_other_size_of_position_embeddings_is_resized(saved):
 
 
 @pytest.mark.parametrize('kwargs, word', [
-    (dict(backbone='mmpretrain.VisionTransformer'), 'with a type'),
+    (dict(backbone='mmpretrain.VisionTransformer'), 'a dict'),
     (dict(backbone=dict(arch='l')), 'with a type')])
 def test_backbone_is_no_config(kwargs, word):
     with pytest.raises(ConfigError, match=word):
