@@ -506,7 +506,8 @@ def test_calibration_uses_all_batches():
     other.calibrate([torch.cat(batches)])
     for ours, theirs in zip(model.target_norms.buffers(),
                             other.target_norms.buffers()):
-        assert torch.allclose(ours, theirs, rtol=1e-5)
+        # batches of another size round otherwise
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_standardising_needs_images():
