@@ -126,7 +126,7 @@ def test_tool(tmp_path):
     (['--layout', 'timm', '--onnx'], 'two files'),
     (['--size', '64'], '--size is for --onnx'),
     (['--timm-model', 'resnet18'], '--timm-model is for'),
-    (['--onnx', '--size', '0'], 'positive'),
+    (['--onnx', '--size', '0'], 'argument --size: '),
     (['--onnx', '--out', KEPT], 'would be lost'),
 ])
 def test_bad_input(tmp_path, args, words):

@@ -215,7 +215,8 @@ def test_testing_leaves_the_records_of_the_run(place, long_run):
     (['--cfg-options', 'test_dataloader=None', 'test_evaluator=None',
       'test_cfg=None'], 'tools/linear_eval.py'),
     (['--out', 'maps', '--cfg-options',
-      'test_evaluator.type=mmpretrain.Accuracy'], 'ends with .pkl'),
+      "test_evaluator=dict(_delete_=True, type='mmpretrain.Accuracy')"],
+     'ends with .pkl'),
     (['--out', 'gone/predictions.pkl'], 'no folder')])
 def test_what_cannot_be_tested_or_written(place, long_run, args, words):
     result = forked.run('test.py', tiny.SEG_CONFIG, 'long/iter_24.pth',
@@ -294,7 +295,7 @@ def test_cpu_amp_computes_in_bfloat16():
     assert output.dtype == torch.bfloat16
     wrapper.update_params(output.float().square().mean())
     assert linear.weight.dtype == torch.float32
-    with pytest.raises(ConfigError, match='optim_wrapper.dtype'):
+    with pytest.raises(ConfigError, match="dtype='float16' is not valid"):
         CPUAmpOptimWrapper(dtype='float16', optimizer=wrapper.optimizer)
 
 

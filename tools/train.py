@@ -54,7 +54,10 @@ def parse_args():
 
 def main():
     args = parse_args()
-    cfg = load_config(args.config, args.cfg_options)
+    options = dict(args.cfg_options or {})
+    if args.amp:  # before options that it reads are looked up
+        options['optim_wrapper.type'] = 'AmpOptimWrapper'
+    cfg = load_config(args.config, options)
     missing = [key for key in ('model', 'train_dataloader', 'train_cfg',
                                'optim_wrapper') if not cfg.get(key)]
     if missing:
@@ -64,7 +67,6 @@ def main():
     if args.work_dir:
         cfg.work_dir = args.work_dir
     if args.amp:
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
         scale_learning_rate(cfg)

@@ -136,8 +136,9 @@ def build_runner(cfg: Config) -> Runner:
         else Runner.from_cfg(cfg)
     model = unwrap(runner.model)
     check_pretrained(cfg.model, model)
-    settings = cfg.get('optim_wrapper') or {}
-    check_custom_keys(model, settings.get('paramwise_cfg') or {})
+    if isinstance(model, torch.nn.Module):  # FlexibleRunner builds it later
+        check_custom_keys(
+            model, (cfg.get('optim_wrapper') or {}).get('paramwise_cfg') or {})
     runner.logger.addFilter(demote_details)
     if cfg.get('resume') and cfg.get('load_from'):
         runner.logger.addFilter(drop_starts)
