@@ -226,10 +226,6 @@ class Report:
         plt.close(figure)
 
 
-    def _sources(cell: Cell):
-        return [source for members in cell.sources for source in members]
-
-
 def _heading(column: Column, arrows=('↑', '↓'), between: str = ' ') -> str:
     if column.higher_is_better is None:
         return column.title

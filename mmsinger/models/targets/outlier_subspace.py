@@ -44,7 +44,7 @@ class OutlierSubspace(nn.Module):
         for _ in range(2):  # by norm, then by what was found
             self._find_directions(patches, far, ratio)
             norms = token_norms((patches - self.centre) @ self.basis.T.double())
-            _, threshold = robust_threshold(norms[~far][None], mad)
+            _, threshold = robust_threshold(norms[~far], mad)
             self.threshold.copy_(threshold)
             if not self.rank:
                 return 0.
@@ -150,7 +150,7 @@ class RemoveOutlierSubspace(TargetStep):
 
     def _far(self, patches: Tensor) -> Tensor:
         norms = token_norms(patches)
-        return norms > robust_threshold(norms[None], self.mad)[1]
+        return norms > robust_threshold(norms, self.mad)[1]
 
     def forward(self, targets: Targets, outputs: TeacherOutputs
                 ) -> Tuple[Targets, Dict[str, Tensor]]:
