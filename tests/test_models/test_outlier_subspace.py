@@ -196,3 +196,16 @@ def test_the_teachers_quantile_does_not_fall():
     assert OutlierSuppressionLoss(quantile=0.8)(0.5 * tokens) > 0
     assert loss(tokens, original=tokens) == \
         OutlierSuppressionLoss(quantile=0.8)(tokens)
+
+
+def test_an_outlier_loss_of_ones_own_takes_two_arguments():
+    model = singer()
+    model.refinement.loss_outlier = OnlyTwo()
+    model.refinement.loss_outlier.loss_weight = 1.
+    assert model.loss(**batch())['distill.loss_outlier'] == 7
+
+
+class OnlyTwo(nn.Module):
+
+    def forward(self, patches, weight=None):
+        return patches.new_tensor(7.)

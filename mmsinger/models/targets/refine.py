@@ -234,8 +234,11 @@ class Refine(TargetStep):
         refined = self.adapters[str(layer)](patches)
         if self.gate is None:
             tokens = tokens.with_patches(refined)
-            return Refinement(tokens, tokens,
-                              self.loss_outlier(refined, weight, patches))
+            # Losses of one's own need not know the teacher's tokens
+            known = dict(original=patches) if getattr(
+                self.loss_outlier, 'of', '') == 'teacher' else {}
+            return Refinement(tokens, tokens, self.loss_outlier(
+                refined, weight, **known))
         norms = token_norms(patches)
         median, threshold = robust_threshold(
             norms, self.gate['mad'], weight=weight)
