@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import re
 import resource
+import signal
 import sys
 import tempfile
 import traceback
@@ -323,13 +324,14 @@ def outputs(model, data):
     return list(flat(found))
 
 
-def sweep_one(name, gigabytes):
-    """The result of one config, as a dict that JSON can hold."""
-    resource.setrlimit(resource.RLIMIT_AS, (gigabytes << 30, ) * 2)
+def sweep_one(name, say):
+    """The result of one config, as a dict that JSON can hold; ``say`` is
+    called as soon as the plain model has trained."""
     try:
         cfg, batch = try_plain(name)
     except BaseException as error:
         return dict(name=name, result='not counted', message=said(error))
+    say('plain')
     try:
         try:
             return dict(name=name, result='trains',
@@ -352,7 +354,8 @@ def said(error):
 
 
 def in_child(name, seconds, gigabytes):
-    """Try a config in a process of its own, which may take too long or die."""
+    """Try a config in a process of its own, which may take too long or die.
+    What happens before the plain model has trained does not count."""
     fork = multiprocessing.get_context('fork')
     ours, theirs = fork.Pipe(False)
 
@@ -360,19 +363,24 @@ def in_child(name, seconds, gigabytes):
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
-        theirs.send(sweep_one(name, gigabytes))
+        resource.setrlimit(resource.RLIMIT_AS, (gigabytes << 30, ) * 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+        theirs.send(sweep_one(name, theirs.send))
 
     process = fork.Process(target=work)
     process.start()
     theirs.close()
+    result = 'not counted'
     try:
-        if ours.poll(seconds):
-            return ours.recv()
-        return dict(name=name, result='not counted',
-                    message=f'not done in {seconds} s')
+        while not isinstance(message := ours.recv(), dict):
+            result = 'fails'
+        return message
     except EOFError:
-        return dict(name=name, result='not counted',
-                    message='its process died (memory)')
+        process.join()
+        late = process.exitcode == -signal.SIGXCPU
+        return dict(name=name, result=result, message=(
+            f'not done in {seconds} s of processor time' if late
+            else 'its process died (memory)'))
     finally:
         process.kill()
         process.join()
@@ -447,7 +455,7 @@ def main():
                         help='results to try again, such as "fails|refused"')
     parser.add_argument('--workers', type=reader(Count), default=1)
     parser.add_argument('--seconds', type=reader(Count), default=180,
-                        help='time limit of a config')
+                        help='limit of processor time for a config')
     parser.add_argument('--gigabytes', type=reader(Count), default=10,
                         help='memory limit of a config')
     parser.add_argument('--results', default='work_dirs/sweep_stock.jsonl')
