@@ -146,10 +146,10 @@ def test_features_are_those_of_the_methods():
     assert not any(tokens.values.requires_grad
                    for views in features.values() for tokens in views)
     for layer in (1, 3):
-        teacher, refined, student = features[layer]
+        teacher, target, student = features[layer]
         assert torch.allclose(
-            refined.patches, model.adapters[str(layer)](teacher.patches))
-        assert torch.equal(refined.prefix, teacher.prefix)
+            target.patches, model.adapters[str(layer)](teacher.patches))
+        assert torch.equal(target.prefix, teacher.prefix)
         assert student.grid == (4, 4)
 
 
@@ -157,16 +157,25 @@ def test_gated_maps_show_the_gate():
     model = distiller(gate=dict(mad=1e6))
     for views in extract_features(
             model, torch.randn(2, 3, 32, 32)).values():
-        assert torch.equal(norm_map(views.teacher), norm_map(views.refined))
+        assert torch.equal(norm_map(views.teacher), norm_map(views.target))
 
 
-def test_methods_without_adapters_have_no_refined_tokens():
+def test_maps_show_any_step():
+    model = distiller(FitNetDistiller, targets=[
+        dict(type='mmsinger.ClipNorms', quantile=0.5)])
+    for views in extract_features(
+            model, torch.randn(2, 3, 32, 32)).values():
+        norms, clipped = norm_map(views.teacher), norm_map(views.target)
+        assert (clipped <= norms + 1e-5).all() and (clipped < norms).any()
+
+
+def test_methods_without_steps_have_no_targets_of_their_own():
     features = extract_features(distiller(FitNetDistiller),
                                 torch.randn(2, 3, 32, 32))
-    assert all(views.refined is None for views in features.values())
+    assert all(views.target is None for views in features.values())
     picture = np.zeros((2, 32, 32, 3), np.uint8)
     titles = texts(draw_maps('norm', picture, features))
-    assert 'teacher\nblock 1' in titles and 'refined\nblock 1' not in titles
+    assert 'teacher\nblock 1' in titles and 'target\nblock 1' not in titles
 
 
 # -- figures -----------------------------------------------------------------
@@ -191,7 +200,7 @@ def test_figures_show_the_maps():
     drawn = panels(figure)
     assert np.array_equal(drawn[0], pictures[0])
     assert np.allclose(drawn[1], norm_map(features[1].teacher)[0])
-    assert np.allclose(drawn[2], norm_map(features[1].refined)[0])
+    assert np.allclose(drawn[2], norm_map(features[1].target)[0])
     assert np.allclose(drawn[3], norm_map(features[1].student)[0])
     assert np.allclose(drawn[7 + 4], norm_map(features[3].teacher)[1])
     first, second = (axis.images[0].get_clim() for axis in figure.axes[1:3])
@@ -215,7 +224,7 @@ def test_figures_show_the_maps():
 
     drawn = panels(draw_maps('pca', pictures, features))
     basis = principal_components(features[1].teacher)
-    assert np.allclose(drawn[2], pca_map(features[1].refined, basis)[0])
+    assert np.allclose(drawn[2], pca_map(features[1].target, basis)[0])
     pixels = to_array(figure)
     assert pixels.dtype == np.uint8 and pixels.shape[2] == 3
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20

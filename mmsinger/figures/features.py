@@ -14,21 +14,22 @@ class Features(NamedTuple):
 
     Attributes:
         teacher (Tokens): F, in the space that ``target_norm`` makes.
-        refined (Tokens, optional): F_hat; None without adapters.
+        target (Tokens, optional): What the steps in ``targets`` make of
+            them, such as F_hat; None without steps.
         student (Tokens): The student's own tokens, on its own grid.
     """
     teacher: Tokens
-    refined: Optional[Tokens]
+    target: Optional[Tokens]
     student: Tokens
 
 
 @torch.no_grad()
 def extract_features(distiller: FeatureDistiller, inputs: Tensor
                      ) -> Dict[int, Features]:
-    """Run teacher, adapters and student on images.
+    """Run teacher, target steps and student on images.
 
     Args:
-        distiller (FeatureDistiller): With its teacher and adapters loaded.
+        distiller (FeatureDistiller): With its teacher and steps loaded.
         inputs (Tensor): Preprocessed images, shape (B, 3, H, W).
 
     Returns:
@@ -36,14 +37,12 @@ def extract_features(distiller: FeatureDistiller, inputs: Tensor
     """
     outputs = distiller.run_teacher(inputs)
     student = distiller.student_tokens(inputs)
-    features = {}
-    for layer in distiller.layers:
-        teacher = outputs.tokens(layer)
-        refined = None
-        if distiller.refinement:
-            refined = distiller.refinement.refine(layer, teacher).tokens
-        features[layer] = Features(teacher, refined, student[layer])
-    return features
+    targets: Dict[int, Tokens] = {}
+    if distiller.steps:
+        targets, _ = distiller.make_targets(outputs)
+    return {layer: Features(outputs.tokens(layer), targets.get(layer),
+                            student[layer])
+            for layer in distiller.layers}
 
 
 def pictures_of(distiller: FeatureDistiller, inputs: Tensor) -> np.ndarray:

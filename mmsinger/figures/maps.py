@@ -30,11 +30,11 @@ class Column(NamedTuple):
 
 def draw_maps(kind: str, images: np.ndarray, features: Dict[int, Features],
               note: str = '', point: Point = (0.5, 0.5)) -> Any:
-    """Teacher, refined teacher and student side by side.
+    """Teacher, target and student side by side.
 
     Args:
         kind (str): ``'norm'``: norms of patch tokens, before and after
-            refinement (Figure 2). ``'similarity'``: cosine similarity of all
+            the target steps (Figure 2: refinement). ``'similarity'``: cosine similarity of all
             patches to a marked one (Figure 4). ``'pca'``: the three main
             directions of patch tokens as colours.
         images (np.ndarray): RGB, (B, H, W, 3), uint8.
@@ -50,8 +50,8 @@ def draw_maps(kind: str, images: np.ndarray, features: Dict[int, Features],
     columns_of, label, caption = KINDS[kind]
     columns = [column for layer, views in features.items()
                for column in columns_of(layer, views, point)]
-    return _draw(images, columns, label, f'{caption} {note}',
-                 point if kind == 'similarity' else None)
+    return draw_columns(images, columns, label, f'{caption} {note}',
+                        point if kind == 'similarity' else None)
 
 
 def _norm_columns(layer: int, views: Features, point: Point) -> List[Column]:
@@ -82,14 +82,14 @@ def _pca_columns(layer: int, views: Features, point: Point) -> List[Column]:
 KINDS = dict(
     norm=(_norm_columns, 'norm',
           'Norms of patch tokens by distilled teacher block, before and after '
-          'refinement where there is any. Teacher and refined teacher share a '
+          'the steps that make targets of them. Teacher and target share a '
           'scale, the student has its own.'),
     similarity=(_similarity_columns, 'cosine',
                 'Cosine similarity of patch tokens to the marked one, by '
                 'distilled teacher block.'),
     pca=(_pca_columns, '',
          "Three principal components of each image's patch tokens as red, "
-         'green and blue. Teacher and refined teacher share components, so '
+         'green and blue. Teacher and target share components, so '
          "that equal colours are equal tokens; the student's are its own."))
 
 
@@ -106,8 +106,21 @@ def _numpy(maps: Tensor) -> np.ndarray:
     return maps.cpu().numpy()
 
 
-def _draw(images: np.ndarray, columns: List[Column], label: str,
-          caption: str, point: Optional[Point]) -> Any:
+def draw_columns(images: np.ndarray, columns: List[Column], label: str,
+                 caption: str, point: Optional[Point] = None) -> Any:
+    """Images, and columns of maps beside them.
+
+    Args:
+        images (np.ndarray): RGB, (B, H, W, 3), uint8.
+        columns (list[Column]): The maps, a row an image.
+        label (str): Of the colour bars.
+        caption (str): Below it all.
+        point (tuple[float, float], optional): A patch to mark, see
+            :func:`patch_at`. Defaults to None.
+
+    Returns:
+        matplotlib.figure.Figure: A row an image.
+    """
     rows, width = len(images), len(columns) + 1
     figure = new_figure((max(4., 1.35 * width), 1.35 * rows + 1.2))
     cells = figure.add_gridspec(rows + 1, width,

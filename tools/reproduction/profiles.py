@@ -138,6 +138,7 @@ DIGITS = Profile(
     models=dict(
         vitl=Model('_base_/teachers/digits_planted.py'),
         vits=Model('digits/supervised_vits.py', trained=True),
+        vits_cls=Model('digits/supervised_vits_cls.py', trained=True),
         vitt=Model('digits/supervised_vitt.py', trained=True),
         deit3l=Model('digits/supervised_deit3l.py', trained=True),
         deit3b=Model('digits/supervised_deit3b.py', trained=True),
