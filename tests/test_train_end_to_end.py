@@ -4,7 +4,6 @@ import glob
 import json
 import os
 import pickle
-import runpy
 import shutil
 import socket
 import subprocess
@@ -414,19 +413,6 @@ def test_depth_run(tmp_path, place):
         {'backbone', 'neck', 'decode_head'}
     best = glob.glob(str(tmp_path / 'run' / 'best_rmse_iter_*_student.pth'))
     assert len(best) == 1
-
-
-def test_the_demo_removes_nothing_of_others(tmp_path):
-    job = runpy.run_path(os.path.join(tiny.ROOT, 'tools', 'demo.py'),
-                         run_name='demo')['Job'](
-        'student', 'digits_student.py', str(tmp_path))
-    os.makedirs(job.work_dir)
-    kept = os.path.join(job.work_dir, 'iter_80000.pth')
-    open(kept, 'w').close()
-    job.forget()
-    with pytest.raises(ConfigError, match='not of the demo.*--out'):
-        job.train()
-    assert os.path.exists(kept)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from mmsinger.figures import (Column, draw_columns, extract_features, norm_map,
                               save_figure)
 from mmsinger.schema import Count, ToolParser, reader
 from plot import read_images
-from reproduction.evidence import METHODS, demo
+from reproduction.evidence import DEMO, METHODS, demo
 from reproduction.profiles import PROFILES
 
 IMAGES = os.path.join('data', 'digit_scenes', 'images', 'validation')
@@ -90,13 +90,14 @@ def distilled(root, quick):
     """Config and last checkpoint of each distillation, by method."""
     table = demo(PROFILES['digits'], [0], quick)
     found = {}
-    for name in table.jobs:
-        for method in METHODS:
-            if f'-{method}-' in name and name.endswith('/distil'):
+    (case, methods), = DEMO
+    for name, job in table.jobs.items():
+        for method in methods:
+            if f'-{case}-{method}-' in name and name.endswith('/distil'):
                 folder = os.path.join(root, name)
-                config = os.path.basename(table.jobs[name].config)
-                found[method] = (os.path.join(folder, config),
-                                 find_latest_checkpoint(folder))
+                found[method] = (
+                    os.path.join(folder, os.path.basename(job.config)),
+                    find_latest_checkpoint(folder))
     return found
 
 
