@@ -1,4 +1,5 @@
 """The demo, but for its trainings (tests/test_reproduction.py)."""
+import argparse
 import os
 import runpy
 
@@ -10,6 +11,7 @@ from mmengine.registry import init_default_scope
 
 import tiny
 from mmsinger.engine.loading import load_distiller
+from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import load_config
 from reproduction import evidence
 from reproduction.profiles import PROFILES
@@ -42,13 +44,16 @@ def test_each_method_is_there_with_its_own_rates():
 
 
 def test_the_picture_shows_runs_of_all_methods(demo):
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--options', nargs='+', action=ConfigOptions)
     table = evidence.demo(PROFILES['digits'], [0])
     for job in table.jobs.values():
         if not job.name.endswith('/distil'):
             continue
         folder = os.path.join('out', job.name)
         os.makedirs(folder)
-        cfg = load_config(job.config)
+        cfg = load_config(job.config, parser.parse_args(
+            ['--options', *job.options]).options)
         init_default_scope(cfg.default_scope)
         cfg.dump(os.path.join(folder, os.path.basename(job.config)))
         distiller = load_distiller(cfg)
