@@ -215,9 +215,10 @@ def try_plain(name):
         if crop:
             loader = dict(stock.train_dataloader)
             cut['train_dataloader'] = with_crops(loader, crop)
-            if 'data_preprocessor' in cut['model']:
-                cut['model']['data_preprocessor'] = with_crops(
-                    cut['model']['data_preprocessor'], crop)
+            for place, given in ((cut['model'], stock.model), (cut, stock)):
+                if 'data_preprocessor' in given:
+                    place['data_preprocessor'] = with_crops(
+                        given['data_preprocessor'], crop)
         cfg = Config({**stock.to_dict(), **cut})
         try:
             torch.manual_seed(0)
@@ -253,6 +254,8 @@ def distil(name, cfg, batch, **options):
                 file.write(text)
         recipe = load_config(paths[1])
         recipe.model.student = cfg.model
+        if 'data_preprocessor' in cfg:
+            recipe.data_preprocessor = cfg.data_preprocessor
         recipe.model.update(options)
         for prepare in (use_cpu_amp, use_student_constructor,
                         use_data_preprocessor):
