@@ -137,12 +137,11 @@ class BaseDistiller(BaseModel):
         """The student's backbone; the student itself if it is one."""
         return find_part(self.student, 'backbone') or self.student
 
-    def __getattr__(self, name: str) -> Any:
-        # What the toolboxes' test-time augmentation and inference functions
-        # read off a plain model
-        if name in ('decode_head', 'extract_feat', 'out_channels'):
-            return getattr(self.student, name)
-        return super().__getattr__(name)
+    # What the toolboxes' test-time augmentation and inference functions read
+    # off a plain model
+    decode_head = property(lambda self: self.student.decode_head)
+    extract_feat = property(lambda self: self.student.extract_feat)
+    out_channels = property(lambda self: self.student.out_channels)
 
     def init_weights(self) -> None:
         """Initialise the student as its config says, load the teacher, and
@@ -296,7 +295,8 @@ class BaseDistiller(BaseModel):
             dict[str, Tensor]: Losses by name.
         """
         self._check_ready()
-        inputs = first_view(inputs)
+        if not isinstance(inputs, Tensor):
+            inputs = first_view(inputs)
         teacher_outputs = self.run_teacher(inputs, data_samples)
         losses, student_outputs = self.run_student(inputs, data_samples)
         for name, value in self.distill(

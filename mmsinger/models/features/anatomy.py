@@ -143,14 +143,14 @@ class Blocks(NamedTuple):
         Raises:
             ConfigError: If they are not on the grid of the patch embedding.
         """
-        tokens = Tokens(first_output(output), grid, has_cls=self.has_cls)
-        if tokens.values.dim() != 3 or tokens.num_prefix < 0:
+        values = first_output(output)
+        if values.dim() != 3 or values.shape[1] < grid[0] * grid[1]:
             raise ConfigError(
-                f'{self.paths[layer]} gives shape '
-                f'{tuple(tokens.values.shape)}; expected tokens (B, N, C) '
-                f'with N >= {grid[0]} x {grid[1]}, the patch grid. Token '
-                'dropping and windowed blocks are not supported.')
-        return tokens
+                f'{self.paths[layer]} gives shape {tuple(values.shape)}; '
+                f'expected tokens (B, N, C) with N >= {grid[0]} x {grid[1]}, '
+                'the patch grid. Token dropping and windowed blocks are not '
+                'supported.')
+        return Tokens(values, grid, has_cls=self.has_cls)
 
 
 class Maps(NamedTuple):

@@ -4,8 +4,7 @@ The models are not edited; every hook is removed again.
 """
 import contextlib
 from functools import partial
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, \
-    Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +13,6 @@ from mmsinger.errors import ConfigError
 from mmsinger.models.features.anatomy import (Features, first_output,
                                               unmasked)
 from mmsinger.models.features.tokens import Grid, Tokens
-
-
-class Pass(NamedTuple):
-    """What one block received beside the tokens: rotary embeddings, relative
-    position bias, patch resolution, …"""
-    args: Tuple[Any, ...]
-    kwargs: Dict[str, Any]
 
 
 class _StopForward(Exception):
@@ -54,7 +46,9 @@ class BlockTaps:
         self.stop = stop
         self.dtype = dtype
         self._outputs: Dict[int, Any] = {}
-        self._extras: Dict[int, Pass] = {}
+        # What blocks received beside the tokens: rotary embeddings, relative
+        # position bias, patch resolution, …
+        self._extras: Dict[int, Tuple[tuple, Dict[str, Any]]] = {}
         self._grid: Optional[Grid] = None
         self._handles: List[Any] = []
 
@@ -116,10 +110,10 @@ class BlockTaps:
         Returns:
             Tensor: Its output, shape (B, N, C).
         """
-        extras = self._extras[layer]
+        args, kwargs = self._extras[layer]
         with own_precision(values, self.dtype) as values:
-            output = first_output(self.blocks.modules[layer](
-                values, *extras.args, **extras.kwargs))
+            output = self.blocks.modules[layer](values, *args, **kwargs)
+        output = first_output(output)
         return output if self.dtype is None else output.float()
 
     def with_outputs(self, outputs: Dict[int, Tensor]) -> 'BlockTaps':
@@ -141,7 +135,7 @@ class BlockTaps:
 
     def _record_extras(self, layer: int, module: nn.Module, args: tuple,
                        kwargs: Dict[str, Any]) -> None:
-        self._extras[layer] = Pass(args[1:], dict(kwargs))
+        self._extras[layer] = args[1:], dict(kwargs)
 
     def _record_output(self, layer: int, module: nn.Module, args: tuple,
                        output: Any) -> None:

@@ -200,25 +200,19 @@ class Refine(TargetStep):
                 ) -> Tuple[Targets, Dict[str, Tensor]]:
         """Refine all layers; L_outlier and L_info, see
         :meth:`TargetStep.forward`."""
-        refined, outlier, info = {}, [], []
-        previous = None
-        images = None
-        if self.info_fraction < 1:
-            images = choose_images(
-                len(next(iter(targets.values())).values), self.info_fraction)
-        for layer, tokens in targets.items():
-            result = self.refine(layer, tokens)
-            for record in outputs.records:
+        found = {layer: self.refine(layer, tokens)
+                 for layer, tokens in targets.items()}
+        for record in outputs.records:
+            for layer, result in found.items():
                 record.add(layer, refined=result.tokens)
-            target = result.target
-            refined[layer] = target if self.kd_gradient else \
-                target._replace(values=target.values.detach())
-            outlier.append(result.excess)
-            info.append(self._info_loss(
-                outputs, layer, tokens, result.tokens, previous, images))
-            previous = result.tokens
-        return refined, dict(loss_outlier=sum(outlier) / len(outlier),
-                             loss_info=sum(info) / len(info))
+        losses = dict(
+            loss_outlier=sum(r.excess for r in found.values()) / len(found),
+            loss_info=self._info_loss(outputs, targets, found))
+        targets = {layer: result.target for layer, result in found.items()}
+        if not self.kd_gradient:
+            targets = {layer: target._replace(values=target.values.detach())
+                       for layer, target in targets.items()}
+        return targets, losses
 
     def refine(self, layer: int, tokens: Tokens) -> Refinement:
         """Refine the tokens of one layer.
@@ -257,28 +251,37 @@ class Refine(TargetStep):
             tokens.with_patches(refined), tokens.with_patches(target),
             self.loss_outlier.loss_weight * excess)
 
-    def _info_loss(self, outputs: TeacherOutputs, layer: int, tokens: Tokens,
-                   refined: Tokens, previous: Optional[Tokens],
-                   images: Optional[List[slice]]) -> Tensor:
+    def _info_loss(self, outputs: TeacherOutputs, targets: Targets,
+                   found: Dict[int, Refinement]) -> Tensor:
+        """The mean of L_info over layers."""
+        first = next(iter(targets.values()))
         if self.loss_info.loss_weight == 0:
-            return refined.values.new_zeros(())
-        is_last = layer == self.last_layer
-        if not is_last:
-            reference = outputs.tokens(layer + 1)
-        elif self.loss_info.last == 'previous' and previous is not None:
-            reference = previous
-        else:
-            reference = tokens
-        ours, theirs, weight = refined.values, reference.values, tokens.weight
-        if images is not None:
+            return first.values.new_zeros(())
+        num_prefix = first.num_prefix
+        images = None if self.info_fraction == 1 else choose_images(
+            len(first.values), self.info_fraction)
+        losses, previous = [], None
+        for layer, tokens in targets.items():
+            refined = found[layer].tokens
+            is_last = layer == self.last_layer
+            if not is_last:
+                reference = outputs.tokens(layer + 1)
+            elif self.loss_info.last == 'previous' and previous is not None:
+                reference = previous
+            else:
+                reference = tokens
+            previous = refined
             ours, theirs, weight = (
-                value if value is None else take(value, images)
-                for value in (ours, theirs, weight))
-        if not is_last:
-            ours = outputs.next_block(
-                layer, refined._replace(values=ours)).values
-        return self.loss_info(ours, theirs, num_prefix=tokens.num_prefix,
-                              is_last=is_last, weight=weight)
+                value if images is None or value is None
+                else take(value, images) for value in (
+                    refined.values, reference.values, tokens.weight))
+            if not is_last:
+                ours = outputs.next_block(
+                    layer, refined._replace(values=ours)).values
+            losses.append(self.loss_info(
+                ours, theirs, num_prefix=num_prefix, is_last=is_last,
+                weight=weight))
+        return sum(losses) / len(losses)
 
     def inlier_variance(self, layers: Dict[int, Dict[str, Any]]
                         ) -> Dict[int, Tensor]:

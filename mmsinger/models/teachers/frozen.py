@@ -1,4 +1,5 @@
 """The frozen teacher: a backbone that is only ever read."""
+import functools
 from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
@@ -11,6 +12,7 @@ from mmsinger.images import check_scale
 from mmsinger.models.features.anatomy import (Blocks, Layer, find_blocks,
                                               fixed_input_size)
 from mmsinger.models.features.taps import BlockTaps, own_precision
+from mmsinger.models.features.tokens import Grid
 from mmsinger.models.teachers.feature_cache import FeatureCache
 from mmsinger.registry import MODELS, checked
 from mmsinger.schema import Count, Natural, Positive
@@ -302,9 +304,13 @@ class FrozenTeacher(FrozenModule):
             return self._cached.recall(images, layers, run)
         return run(images)
 
+    @functools.cached_property
+    def _stride(self) -> Grid:
+        return self.blocks.stride
+
     def fitting_size(self, size: Tuple[int, int]) -> Tuple[int, int]:
         return tuple(max(1, round(length / step)) * step
-                     for length, step in zip(size, self.blocks.stride))
+                     for length, step in zip(size, self._stride))
 
 
 def feature_settings(cfg: Dict[str, Any]) -> Dict[str, Any]:
