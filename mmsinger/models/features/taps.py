@@ -4,7 +4,7 @@ The models are not edited; every hook is removed again.
 """
 import contextlib
 from functools import partial
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -50,22 +50,21 @@ class BlockTaps:
         # position bias, patch resolution, …
         self._extras: Dict[int, Tuple[tuple, Dict[str, Any]]] = {}
         self._grid: Optional[Grid] = None
-        self._handles: List[Any] = []
+        self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> 'BlockTaps':
-        self._handles.append(self.blocks.watch_input(self._record_grid))
+        hold = self._hooks.enter_context
+        hold(self.blocks.watch_input(self._record_grid))
         for layer in self.layers:
             block = self.blocks.modules[layer]
-            self._handles.append(block.register_forward_pre_hook(
+            hold(block.register_forward_pre_hook(
                 partial(self._record_extras, layer), with_kwargs=True))
-            self._handles.append(block.register_forward_hook(
+            hold(block.register_forward_hook(
                 partial(self._record_output, layer)))
         return self
 
     def __exit__(self, *_) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
 
     def run(self, backbone: nn.Module, images: Tensor) -> None:
         """Forward images of shape (B, 3, H, W), up to the last tap if

@@ -1,5 +1,6 @@
 """SiNGER's refinement of teacher tokens (arXiv 2509.20986)."""
-from typing import (Annotated, Any, Dict, List, Literal, NamedTuple, Optional,
+import inspect
+from typing import (Annotated, Any, Callable, Dict, List, Literal, NamedTuple, Optional,
                     Sequence, Tuple, TypedDict)
 
 import torch
@@ -19,11 +20,6 @@ from mmsinger.models.targets.step import Targets, TargetStep, TeacherOutputs
 from mmsinger.registry import MODELS, build_part
 from mmsinger.schema import (Count, DefaultType, Natural, NonNegative,
                              Positive, Share)
-
-# The keys of ``adapter``, by who reads them.
-_BUILD_KEYS = ('rank', 'gain', 'train_up')
-_FFN_KEYS = ('fold_layer_scale', 'fold_norm')
-_INIT_KEYS = ('init', 'selection', 'threshold', 'seed')
 
 
 class Adapter(TypedDict, total=False):
@@ -160,9 +156,14 @@ class Refine(TargetStep):
             else len(teacher.blocks) - 1
         self.adapters = nn.ModuleDict({
             str(layer): SiNGERAdapter(
-                teacher.blocks.dim, **_pick(self.adapter_cfg, _BUILD_KEYS))
+                teacher.blocks.dim, **self._settings_of(SiNGERAdapter))
             for layer in layers
         })
+
+    def _settings_of(self, reader: Callable) -> Dict[str, Any]:
+        """Those keys of ``adapter`` that are arguments of a function."""
+        return {key: value for key, value in self.adapter_cfg.items()
+                if key in inspect.signature(reader).parameters}
 
     def extra_layers(self, layers: Sequence[int]) -> List[int]:
         """The next block of each intermediate layer."""
@@ -179,11 +180,11 @@ class Refine(TargetStep):
             block = layer if layer == self.last_layer else layer + 1
             null = FFNDirections(block, *left_singular_directions(
                 linearised_ffn(teacher.blocks.modules[block],
-                               **_pick(self.adapter_cfg, _FFN_KEYS))))
+                               **self._settings_of(linearised_ffn))))
             # Kept: what a teacher cast to bfloat16 has lost
             self.ffn_directions[layer] = null
             start = adapter.initialise(
-                null[1:], **_pick(self.adapter_cfg, _INIT_KEYS))
+                null[1:], **self._settings_of(adapter.initialise))
             e_safe, e_prob = subspace_energy(adapter.up, null.directions)
             values = start['singular_values']
             kept = f'singular values kept {min(values):.3g} to ' \
@@ -361,7 +362,3 @@ def inlier_variance_ratio(original: Tensor, refined: Tensor, quantile: float,
         return ((tokens - mean) * inliers).square().sum() / count
 
     return variance(refined) / variance(original).clamp(min=1e-12)
-
-
-def _pick(cfg: Dict[str, Any], keys: Sequence[str]) -> Dict[str, Any]:
-    return {key: cfg[key] for key in keys if key in cfg}

@@ -4,6 +4,7 @@ from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.logging import print_log
+from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
@@ -101,10 +102,8 @@ class FrozenModule(nn.Module):
         self.normalisation = None if mean is None else Normalisation(
             tuple(mean), tuple(std))
         self.swap_channels = swap_channels
-        if isinstance(input_size, int):
-            input_size = (input_size, input_size)
-        self.input_size = tuple(input_size) if input_size is not None \
-            else fixed_input_size(self.module)
+        self.input_size = fixed_input_size(self.module) \
+            if input_size is None else tuple(to_2tuple(input_size))
         self.loaded = checkpoint is None
         self.dtype: Optional[torch.dtype] = None
         self.requires_grad_(False)
