@@ -98,7 +98,7 @@ def _load_safely(source: Any, name: str, where: str = '', **kwargs: Any
         with _safe_globals():
             return _torch_load(source, weights_only=True, **kwargs)
     except pickle.UnpicklingError as error:
-        digest = _sha256(source)
+        digest = sha256(source)
         if digest in os.environ.get(TRUSTED, '').lower().split(','):
             return _torch_load(source, weights_only=False, **kwargs)
         raise ConfigError(
@@ -117,8 +117,9 @@ def _load_safely(source: Any, name: str, where: str = '', **kwargs: Any
             f'{_first_line(error)}') from error
 
 
-def _sha256(source: Any) -> str:
-    """Hash the whole content; an open file goes back to its beginning."""
+def sha256(source: Any) -> str:
+    """The digest of a file, by its path; or of an open one, which goes back to
+    its beginning."""
     digest = hashlib.sha256()
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(source, 'rb')) \

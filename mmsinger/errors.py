@@ -59,24 +59,19 @@ def near_paths(path: str) -> str:
         if os.path.isdir(folder) else ''
 
 
-def check_output_file(path: str, key: str = '--out') -> None:
-    """Raise :class:`ConfigError` unless a file can be written there: said
-    before the work, not after it.
-
-    Args:
-        path (str): The file.
-        key (str): The option that named it.
-    """
+def check_output_file(path: str) -> None:
+    """Raise :class:`ConfigError` unless a file can be written there, which
+    ``--out`` named: said before the work, not after it."""
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(path):
-        raise ConfigError(f'{key}={path!r} is a folder. Name a file, for '
+        raise ConfigError(f'--out={path!r} is a folder. Name a file, for '
                           f'instance {os.path.join(path, "out")!r} with a '
                           'suffix.')
     if not os.path.isdir(folder):
-        raise ConfigError(f'{key}={path!r}: no folder {folder!r}. Make it, '
+        raise ConfigError(f'--out={path!r}: no folder {folder!r}. Make it, '
                           'or choose another.')
     if not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise ConfigError(f'{key}={path!r} cannot be written. Choose another '
+        raise ConfigError(f'--out={path!r} cannot be written. Choose another '
                           'place, or mend its permissions.')
 
 

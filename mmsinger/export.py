@@ -14,14 +14,15 @@ from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.config import Config
+from mmengine.utils import to_2tuple
 from torch import nn
 
 from mmsinger.checkpoint import (STUDENT, load_checkpoint, load_strict,
                                  student_state_dict, weights_of)
 from mmsinger.errors import ConfigError, check_output_file
 from mmsinger.files import atomic_save, atomic_write
-from mmsinger.models.features.anatomy import image_channels
-from mmsinger.registry import MODELS
+from mmsinger.models.features.anatomy import image_channels, image_size
+from mmsinger.registry import MODELS, find_type
 
 SUFFIX = '_student'
 
@@ -30,7 +31,7 @@ def is_distiller(model_cfg: dict) -> bool:
     """Whether a model config is one of mmsinger's distillers."""
     from mmsinger.models.distillers import BaseDistiller
     model_type = model_cfg.get('type')
-    cls = MODELS.get(model_type) if isinstance(model_type, str) else model_type
+    cls = find_type(model_type)
     return isinstance(cls, type) and issubclass(cls, BaseDistiller)
 
 
@@ -88,10 +89,11 @@ def save_student(weights: Dict[str, torch.Tensor], meta: Dict[str, Any],
     atomic_save(content, path)
 
 
-def student_path(checkpoint: str) -> str:
-    """``work_dirs/x/epoch_3.pth`` -> ``work_dirs/x/epoch_3_student.pth``."""
-    stem, extension = os.path.splitext(checkpoint)
-    return f'{stem}{SUFFIX}{extension}'
+def student_path(checkpoint: str, ending: str = '.pth') -> str:
+    """``work_dirs/x/epoch_3.pth`` -> ``work_dirs/x/epoch_3_student.pth``, or
+    with another ending; what is a student's already keeps its stem."""
+    stem, _ = os.path.splitext(checkpoint)
+    return f'{stem.removesuffix(SUFFIX)}{SUFFIX}{ending}'
 
 
 def load_student(checkpoint: str) -> Dict[str, Any]:
@@ -207,9 +209,7 @@ def export_onnx(checkpoint: str, cfg: Config, out: Optional[str] = None,
         raise ConfigError(
             f'--onnx needs the package {error.name}: '
             "`pip install 'mmsinger[onnx]'`.") from error
-    if out is None:
-        stem = os.path.splitext(checkpoint)[0]
-        out = f'{stem.removesuffix(SUFFIX)}{SUFFIX}.onnx'
+    out = out or student_path(checkpoint, '.onnx')
     check_not_itself(out, checkpoint)
     model = MODELS.build(student_config(cfg).model)
     load_strict(
@@ -217,10 +217,7 @@ def export_onnx(checkpoint: str, cfg: Config, out: Optional[str] = None,
         what=f'The student of {checkpoint!r} and the config',
         fix='Give the config that the checkpoint was trained with.')
     model = _FirstTensor(model).eval()
-    sizes = [module.img_size for module in model.modules()
-             if getattr(module, 'img_size', None)]
-    size = size or (sizes or [224])[0]
-    size = tuple(size) if isinstance(size, (tuple, list)) else (size, )
+    size = to_2tuple(size or image_size(model) or 224)
     shape = (image_channels(model), size[0], size[-1])
     with atomic_write(out) as temporary:
         _write_graph(model, shape, temporary)

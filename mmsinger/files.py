@@ -19,16 +19,13 @@ _locks: Dict[Tuple[int, str], int] = {}
 
 
 @contextlib.contextmanager
-def atomic_write(path: str, sync: bool = True) -> Iterator[str]:
+def atomic_write(path: str) -> Iterator[str]:
     """Write a file completely or not at all, whatever stops the process
-    meanwhile.
+    meanwhile. It is on the disk then, so that it outlives the machine too.
 
     Args:
         path (str): Where it shall be; its folder exists. A file that is
             there is replaced at the end.
-        sync (bool): Wait until it is on the disk, so that it outlives the
-            machine too. Defaults to True; for what can be computed again,
-            False is faster.
 
     Yields:
         str: An empty file beside it, to write to instead.
@@ -40,11 +37,9 @@ def atomic_write(path: str, sync: bool = True) -> Iterator[str]:
     try:
         yield temporary
         os.chmod(temporary, 0o644)
-        if sync:
-            _sync(temporary)
+        _sync(temporary)
         os.replace(temporary, path)
-        if sync:
-            _sync(folder)
+        _sync(folder)
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -53,19 +48,18 @@ def atomic_write(path: str, sync: bool = True) -> Iterator[str]:
         raise
 
 
-def atomic_save(content: Any, path: str, sync: bool = True) -> None:
+def atomic_save(content: Any, path: str) -> None:
     """``torch.save`` by :func:`atomic_write`.
 
     Args:
         content (Any): What to save.
         path (str): Where it shall be.
-        sync (bool): Wait until it is on the disk. Defaults to True.
 
     Raises:
         OSError: If it cannot be written; given a path, ``torch.save`` would
             raise a RuntimeError without the reason.
     """
-    with atomic_write(path, sync) as temporary, open(temporary, 'wb') as file:
+    with atomic_write(path) as temporary, open(temporary, 'wb') as file:
         torch.save(content, file)
 
 

@@ -11,14 +11,7 @@ import inspect
 import textwrap
 from typing import Any, Callable, Dict, Iterable, NamedTuple, Set
 
-from mmengine.registry import DATASETS as MMENGINE_DATASETS
-from mmengine.registry import HOOKS as MMENGINE_HOOKS
-from mmengine.registry import MODELS as MMENGINE_MODELS
-from mmengine.registry import \
-    OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
-from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
-from mmengine.registry import STRATEGIES as MMENGINE_STRATEGIES
-from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
+from mmengine import registry as mmengine_registry
 from mmengine.registry import Registry
 
 from mmsinger.errors import ConfigError, check_keys, near_matches, placed
@@ -55,31 +48,25 @@ def checked(cls: type) -> type:
     return cls
 
 
-MODELS = CheckedRegistry(
-    'model', parent=MMENGINE_MODELS, scope='mmsinger',
-    locations=['mmsinger.models'])
-HOOKS = CheckedRegistry(
-    'hook', parent=MMENGINE_HOOKS, scope='mmsinger',
-    locations=['mmsinger.engine.hooks'])
-OPTIM_WRAPPERS = CheckedRegistry(
-    'optimizer wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope='mmsinger',
-    locations=['mmsinger.engine.optim'])
-OPTIM_WRAPPER_CONSTRUCTORS = CheckedRegistry(
-    'optimizer wrapper constructor',
-    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS, scope='mmsinger',
-    locations=['mmsinger.engine.optim'])
-STRATEGIES = CheckedRegistry(
-    'strategy', parent=MMENGINE_STRATEGIES, scope='mmsinger',
-    locations=['mmsinger.engine.strategy'])
-DATASETS = CheckedRegistry(
-    'dataset', parent=MMENGINE_DATASETS, scope='mmsinger',
-    locations=[
-        'mmsinger.datasets.imagenet_variants', 'mmsinger.datasets.inat2019',
-        'mmsinger.datasets.nyu_mat', 'mmsinger.datasets.random_images'
-    ])
-TRANSFORMS = CheckedRegistry(
-    'transform', parent=MMENGINE_TRANSFORMS, scope='mmsinger',
-    locations=['mmsinger.datasets.transforms'])
+def _child(name: str, *locations: str) -> CheckedRegistry:
+    """The child of one of mmengine's registries, with the modules that are
+    imported when a type is looked up in it."""
+    parent = getattr(mmengine_registry, name)
+    return CheckedRegistry(parent.name, parent=parent, scope='mmsinger',
+                           locations=list(locations))
+
+
+MODELS = _child('MODELS', 'mmsinger.models')
+HOOKS = _child('HOOKS', 'mmsinger.engine.hooks')
+OPTIM_WRAPPERS = _child('OPTIM_WRAPPERS', 'mmsinger.engine.optim')
+OPTIM_WRAPPER_CONSTRUCTORS = _child(
+    'OPTIM_WRAPPER_CONSTRUCTORS', 'mmsinger.engine.optim')
+STRATEGIES = _child('STRATEGIES', 'mmsinger.engine.strategy')
+DATASETS = _child(
+    'DATASETS', 'mmsinger.datasets.imagenet_variants',
+    'mmsinger.datasets.inat2019', 'mmsinger.datasets.nyu_mat',
+    'mmsinger.datasets.random_images')
+TRANSFORMS = _child('TRANSFORMS', 'mmsinger.datasets.transforms')
 
 
 class Arguments(NamedTuple):

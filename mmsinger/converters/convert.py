@@ -2,7 +2,6 @@
 import argparse
 import collections
 import copy
-import hashlib
 import os
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
@@ -10,7 +9,8 @@ import torch
 from mmpretrain.models import VisionTransformer
 from torch import Tensor
 
-from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
+from mmsinger.checkpoint import (load_checkpoint, load_strict, sha256,
+                                 weights_of)
 from mmsinger.converters.describe import describe
 from mmsinger.converters.layouts import LAYOUTS, Renamed, detect, rename
 from mmsinger.converters.positions import place
@@ -268,7 +268,7 @@ def convert_checkpoint(source: str, out: str, prefix: str = 'backbone.',
                      path=repr(source), **kwargs)
     if prefix and not prefix.endswith('.'):
         prefix += '.'
-    meta = dict(source=os.path.basename(source), sha256=_sha256(source),
+    meta = dict(source=os.path.basename(source), sha256=sha256(source),
                 family=result.family, backbone=result.backbone,
                 mmsinger_version=__version__)
     state = {**{prefix + key: value for key, value in result.weights.items()},
@@ -296,14 +296,6 @@ def _chosen_weights(checkpoint: dict, source: str, key: Optional[str]
         raise ConfigError(
             f'{source!r} has weights under {", ".join(map(repr, holding))}. '
             f'Choose with --key, for instance --key {holding[0]}.') from None
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        for block in iter(lambda: file.read(1 << 20), b''):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _write(content: dict, out: str) -> None:

@@ -2,6 +2,7 @@
 import re
 from typing import Dict, Optional, Tuple, Union
 
+from mmengine.utils import to_2tuple
 from mmpretrain.models import VisionTransformer
 from torch import Tensor
 
@@ -149,8 +150,7 @@ def _image_size(named: Dict[str, Tensor], prefix: Tuple[int, ...],
     if img_size is None:
         _, _, grid = split_positions(_need(named, 'pos_embed'), prefix)
         img_size = (grid[0] * patch, grid[1] * patch)
-    elif isinstance(img_size, int):
-        img_size = (img_size, img_size)
+    img_size = to_2tuple(img_size)
     if any(side <= 0 or side % patch for side in img_size):
         raise ConfigError(f'--img-size={img_size}: both sides must be '
                           f'multiples of the patch size, {patch}.')

@@ -1,17 +1,17 @@
 """A student's backbone in timm's key layout."""
 import copy
 import inspect
-import os
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from mmengine.config import Config
+from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from mmsinger.checkpoint import load_strict
 from mmsinger.errors import ConfigError, near_matches
-from mmsinger.export import (SUFFIX, check_not_itself, load_student,
-                             student_config)
+from mmsinger.export import (check_not_itself, load_student, student_config,
+                             student_path)
 from mmsinger.files import atomic_save
 from mmsinger.models.features.anatomy import example_images, find_features
 from mmsinger.registry import MODELS
@@ -111,9 +111,7 @@ def export_timm(checkpoint: str, cfg: Config, out: Optional[str] = None,
     Raises:
         ConfigError: See :func:`to_timm`.
     """
-    if out is None:
-        stem = os.path.splitext(checkpoint)[0]
-        out = f'{stem.removesuffix(SUFFIX)}{SUFFIX}_timm.pth'
+    out = out or student_path(checkpoint, '_timm.pth')
     check_not_itself(out, checkpoint)
     model = student_config(cfg).model
     prefix = 'backbone.' if 'backbone' in model else ''
@@ -301,9 +299,8 @@ def _vit(cfg: dict, model: nn.Module) -> Chosen:
     block = model.layers[0]
     cls_token = getattr(model, 'cls_token', None)
     dims = model.patch_embed.projection.out_channels
-    size = model.img_size
     kwargs = dict(
-        img_size=(size, size) if isinstance(size, int) else tuple(size),
+        img_size=tuple(to_2tuple(model.img_size)),
         patch_size=model.patch_embed.projection.kernel_size[0],
         embed_dim=dims,
         depth=len(model.layers),
@@ -328,9 +325,9 @@ def _vit(cfg: dict, model: nn.Module) -> Chosen:
 
 def _swin(cfg: dict, model: nn.Module) -> Chosen:
     table = model.stages[0].blocks[0].attn.w_msa
-    size = cfg.get('img_size', cfg.get('pretrain_img_size', 224))
     return 'swin_base_patch4_window7_224', dict(
-        img_size=(size, size) if isinstance(size, int) else tuple(size),
+        img_size=tuple(to_2tuple(
+            cfg.get('img_size', cfg.get('pretrain_img_size', 224)))),
         embed_dim=model.stages[0].blocks[0].norm1.weight.shape[0],
         depths=tuple(len(stage.blocks) for stage in model.stages),
         num_heads=tuple(stage.blocks[0].attn.w_msa.num_heads

@@ -8,6 +8,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from mmengine.utils import to_2tuple
 
 from mmsinger.engine.checks import check_data_folders, inner_datasets
 from mmsinger.engine.prepare import build_runner, prepare_training
@@ -96,7 +97,7 @@ def use_random_images(cfg: Config) -> List[str]:
             student.get('backbone') or student).get('img_size') or 512
         cfg.train_dataloader.dataset = ConfigDict(
             type='mmsinger.RandomImages', pipeline=pipeline,
-            size=[size] * 2 if isinstance(size, int) else list(size))
+            size=list(to_2tuple(size)))
         return ['Random images, through the pipeline of the data that are '
                 f'missing: {error}']
 

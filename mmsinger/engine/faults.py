@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from mmsinger.engine.samples import DataError, guard_samples
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError, TrainingError
+from mmsinger.models.features.anatomy import find_part
 
 WAITED = 'mmsinger/waited/{}'
 LATE = 'DataLoader timed out'  # as torch says it
@@ -117,7 +118,7 @@ def _check_labels(batch: Any, model: nn.Module, key: str) -> None:
 
 def _wrong_labels(batch: Any, model: nn.Module, key: str) -> Optional[str]:
     model = getattr(model, 'student', model)
-    head = getattr(model, 'decode_head', None) or getattr(model, 'head', None)
+    head = find_part(model, 'head')
     head = head[-1] if isinstance(head, nn.ModuleList) else head
     classes = getattr(head, 'num_classes', None)
     ignored = getattr(head, 'ignore_index', None)

@@ -12,6 +12,7 @@ from mmsinger.engine.samples import guard_samples
 from mmsinger.errors import ConfigError
 from mmsinger.images import Size, check_patch, dataset_batches
 from mmsinger.models.distillers import FeatureDistiller
+from mmsinger.models.features.anatomy import image_size
 from mmsinger.models.teachers.frozen import FrozenTeacher
 
 
@@ -85,10 +86,8 @@ def natural_size(model: nn.Module) -> Size:
         tuple[int, int]: A teacher's ``input_size``, or the first ``img_size``
         of a module; 224 if it does not say.
     """
-    size = getattr(model, 'input_size', None) or next(
-        (module.img_size for module in model.modules()
-         if getattr(module, 'img_size', None)), 224)
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return getattr(model, 'input_size', None) or image_size(model) or \
+        (224, 224)
 
 
 def check_size(size: Sequence[int], teacher: FrozenTeacher) -> None:

@@ -19,6 +19,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
+from mmengine.utils import to_2tuple
 
 from mmsinger.compat import onedl_config_packages
 from mmsinger.engine.checks import (check_data_folders, check_pretrained,
@@ -35,7 +36,7 @@ from mmsinger.errors import ConfigError, near_paths
 from mmsinger.export import is_distiller
 from mmsinger.files import lock_folder
 from mmsinger.models import FeatureDistiller
-from mmsinger.registry import MODELS
+from mmsinger.registry import find_type
 
 # Of a model that is no distiller of ours
 PLAIN_HOOKS = ('SafeCheckpointHook', 'RunGuardHook', 'RandomStateHook')
@@ -164,7 +165,7 @@ def add_required_hooks(cfg: Config) -> None:
             "command line custom_hooks=\"[dict(type='EMAHook')]\".")
     present = {_class_name(hook) for hook in hooks}
     added = [name for name in getattr(
-        _model_class(cfg), 'required_hooks', PLAIN_HOOKS)
+        find_type(cfg.model.get('type')), 'required_hooks', PLAIN_HOOKS)
         if name not in present]
     if added:
         print_log(f'Added to custom_hooks: {", ".join(added)}',
@@ -182,16 +183,10 @@ def compile_blocks_alone(cfg: Config) -> None:
     """Hand mmengine's ``compile`` over to a distiller that compares block
     outputs: traced as a whole, a step breaks into pieces where it reads
     them."""
-    model_class = _model_class(cfg)
+    model_class = find_type(cfg.model.get('type'))
     if cfg.get('compile') and isinstance(model_class, type) and \
             issubclass(model_class, FeatureDistiller):
         cfg.model.setdefault('compile', cfg.pop('compile'))
-
-
-def _model_class(cfg: Config) -> Optional[type]:
-    model_type = cfg.model.get('type')
-    return MODELS.get(model_type) if isinstance(model_type, str) \
-        else model_type
 
 
 def use_cpu_amp(cfg: Config) -> None:
@@ -266,8 +261,7 @@ def _crop_size(cfg: Config) -> Optional[Sequence[int]]:
     crops = [step['crop_size'] for _, dataset in inner_datasets(
         loader.get('dataset') or {}, '')
         for step in dataset.get('pipeline') or () if 'crop_size' in step]
-    size = crops[-1] if crops else None
-    return (size, size) if isinstance(size, int) else size
+    return to_2tuple(crops[-1]) if crops else None
 
 
 def refuse_separate_wrapper(cfg: Config) -> None:
@@ -351,16 +345,19 @@ def compare_batch_size(cfg: Config) -> None:
 
 def world_size(cfg: Config) -> int:
     """How many processes ``cfg.launcher`` has started."""
-    variable = dict(pytorch='WORLD_SIZE', slurm='SLURM_NTASKS',
-                    mpi='OMPI_COMM_WORLD_SIZE').get(cfg.get('launcher'), '')
-    return int(os.environ.get(variable, 1))
+    return _launched(cfg, 1, pytorch='WORLD_SIZE', slurm='SLURM_NTASKS',
+                     mpi='OMPI_COMM_WORLD_SIZE')
 
 
 def rank(cfg: Config) -> int:
     """Which of the processes that ``cfg.launcher`` has started this is."""
-    variable = dict(pytorch='RANK', slurm='SLURM_PROCID',
-                    mpi='OMPI_COMM_WORLD_RANK').get(cfg.get('launcher'), '')
-    return int(os.environ.get(variable, 0))
+    return _launched(cfg, 0, pytorch='RANK', slurm='SLURM_PROCID',
+                     mpi='OMPI_COMM_WORLD_RANK')
+
+
+def _launched(cfg: Config, default: int, **variables: str) -> int:
+    variable = variables.get(cfg.get('launcher'), '')
+    return int(os.environ.get(variable, default))
 
 
 def use_strategy(cfg: Config) -> None:

@@ -1,6 +1,7 @@
 """Samples of a data set: the same whenever they are drawn, and one message
 that names the file where one cannot be read."""
 import contextlib
+import functools
 import hashlib
 import itertools
 import os
@@ -84,8 +85,7 @@ def seed_samples(loader: DataLoader, seed: int) -> None:
                 cls.skip(self, count)
                 self.first = count
 
-    _pass_for(Seeding, cls)
-    sampler.__class__ = Seeding
+    sampler.__class__ = functools.update_wrapper(Seeding, cls, updated=())
 
 
 def start_epoch(loader: DataLoader, epoch: int, done: int = 0) -> None:
@@ -172,15 +172,9 @@ def guard_samples(dataset: Dataset, key: str) -> Dataset:
                               in vars(self).items() if name != '_config_key'}
             return guard_samples, (plain, key)
 
-    _pass_for(Guarded, cls)
     dataset._config_key = key
-    dataset.__class__ = Guarded
+    dataset.__class__ = functools.update_wrapper(Guarded, cls, updated=())
     return dataset
-
-
-def _pass_for(cls: type, base: type) -> None:
-    for name in ('__name__', '__qualname__', '__module__', '__doc__'):
-        setattr(cls, name, getattr(base, name))
 
 
 def _why(dataset: Any, index: int, error: Exception) -> str:

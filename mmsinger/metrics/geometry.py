@@ -7,11 +7,6 @@ import torch
 from torch import Tensor
 
 
-def unit_tokens(tokens: Tensor) -> Tensor:
-    """Tokens (B, P, C) at unit length, zero ones left zero; float32."""
-    return torch.nn.functional.normalize(tokens.float(), dim=-1)
-
-
 def cosine_gram(tokens: Tensor) -> Tensor:
     """The matrix of cosine similarities between an image's tokens.
 
@@ -22,7 +17,7 @@ def cosine_gram(tokens: Tensor) -> Tensor:
         Tensor: Shape (B, P, P), float32, also under autocast.
     """
     with torch.autocast(tokens.device.type, enabled=False):
-        unit = unit_tokens(tokens)
+        unit = torch.nn.functional.normalize(tokens.float(), dim=-1)
         return unit @ unit.transpose(1, 2)
 
 

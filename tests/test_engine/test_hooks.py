@@ -298,7 +298,6 @@ def test_statistics_are_those_of_the_images(make, place):
     # one teacher pass over all of them, flips as the hook drew them
     again = copy.deepcopy(model.target_norms.state_dict())
     for norm in model.target_norms.values():
-        norm.calibrated = False
         norm.scale.fill_(float('nan'))
     with torch.random.fork_rng():
         CalibrationHook().before_train(runner)

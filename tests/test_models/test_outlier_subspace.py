@@ -127,7 +127,7 @@ def test_uncalibrated_use_is_an_error():
     model = build(FITNET, [removing()])
     step, = model.steps
     for part in step.subspaces.values():
-        part.calibrated = False
+        part.threshold.fill_(float('nan'))
     with pytest.raises(RuntimeError, match='calibrate'):
         model.loss(**batch())
 

@@ -260,11 +260,9 @@ def test_masked_tokens_are_not_refined_for():
     for values in (tokens.values, spoilt):
         masked = tokens._replace(values=values).weighed(
             (torch.arange(16) != 4).expand(2, 16))
-        refined, target, excess = model.refinement.refine(3, masked)
-        info = model.refinement._info_loss(outputs, 3, masked, refined, None,
-                                           None)
-        found.append((excess, info))
-        assert target.weight is masked.weight
+        targets, losses = model.refinement({3: masked}, outputs)
+        found.append(losses.values())
+        assert targets[3].weight is masked.weight
     for a, b in zip(*found):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
         assert a > 0

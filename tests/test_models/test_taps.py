@@ -189,9 +189,9 @@ def test_rerun_needs_the_extra_arguments(name):
     backbone = build(FAMILIES[name])
     with BlockTaps(find_blocks(backbone, 'teacher'), [1, 2]) as taps:
         taps.run(backbone, images_for(backbone))
-    extras = taps._extras[2]
-    assert extras.args or any(v is not None for v in extras.kwargs.values())
-    taps._extras[2] = type(extras)((), {})
+    args, kwargs = taps._extras[2]
+    assert args or any(value is not None for value in kwargs.values())
+    taps._extras[2] = (), {}
     try:
         again = taps.rerun(2, taps.tokens(1).values)
     except TypeError:  # a positional argument is missing

@@ -73,8 +73,13 @@ class BaseDistiller(BaseModel):
                 '…_student.pth of the work dir.')
         check_keys('model', unknown, arguments_of(type(self)).hints,
                    type(self).__name__)
+        if not isinstance(student, dict) or 'type' not in student:
+            raise ConfigError('student must be a model config with a type, '
+                              f'got {student!r}.')
+        if 'backbone' in student and data_preprocessor is not None:
+            student = {'data_preprocessor': data_preprocessor, **student}
         with safe_loading():
-            student_model = build_student(student, data_preprocessor)
+            student_model = MODELS.build(student)
         super().__init__(data_preprocessor=getattr(
             student_model, 'data_preprocessor', None) or data_preprocessor)
         self.student = student_model
@@ -137,12 +142,11 @@ class BaseDistiller(BaseModel):
         """The student's backbone; the student itself if it is one."""
         return find_part(self.student, 'backbone') or self.student
 
-    def __getattr__(self, name: str) -> Any:
-        # What the toolboxes' test-time augmentation and inference functions
-        # read off a plain model
-        if name in ('decode_head', 'extract_feat', 'out_channels'):
-            return getattr(self.student, name)
-        return super().__getattr__(name)
+    # What the toolboxes' test-time augmentation and inference functions read
+    # off a plain model
+    decode_head = property(lambda self: self.student.decode_head)
+    extract_feat = property(lambda self: self.student.extract_feat)
+    out_channels = property(lambda self: self.student.out_channels)
 
     def init_weights(self) -> None:
         """Initialise the student as its config says, load the teacher, and
@@ -195,7 +199,8 @@ class BaseDistiller(BaseModel):
                       'student', logger='current')
 
     def _check_task_loss(self) -> None:
-        if self.task_loss_weight > 0 and not has_head(self.student):
+        if self.task_loss_weight > 0 and \
+                find_part(self.student, 'head') is None:
             raise ConfigError(
                 f'task_loss_weight={self.task_loss_weight}, but the student '
                 f'{type(self.student).__name__} has no head to compute a '
@@ -296,7 +301,8 @@ class BaseDistiller(BaseModel):
             dict[str, Tensor]: Losses by name.
         """
         self._check_ready()
-        inputs = first_view(inputs)
+        if not isinstance(inputs, Tensor):
+            inputs = first_view(inputs)
         teacher_outputs = self.run_teacher(inputs, data_samples)
         losses, student_outputs = self.run_student(inputs, data_samples)
         for name, value in self.distill(
@@ -372,25 +378,6 @@ def reached_parameters(module: nn.Module,
     return with_gradient(training=False)
 
 
-def build_student(cfg: dict, data_preprocessor: Optional[dict]) -> nn.Module:
-    """Build the student from its plain config.
-
-    Args:
-        cfg (dict): Of a model or of a backbone.
-        data_preprocessor (dict, optional): For a model that has none.
-
-    Returns:
-        nn.Module: The student.
-    """
-    if not isinstance(cfg, dict) or 'type' not in cfg:
-        raise ConfigError('student must be a model config with a type, got '
-                          f'{cfg!r}.')
-    cfg = dict(cfg)
-    if 'backbone' in cfg and data_preprocessor is not None:
-        cfg.setdefault('data_preprocessor', data_preprocessor)
-    return MODELS.build(cfg)
-
-
 def build_teacher(cfg: dict, cls: Type[FrozenModule] = FrozenTeacher
                   ) -> FrozenModule:
     """Build the teacher.
@@ -409,13 +396,6 @@ def build_teacher(cfg: dict, cls: Type[FrozenModule] = FrozenTeacher
             f'teacher must be dict({cls.part}=…, checkpoint=…), got {got}.')
     check_arguments('model.teacher', cls, cfg)
     return cls(**cfg)
-
-
-def has_head(student: nn.Module) -> bool:
-    """Whether a model can compute its own loss."""
-    if hasattr(student, 'decode_head'):
-        return True
-    return getattr(student, 'head', None) is not None
 
 
 def is_pretraining(student: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError
 from mmsinger.models.distillers.base import BaseDistiller, reached_parameters
-from mmsinger.models.features.anatomy import fixed_input_size
+from mmsinger.models.features.anatomy import find_part, fixed_input_size
 from mmsinger.models.features.padding import Padding, find_padding
 from mmsinger.models.teachers.frozen import FrozenClassifier
 from mmsinger.registry import MODELS, build_part
@@ -75,9 +75,15 @@ class LogitKDDistiller(BaseDistiller):
                     ) -> Tuple[Dict[str, Any], Tensor]:
         if self.task_loss_weight == 0:
             return {}, self.student(inputs)
-        with LogitTap(self.student) as tap:
+        # mmseg calls the forward() of a decode head without its hooks, but
+        # not that of its last layer
+        last = self.student.decode_head.conv_seg \
+            if hasattr(self.student, 'decode_head') else self.student.head
+        outputs = []
+        with last.register_forward_hook(
+                lambda module, args, logits: outputs.append(logits)):
             losses = self.task_losses(inputs, data_samples)
-        return losses, tap.logits
+        return losses, outputs[-1]
 
     def distill(self, teacher_outputs: Tuple[Tensor, Optional[Padding]],
                 student_outputs: Tensor) -> Dict[str, Tensor]:
@@ -88,32 +94,6 @@ class LogitKDDistiller(BaseDistiller):
             weight=padding.shares(student_outputs.shape[2:]).to(
                 student_outputs.device, non_blocking=True))
         return dict(loss_kd=self.loss_kd(student_outputs, logits, **weight))
-
-
-class LogitTap:
-    """Keeps the logits that a model computes for its own loss.
-
-    Args:
-        model (nn.Module): A classifier or segmentor, see
-            :func:`find_classes`.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        # mmseg calls the forward() of a decode head without its hooks, but
-        # not that of its last layer.
-        self._module = model.decode_head.conv_seg \
-            if hasattr(model, 'decode_head') else model.head
-        self.logits: Optional[Tensor] = None
-
-    def __enter__(self) -> 'LogitTap':
-        self._handle = self._module.register_forward_hook(self._record)
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._handle.remove()
-
-    def _record(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self.logits = output
 
 
 def find_classes(model: nn.Module, owner: str) -> int:
@@ -130,8 +110,7 @@ def find_classes(model: nn.Module, owner: str) -> int:
     Raises:
         ConfigError: If it gives no class logits, or one alone.
     """
-    head = getattr(model, 'decode_head', None) or getattr(
-        model, 'head', None)
+    head = find_part(model, 'head')
     is_dense = hasattr(model, 'decode_head')
     # VPDDepthHead, for one, calls its depth a class
     classes = getattr(getattr(head, 'conv_seg', None), 'out_channels', None) \

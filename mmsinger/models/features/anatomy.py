@@ -15,6 +15,7 @@ from typing import (Any, Callable, Dict, List, NamedTuple,
                     Optional, Tuple, Union)
 
 import torch
+from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError, near_matches
@@ -25,6 +26,7 @@ Layer = Union[int, str]
 # What the parts are called, as dotted paths; the first that is there counts.
 NAMES: Dict[str, List[str]] = dict(
     backbone=['backbone', 'image_encoder.backbone', 'image_encoder.0'],
+    head=['decode_head', 'head'],
     patch_embed=['patch_embed'],  # beside the list of blocks, or above it
     cls_token=['cls_token'],
     # in a block
@@ -143,14 +145,14 @@ class Blocks(NamedTuple):
         Raises:
             ConfigError: If they are not on the grid of the patch embedding.
         """
-        tokens = Tokens(first_output(output), grid, has_cls=self.has_cls)
-        if tokens.values.dim() != 3 or tokens.num_prefix < 0:
+        values = first_output(output)
+        if values.dim() != 3 or values.shape[1] < grid[0] * grid[1]:
             raise ConfigError(
-                f'{self.paths[layer]} gives shape '
-                f'{tuple(tokens.values.shape)}; expected tokens (B, N, C) '
-                f'with N >= {grid[0]} x {grid[1]}, the patch grid. Token '
-                'dropping and windowed blocks are not supported.')
-        return tokens
+                f'{self.paths[layer]} gives shape {tuple(values.shape)}; '
+                f'expected tokens (B, N, C) with N >= {grid[0]} x {grid[1]}, '
+                'the patch grid. Token dropping and windowed blocks are not '
+                'supported.')
+        return Tokens(values, grid, has_cls=self.has_cls)
 
 
 class Maps(NamedTuple):
@@ -355,8 +357,7 @@ def _sizes(backbone: nn.Module) -> List[Grid]:
         for name in ('img_size', 'img_resolution', 'input_resolution',
                      'init_size')) if size]
     return [(64, 96), (128, 192), (256, 384), *(
-        (size, size) if isinstance(size, int) else tuple(size)[-2:]
-        for size in named[:1]), (224, 224)]
+        tuple(to_2tuple(size))[-2:] for size in named[:1]), (224, 224)]
 
 
 def _stage_paths(backbone: nn.Module) -> Dict[str, List[str]]:
@@ -658,11 +659,15 @@ def fixed_input_size(backbone: nn.Module) -> Optional[Grid]:
                or getattr(module, 'strict_img_size', False)
                for module in backbone.modules()):
         return None
-    for module in backbone.modules():
-        size = getattr(module, 'img_size', None)
-        if size is not None:
-            return (size, size) if isinstance(size, int) else tuple(size)
-    return None
+    return image_size(backbone)
+
+
+def image_size(model: nn.Module) -> Optional[Grid]:
+    """The image size (H, W) that a model was made for; None if it does not
+    say."""
+    size = next((module.img_size for module in model.modules()
+                 if getattr(module, 'img_size', None)), None)
+    return size and tuple(to_2tuple(size))
 
 
 def example_images(features: Features, backbone: nn.Module) -> Tensor:

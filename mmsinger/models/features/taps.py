@@ -4,8 +4,7 @@ The models are not edited; every hook is removed again.
 """
 import contextlib
 from functools import partial
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, \
-    Tuple
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +13,6 @@ from mmsinger.errors import ConfigError
 from mmsinger.models.features.anatomy import (Features, first_output,
                                               unmasked)
 from mmsinger.models.features.tokens import Grid, Tokens
-
-
-class Pass(NamedTuple):
-    """What one block received beside the tokens: rotary embeddings, relative
-    position bias, patch resolution, …"""
-    args: Tuple[Any, ...]
-    kwargs: Dict[str, Any]
 
 
 class _StopForward(Exception):
@@ -54,24 +46,25 @@ class BlockTaps:
         self.stop = stop
         self.dtype = dtype
         self._outputs: Dict[int, Any] = {}
-        self._extras: Dict[int, Pass] = {}
+        # What blocks received beside the tokens: rotary embeddings, relative
+        # position bias, patch resolution, …
+        self._extras: Dict[int, Tuple[tuple, Dict[str, Any]]] = {}
         self._grid: Optional[Grid] = None
-        self._handles: List[Any] = []
+        self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> 'BlockTaps':
-        self._handles.append(self.blocks.watch_input(self._record_grid))
+        hold = self._hooks.enter_context
+        hold(self.blocks.watch_input(self._record_grid))
         for layer in self.layers:
             block = self.blocks.modules[layer]
-            self._handles.append(block.register_forward_pre_hook(
+            hold(block.register_forward_pre_hook(
                 partial(self._record_extras, layer), with_kwargs=True))
-            self._handles.append(block.register_forward_hook(
+            hold(block.register_forward_hook(
                 partial(self._record_output, layer)))
         return self
 
     def __exit__(self, *_) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
 
     def run(self, backbone: nn.Module, images: Tensor) -> None:
         """Forward images of shape (B, 3, H, W), up to the last tap if
@@ -116,10 +109,10 @@ class BlockTaps:
         Returns:
             Tensor: Its output, shape (B, N, C).
         """
-        extras = self._extras[layer]
+        args, kwargs = self._extras[layer]
         with own_precision(values, self.dtype) as values:
-            output = first_output(self.blocks.modules[layer](
-                values, *extras.args, **extras.kwargs))
+            output = self.blocks.modules[layer](values, *args, **kwargs)
+        output = first_output(output)
         return output if self.dtype is None else output.float()
 
     def with_outputs(self, outputs: Dict[int, Tensor]) -> 'BlockTaps':
@@ -141,7 +134,7 @@ class BlockTaps:
 
     def _record_extras(self, layer: int, module: nn.Module, args: tuple,
                        kwargs: Dict[str, Any]) -> None:
-        self._extras[layer] = Pass(args[1:], dict(kwargs))
+        self._extras[layer] = args[1:], dict(kwargs)
 
     def _record_output(self, layer: int, module: nn.Module, args: tuple,
                        output: Any) -> None:

@@ -100,8 +100,8 @@ class FeatureCosineLoss(FeatureLoss):
 
 
 def weighted_mean(errors: Tensor, weight: Optional[Tensor] = None) -> Tensor:
-    """The mean of tokens' errors (B, N), by their weights (B, N) if given; 0
-    if none counts."""
+    """The mean of errors of tokens or pixels, by weights of the same shape if
+    given; 0 if none counts."""
     if weight is None:
         return errors.mean()
     return (weight * errors).sum() / weight.sum().clamp(min=1e-6)

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mmsinger.metrics.geometry import unit_tokens
 from mmsinger.models.losses.feature_loss import weighted_mean
 from mmsinger.registry import MODELS
 from mmsinger.schema import NonNegative
@@ -29,7 +28,8 @@ def gram_difference(pred: Tensor, target: Tensor,
         gradient itself.
     """
     with torch.autocast(pred.device.type, enabled=False):
-        pred, target = unit_tokens(pred), unit_tokens(target)
+        pred, target = (nn.functional.normalize(tokens.float(), dim=-1)
+                        for tokens in (pred, target))
         if weight is None:
             pairs = pred.shape[0] * pred.shape[1]**2
         else:

@@ -2,6 +2,7 @@ from typing import Optional
 
 from torch import Tensor, nn
 
+from mmsinger.models.losses.feature_loss import weighted_mean
 from mmsinger.registry import MODELS
 from mmsinger.schema import NonNegative, Positive
 
@@ -49,6 +50,5 @@ class LogitKLLoss(nn.Module):
             (pred / self.temperature).log_softmax(dim=1),
             (target / self.temperature).log_softmax(dim=1),
             reduction='none', log_target=True).sum(dim=1)
-        mean = divergence.mean() if weight is None else \
-            (weight * divergence).sum() / weight.sum().clamp(min=1e-6)
-        return self.loss_weight * self.temperature**2 * mean
+        return self.loss_weight * self.temperature**2 * weighted_mean(
+            divergence, weight)

@@ -31,7 +31,7 @@ class TargetNorm(nn.Module):
         check_value('target_norm', mode, Mode)
         self.mode = mode
         if mode == 'standardise':
-            self.register_buffer('centre', torch.zeros(dim))
+            self.register_buffer('centre', torch.full((dim, ), float('nan')))
             self.register_buffer('scale', torch.full((), float('nan')))
 
     def calibrate(self, values: Tensor) -> None:
@@ -45,13 +45,13 @@ class TargetNorm(nn.Module):
         norms = (values - self.centre).norm(dim=-1)
         self.scale.copy_(
             (norms.median() / values.shape[1]**0.5).clamp(min=1e-6))
-        self.calibrated = True
 
     @property
     def needs_calibration(self) -> bool:
         """Whether :meth:`calibrate` is still to be called."""
-        return self.mode == 'standardise' and not getattr(
-            self, 'calibrated', False)
+        # Of a checkpoint for another width, mmengine loads the scale alone
+        return self.mode == 'standardise' and not torch.isfinite(
+            self.centre * self.scale).all()
 
     def normalise(self, tokens: Tensor) -> Tensor:
         """Raw tokens (B, N, D) to the space that the method works in."""
@@ -71,12 +71,3 @@ class TargetNorm(nn.Module):
             return nn.functional.layer_norm(tokens.float(),
                                             tokens.shape[-1:])
         return tokens
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # A centre of another width was not loaded: mmengine only warns then.
-        if self.mode == 'standardise' and prefix + 'scale' in state_dict:
-            centre = state_dict.get(prefix + 'centre')
-            self.calibrated = bool(
-                torch.isfinite(state_dict[prefix + 'scale'])) and \
-                centre is not None and centre.shape == self.centre.shape

@@ -23,7 +23,6 @@ class OutlierSubspace(nn.Module):
         self.register_buffer('centre', torch.zeros(dim))
         self.register_buffer('basis', torch.zeros(rank, dim))
         self.register_buffer('threshold', torch.full((), float('nan')))
-        self.calibrated = False
 
     def calibrate(self, patches: Tensor, far: Tensor, mad: float,
                   ratio: float) -> float:
@@ -40,7 +39,6 @@ class OutlierSubspace(nn.Module):
             float: The share of tokens that are beyond the threshold.
         """
         patches = patches.double()
-        self.calibrated = True
         for _ in range(2):  # by norm, then by what was found
             self._find_directions(patches, far, ratio)
             norms = token_norms((patches - self.centre) @ self.basis.T.double())
@@ -68,6 +66,12 @@ class OutlierSubspace(nn.Module):
             self.basis)
 
     @property
+    def calibrated(self) -> bool:
+        """Whether :meth:`calibrate` was called, here or in the run that a
+        checkpoint comes from."""
+        return bool(torch.isfinite(self.threshold))
+
+    @property
     def rank(self) -> int:
         """How many directions were found."""
         return int(self.basis.any(dim=1).sum())
@@ -85,11 +89,6 @@ class OutlierSubspace(nn.Module):
         far = token_norms(excess) > self.threshold
         outlying = (excess * far.unsqueeze(-1)) @ self.basis
         return patches - outlying.to(patches.dtype)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # Not at each step: a GPU would be waited for
-        self.calibrated = bool(torch.isfinite(self.threshold))
 
 
 @MODELS.register_module()

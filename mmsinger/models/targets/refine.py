@@ -1,5 +1,6 @@
 """SiNGER's refinement of teacher tokens (arXiv 2509.20986)."""
-from typing import (Annotated, Any, Dict, List, Literal, NamedTuple, Optional,
+import inspect
+from typing import (Annotated, Any, Callable, Dict, List, Literal, NamedTuple, Optional,
                     Sequence, Tuple, TypedDict)
 
 import torch
@@ -19,11 +20,6 @@ from mmsinger.models.targets.step import Targets, TargetStep, TeacherOutputs
 from mmsinger.registry import MODELS, build_part
 from mmsinger.schema import (Count, DefaultType, Natural, NonNegative,
                              Positive, Share)
-
-# The keys of ``adapter``, by who reads them.
-_BUILD_KEYS = ('rank', 'gain', 'train_up')
-_FFN_KEYS = ('fold_layer_scale', 'fold_norm')
-_INIT_KEYS = ('init', 'selection', 'threshold', 'seed')
 
 
 class Adapter(TypedDict, total=False):
@@ -160,9 +156,14 @@ class Refine(TargetStep):
             else len(teacher.blocks) - 1
         self.adapters = nn.ModuleDict({
             str(layer): SiNGERAdapter(
-                teacher.blocks.dim, **_pick(self.adapter_cfg, _BUILD_KEYS))
+                teacher.blocks.dim, **self._settings_of(SiNGERAdapter))
             for layer in layers
         })
+
+    def _settings_of(self, reader: Callable) -> Dict[str, Any]:
+        """Those keys of ``adapter`` that are arguments of a function."""
+        return {key: value for key, value in self.adapter_cfg.items()
+                if key in inspect.signature(reader).parameters}
 
     def extra_layers(self, layers: Sequence[int]) -> List[int]:
         """The next block of each intermediate layer."""
@@ -179,11 +180,11 @@ class Refine(TargetStep):
             block = layer if layer == self.last_layer else layer + 1
             null = FFNDirections(block, *left_singular_directions(
                 linearised_ffn(teacher.blocks.modules[block],
-                               **_pick(self.adapter_cfg, _FFN_KEYS))))
+                               **self._settings_of(linearised_ffn))))
             # Kept: what a teacher cast to bfloat16 has lost
             self.ffn_directions[layer] = null
             start = adapter.initialise(
-                null[1:], **_pick(self.adapter_cfg, _INIT_KEYS))
+                null[1:], **self._settings_of(adapter.initialise))
             e_safe, e_prob = subspace_energy(adapter.up, null.directions)
             values = start['singular_values']
             kept = f'singular values kept {min(values):.3g} to ' \
@@ -200,25 +201,19 @@ class Refine(TargetStep):
                 ) -> Tuple[Targets, Dict[str, Tensor]]:
         """Refine all layers; L_outlier and L_info, see
         :meth:`TargetStep.forward`."""
-        refined, outlier, info = {}, [], []
-        previous = None
-        images = None
-        if self.info_fraction < 1:
-            images = choose_images(
-                len(next(iter(targets.values())).values), self.info_fraction)
-        for layer, tokens in targets.items():
-            result = self.refine(layer, tokens)
-            for record in outputs.records:
+        found = {layer: self.refine(layer, tokens)
+                 for layer, tokens in targets.items()}
+        for record in outputs.records:
+            for layer, result in found.items():
                 record.add(layer, refined=result.tokens)
-            target = result.target
-            refined[layer] = target if self.kd_gradient else \
-                target._replace(values=target.values.detach())
-            outlier.append(result.excess)
-            info.append(self._info_loss(
-                outputs, layer, tokens, result.tokens, previous, images))
-            previous = result.tokens
-        return refined, dict(loss_outlier=sum(outlier) / len(outlier),
-                             loss_info=sum(info) / len(info))
+        losses = dict(
+            loss_outlier=sum(r.excess for r in found.values()) / len(found),
+            loss_info=self._info_loss(outputs, targets, found))
+        targets = {layer: result.target for layer, result in found.items()}
+        if not self.kd_gradient:
+            targets = {layer: target._replace(values=target.values.detach())
+                       for layer, target in targets.items()}
+        return targets, losses
 
     def refine(self, layer: int, tokens: Tokens) -> Refinement:
         """Refine the tokens of one layer.
@@ -257,28 +252,37 @@ class Refine(TargetStep):
             tokens.with_patches(refined), tokens.with_patches(target),
             self.loss_outlier.loss_weight * excess)
 
-    def _info_loss(self, outputs: TeacherOutputs, layer: int, tokens: Tokens,
-                   refined: Tokens, previous: Optional[Tokens],
-                   images: Optional[List[slice]]) -> Tensor:
+    def _info_loss(self, outputs: TeacherOutputs, targets: Targets,
+                   found: Dict[int, Refinement]) -> Tensor:
+        """The mean of L_info over layers."""
+        first = next(iter(targets.values()))
         if self.loss_info.loss_weight == 0:
-            return refined.values.new_zeros(())
-        is_last = layer == self.last_layer
-        if not is_last:
-            reference = outputs.tokens(layer + 1)
-        elif self.loss_info.last == 'previous' and previous is not None:
-            reference = previous
-        else:
-            reference = tokens
-        ours, theirs, weight = refined.values, reference.values, tokens.weight
-        if images is not None:
+            return first.values.new_zeros(())
+        num_prefix = first.num_prefix
+        images = None if self.info_fraction == 1 else choose_images(
+            len(first.values), self.info_fraction)
+        losses, previous = [], None
+        for layer, tokens in targets.items():
+            refined = found[layer].tokens
+            is_last = layer == self.last_layer
+            if not is_last:
+                reference = outputs.tokens(layer + 1)
+            elif self.loss_info.last == 'previous' and previous is not None:
+                reference = previous
+            else:
+                reference = tokens
+            previous = refined
             ours, theirs, weight = (
-                value if value is None else take(value, images)
-                for value in (ours, theirs, weight))
-        if not is_last:
-            ours = outputs.next_block(
-                layer, refined._replace(values=ours)).values
-        return self.loss_info(ours, theirs, num_prefix=tokens.num_prefix,
-                              is_last=is_last, weight=weight)
+                value if images is None or value is None
+                else take(value, images) for value in (
+                    refined.values, reference.values, tokens.weight))
+            if not is_last:
+                ours = outputs.next_block(
+                    layer, refined._replace(values=ours)).values
+            losses.append(self.loss_info(
+                ours, theirs, num_prefix=num_prefix, is_last=is_last,
+                weight=weight))
+        return sum(losses) / len(losses)
 
     def inlier_variance(self, layers: Dict[int, Dict[str, Any]]
                         ) -> Dict[int, Tensor]:
@@ -358,7 +362,3 @@ def inlier_variance_ratio(original: Tensor, refined: Tensor, quantile: float,
         return ((tokens - mean) * inliers).square().sum() / count
 
     return variance(refined) / variance(original).clamp(min=1e-12)
-
-
-def _pick(cfg: Dict[str, Any], keys: Sequence[str]) -> Dict[str, Any]:
-    return {key: cfg[key] for key in keys if key in cfg}

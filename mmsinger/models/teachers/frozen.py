@@ -1,8 +1,10 @@
 """The frozen teacher: a backbone that is only ever read."""
+import functools
 from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.logging import print_log
+from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
@@ -11,6 +13,7 @@ from mmsinger.images import check_scale
 from mmsinger.models.features.anatomy import (Blocks, Layer, find_blocks,
                                               fixed_input_size)
 from mmsinger.models.features.taps import BlockTaps, own_precision
+from mmsinger.models.features.tokens import Grid
 from mmsinger.models.teachers.feature_cache import FeatureCache
 from mmsinger.registry import MODELS, checked
 from mmsinger.schema import Count, Natural, Positive
@@ -99,10 +102,8 @@ class FrozenModule(nn.Module):
         self.normalisation = None if mean is None else Normalisation(
             tuple(mean), tuple(std))
         self.swap_channels = swap_channels
-        if isinstance(input_size, int):
-            input_size = (input_size, input_size)
-        self.input_size = tuple(input_size) if input_size is not None \
-            else fixed_input_size(self.module)
+        self.input_size = fixed_input_size(self.module) \
+            if input_size is None else tuple(to_2tuple(input_size))
         self.loaded = checkpoint is None
         self.dtype: Optional[torch.dtype] = None
         self.requires_grad_(False)
@@ -302,9 +303,13 @@ class FrozenTeacher(FrozenModule):
             return self._cached.recall(images, layers, run)
         return run(images)
 
+    @functools.cached_property
+    def _stride(self) -> Grid:
+        return self.blocks.stride
+
     def fitting_size(self, size: Tuple[int, int]) -> Tuple[int, int]:
         return tuple(max(1, round(length / step)) * step
-                     for length, step in zip(size, self.blocks.stride))
+                     for length, step in zip(size, self._stride))
 
 
 def feature_settings(cfg: Dict[str, Any]) -> Dict[str, Any]:
