@@ -115,6 +115,18 @@ def test_groups_of_the_student_are_the_plain_models(tmp_path, name):
     assert student_config(cfg).optim_wrapper == before.optim_wrapper
 
 
+def test_a_toolbox_of_its_own_is_told_what_to_do():
+    """Under a host's own train.py nothing has prepared the config."""
+    cfg = load_config(tiny.SEG_CONFIG)
+    cfg.optim_wrapper.update(
+        constructor='mmpretrain.LearningRateDecayOptimWrapperConstructor',
+        paramwise_cfg=dict(layer_decay_rate=0.5))
+    init_default_scope('mmseg')
+    cfg.model.teacher.checkpoint = None
+    with pytest.raises(ConfigError, match='StudentFirstConstructor'):
+        groups_of(MODELS.build(cfg.model), cfg.optim_wrapper)
+
+
 def test_in_a_wrapper_for_several_processes(tmp_path):
     cfg = stock(tmp_path, 'mae')
     student = MODELS.build(cfg.model)

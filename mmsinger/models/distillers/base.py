@@ -148,6 +148,22 @@ class BaseDistiller(BaseModel):
     extract_feat = property(lambda self: self.student.extract_feat)
     out_channels = property(lambda self: self.student.out_channels)
 
+    def get_layer_depth(self, *_: Any) -> None:
+        """Refuse mmpretrain's layer-wise decay, which would pass over the
+        multipliers of adapters and projectors.
+
+        Raises:
+            ConfigError: Always. ``prepare_training`` has put
+                :class:`~mmsinger.engine.optim.StudentFirstConstructor` in its
+                place.
+        """
+        raise ConfigError(
+            'optim_wrapper.constructor sees a distiller, where it needs the '
+            'plain student. Start with tools/train.py of mmsinger; or set '
+            "optim_wrapper.constructor='mmsinger.StudentFirstConstructor' and "
+            'name the other in optim_wrapper.paramwise_cfg.'
+            'student_constructor.')
+
     def init_weights(self) -> None:
         """Initialise the student as its config says, load the teacher, and
         start what depends on the teacher's weights.
