@@ -42,9 +42,13 @@ class RunGuardHook(Hook):
 
     def after_train_iter(self, runner, batch_idx, data_batch=None,
                          outputs=None) -> None:
-        bad = [name for name, value in (outputs or {}).items()
-               if torch.is_tensor(value) and not torch.isfinite(value).all()]
-        if bad:
+        finite = {name: torch.isfinite(value).all()
+                  for name, value in (outputs or {}).items()
+                  if torch.is_tensor(value)}
+        # A GPU is waited for once, not for each loss
+        if finite and not torch.stack(list(finite.values())).all():
+            bad = [name for name, is_finite in finite.items()
+                   if not is_finite]
             paths = batch_paths(batch_samples(data_batch))
             raise TrainingError(
                 f'Iteration {runner.iter + 1}: {", ".join(bad)} is not '
