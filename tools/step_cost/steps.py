@@ -104,9 +104,13 @@ class Steps:
         self.singer = SiNGERDistiller(adapter=dict(rank=rank), **shared)
         self.singer.refinement.init_weights(self.singer.teacher)
         self.fitnet = FitNetDistiller(**shared)
-        self.fitnet.__dict__['teacher'] = self.singer.teacher
-        for model in (self.singer, self.fitnet):
+        self.robust = FitNetDistiller(
+            targets=[dict(type='mmsinger.RemoveOutlierSubspace')], **shared)
+        for model in (self.fitnet, self.robust):
+            model.__dict__['teacher'] = self.singer.teacher
+        for model in (self.singer, self.fitnet, self.robust):
             model.to(device).train()
+        self._find_outliers()
 
     @property
     def weight_bytes(self) -> Dict[str, int]:
@@ -130,6 +134,7 @@ class Steps:
         info = mock.patch.object(self.singer.loss_info, 'loss_weight', 0.)
         return {
             'FitNet': Step(self._fitnet),
+            'robust preset': Step(self._robust),
             'SiNGER': self._varied(),
             'SiNGER without L_outlier': self._varied(outlier),
             'SiNGER without L_info': self._varied(info),
@@ -215,6 +220,9 @@ class Steps:
     def _fitnet(self) -> None:
         self._distil(self.fitnet)
 
+    def _robust(self) -> None:
+        self._distil(self.robust)
+
     def _singer(self) -> None:
         self._distil(self.singer)
 
@@ -233,6 +241,16 @@ class Steps:
         numbers = step_diagnostics(record)
         torch.stack([value for layer in numbers.values()
                      for value in layer.values()]).tolist()
+
+    def _find_outliers(self) -> None:
+        """Calibrate the robust preset on tokens of which a twentieth have
+        long components in eight directions."""
+        dim = self.singer.teacher.blocks.dim
+        tokens = torch.randn(4096, dim)
+        tokens[:200, :8] *= 30.
+        tokens = tokens.to(self.device)
+        self.robust.steps[0].calibrate(
+            {layer: tokens for layer in self.robust.layers})
 
     # -- what is changed ---------------------------------------------------
 
