@@ -5,12 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.metrics.norms import robust_threshold, token_norms
-from mmsinger.models.targets.filter import clip_norms
 from mmsinger.models.targets.step import TargetStep, TeacherOutputs, Targets
 from mmsinger.registry import MODELS
 from mmsinger.schema import Count, Positive, Range
-
-RIDGE = 0.01  # of the regression, in units of the channels' mean energy
 
 
 class OutlierSubspace(nn.Module):
@@ -25,7 +22,6 @@ class OutlierSubspace(nn.Module):
         super().__init__()
         self.register_buffer('centre', torch.zeros(dim))
         self.register_buffer('basis', torch.zeros(rank, dim))
-        self.register_buffer('predictor', torch.zeros(rank, dim))
         self.register_buffer('threshold', torch.full((), float('nan')))
 
     def calibrate(self, patches: Tensor, far: Tensor, mad: float,
@@ -51,7 +47,6 @@ class OutlierSubspace(nn.Module):
             if not self.rank:
                 return 0.
             far = norms > threshold
-        self._fit_predictor(patches[~far] - self.centre)
         return far.float().mean().item()
 
     def _find_directions(self, patches: Tensor, far: Tensor, ratio: float
@@ -70,15 +65,6 @@ class OutlierSubspace(nn.Module):
         self.basis[:count] = directions[excess.topk(count).indices].to(
             self.basis)
 
-    def _fit_predictor(self, inliers: Tensor) -> None:
-        """Ridge regression of the components in the subspace on the rest."""
-        basis = self.basis.to(inliers)
-        inside = inliers @ basis.T  # (n, r)
-        rest = inliers - inside @ basis  # (n, D)
-        gram = rest.T @ rest
-        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-        self.predictor.copy_(torch.linalg.solve(gram, rest.T @ inside).T)
-
     @property
     def calibrated(self) -> bool:
         """Whether :meth:`calibrate` was called, here or in the run that a
@@ -91,8 +77,7 @@ class OutlierSubspace(nn.Module):
         return int(self.basis.any(dim=1).sum())
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Bring outliers' components in the subspace to what the rest of
-        each predicts.
+        """Bring outliers' components in the subspace to the mean.
 
         Args:
             patches (Tensor): Shape (B, P, D).
@@ -100,13 +85,9 @@ class OutlierSubspace(nn.Module):
         Returns:
             Tensor: Shape (B, P, D); other tokens are as they were.
         """
-        centred = patches - self.centre
-        inside = centred @ self.basis.T  # (B, P, r)
-        far = token_norms(inside) > self.threshold
-        rest = centred - inside @ self.basis
-        expected = rest @ self.predictor.T
-        expected = clip_norms(expected, token_norms(expected), self.threshold)
-        outlying = ((inside - expected) * far.unsqueeze(-1)) @ self.basis
+        excess = (patches - self.centre) @ self.basis.T  # (B, P, r)
+        far = token_norms(excess) > self.threshold
+        outlying = (excess * far.unsqueeze(-1)) @ self.basis
         return patches - outlying.to(patches.dtype)
 
 
@@ -121,16 +102,16 @@ class RemoveOutlierSubspace(TargetStep):
     show in the norm. Of their principal directions about the others' mean,
     those are kept in which they have more than ``ratio`` times the others'
     energy. In each step, tokens that are above a threshold made likewise in
-    these directions keep the rest of them, what they say about the image, and
-    get there what a linear regression on the other tokens expects of such a
-    rest. Where there are no outliers, targets are those of the teacher, bit by
-    bit.
+    these directions get the others' mean there, and keep the rest: what they
+    say about the image. Where there are no outliers, targets are those of the
+    teacher, bit by bit.
 
     Args:
         mad (float): Distance of the threshold from the median in robust
             standard deviations. Defaults to 6.0.
         rank (int): The most directions to remove. Defaults to 32.
         ratio (float): Least energy of a direction. Defaults to 4.0.
+
     """
 
     def __init__(self, mad: Positive = 6.0, rank: Count = 32,
