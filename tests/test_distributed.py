@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from mmengine.registry import init_default_scope
+from torch import nn
 
 import forked
 from mmsinger.engine.prepare import load_config, prepare_training
@@ -24,7 +25,9 @@ from tiny import ROOT, SEG_CONFIG, workplace
 WORLD = 2
 RUNS = dict(
     features_only={'model.task_loss_weight': 0,
-                   'model.target_norm': 'standardise'},
+                   'model.target_norm': 'standardise',
+                   'model.targets': dict(outliers=dict(
+                       type='mmsinger.RemoveOutlierSubspace', mad=0.5))},
     with_task_loss={
         'model.task_loss_weight': 1,
         # the head reads both levels of the neck, or DDP would rightly complain
@@ -90,8 +93,10 @@ def train(folder, name, options, launcher='none', batch_size=2,
         with full_parameters(runner.model):
             tensors = {name.replace('_fsdp_wrapped_module.', ''): value
                        for name, value in module.named_parameters()}
-            tensors.update((f'target_norms.{key}', value) for key, value in
-                           module.target_norms.named_buffers())
+            for part in ('target_norms', 'subspaces'):
+                tensors.update((f'{part}.{key}', value) for key, value in
+                               getattr(module, part, nn.Module()
+                                       ).named_buffers())
             return {key: value.detach().clone()
                     for key, value in tensors.items()}
 
@@ -324,7 +329,9 @@ def test_fsdp_resumes_and_divides_the_teacher(outcome):
         assert len(found['losses']) == STEPS - 3
         assert found['held'][1] < 0.7 * expected['held'][1]
         for key, value in expected['end'].items():
-            assert torch.equal(found['end'][key], value), key
+            # A last bit of a gradient depends on where tensors lie in memory
+            torch.testing.assert_close(found['end'][key], value,
+                                       rtol=1e-5, atol=1e-7)
 
 
 def test_fsdp_begins_from_a_plain_student(outcome):

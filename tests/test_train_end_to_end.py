@@ -27,6 +27,8 @@ LONG = [
     '--cfg-options', 'train_cfg.max_iters=24', 'train_cfg.val_interval=12',
     'param_scheduler.0.end=24', 'default_hooks.checkpoint.interval=4',
     'model.target_norm=standardise',
+    "model.targets=dict(outliers=dict(type='mmsinger.RemoveOutlierSubspace', "
+    'mad=0.5))',
     'model.student.backbone.drop_path_rate=0.2',
     'model.student.backbone.drop_rate=0.1',
 ]
