@@ -9,7 +9,7 @@ import difflib
 import functools
 import inspect
 import textwrap
-from typing import Any, Callable, Dict, Iterable, NamedTuple, Set
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Set
 
 from mmengine import registry as mmengine_registry
 from mmengine.registry import Registry
@@ -131,17 +131,24 @@ class _Use(NamedTuple):
     taken: Set[str]  # arguments of that constructor that it sets itself
 
 
-def _use_of(function: Callable, name: str) -> _Use:
+def source_of(target: Callable) -> List[ast.AST]:
+    """All nodes of the source of a function or class; none where it cannot be
+    read."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        return list(ast.walk(ast.parse(textwrap.dedent(
+            inspect.getsource(target)))))
     except (OSError, SyntaxError, TypeError):
-        return _Use(set(), False, True, set())
-    above = {child: node for node in ast.walk(tree)
+        return []
+
+
+def _use_of(function: Callable, name: str) -> _Use:
+    nodes = source_of(function)
+    above = {child: node for node in nodes
              for child in ast.iter_child_nodes(node)}
     read: Set[str] = set()
     taken: Set[str] = set()
-    handed_up = elsewhere = False
-    for node in ast.walk(tree):
+    handed_up, elsewhere = False, not nodes
+    for node in nodes:
         if not isinstance(node, ast.Name) or node.id != name:
             continue
         user = above[node]

@@ -22,6 +22,7 @@ from mmsinger.figures.curves import draw_curves
 from mmsinger.figures.style import COLOURS, line_style, save_figure
 from mmsinger.models import FitNetDistiller, SiNGERDistiller
 from mmsinger.models.features.tokens import Tokens
+from mmsinger.models.teachers.frozen import Normalisation
 
 PLAIN = dict(type='mmpretrain.ImageClassifier', backbone=tiny.vit(),
              data_preprocessor=dict(
@@ -280,7 +281,7 @@ def test_images_are_read_as_in_training(tmp_path):
                                   'channel_conversion'])
 def test_red_is_red_whatever_the_preprocessor_calls_it(name):
     """mmpretrain's name, OneDL's mmseg's, and the original mmseg's."""
-    model = SimpleNamespace(student_normalisation=(None, None),
+    model = SimpleNamespace(student_normalisation=Normalisation(),
                             data_preprocessor=SimpleNamespace(**{name: True}))
     red = torch.zeros(1, 3, 4, 4)
     red[:, 0] = 255

@@ -14,6 +14,7 @@ from mmsinger.images import Size, check_patch, dataset_batches
 from mmsinger.models.distillers import FeatureDistiller
 from mmsinger.models.features.anatomy import image_size
 from mmsinger.models.teachers.frozen import FrozenTeacher
+from mmsinger.schema import Count, check_value
 
 
 class ImageBatches:
@@ -35,8 +36,7 @@ class ImageBatches:
 
     def __init__(self, cfg: Config, distiller: FeatureDistiller, count: int,
                  seed: int = 0) -> None:
-        if count < 1:
-            raise ConfigError(f'--images={count}: at least 1 is needed.')
+        check_value('--images', count, Count)
         self.source = next(
             (name for name in ('val_dataloader', 'train_dataloader')
              if cfg.get(name)), None)

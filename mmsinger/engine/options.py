@@ -35,7 +35,7 @@ class ConfigOptions(DictAction):
             for pair in values:  # a later one may be inside an earlier one
                 if 'dict(' in pair or '{' in pair:
                     key, text = pair.split('=', maxsplit=1)
-                    options[key] = _evaluate(
+                    options[key] = evaluate(
                         ast.parse(text.strip(), mode='eval').body)
                 else:
                     super().__call__(parser, namespace, [pair], option_string)
@@ -46,16 +46,20 @@ class ConfigOptions(DictAction):
                          f'KEY=VALUE ({error})')
 
 
-def _evaluate(node: ast.expr) -> Any:
-    """The value of a literal, with calls of ``dict`` and bare words in it."""
+def evaluate(node: ast.expr) -> Any:
+    """The value of a literal, with calls of ``dict`` and bare words in it.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
     if isinstance(node, ast.Call) and not node.args and \
             ast.unparse(node.func) == 'dict':
-        return {pair.arg: _evaluate(pair.value) for pair in node.keywords}
+        return {pair.arg: evaluate(pair.value) for pair in node.keywords}
     if isinstance(node, (ast.List, ast.Tuple)):
-        items = map(_evaluate, node.elts)
+        items = map(evaluate, node.elts)
         return list(items) if isinstance(node, ast.List) else tuple(items)
     if isinstance(node, ast.Dict):
-        return {_evaluate(key): _evaluate(value)
+        return {evaluate(key): evaluate(value)
                 for key, value in zip(node.keys, node.values)}
     if isinstance(node, (ast.Name, ast.Attribute)):
         return ast.unparse(node)

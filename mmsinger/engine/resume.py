@@ -17,6 +17,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop
 
 from mmsinger.checkpoint import STUDENT, student_state_dict
+from mmsinger.engine.options import evaluate
 from mmsinger.engine.unwrap import is_sharded, unwrap
 from mmsinger.errors import ConfigError, near_paths
 from mmsinger.models.distillers import BaseDistiller
@@ -224,16 +225,6 @@ _UNSET = object()
 
 def _literals(text: Any) -> Dict[str, Any]:
     """The plain values that a config's text assigns, without running it."""
-    class Dictionaries(ast.NodeTransformer):
-
-        def visit_Call(self, node):
-            self.generic_visit(node)
-            if getattr(node.func, 'id', None) != 'dict' or node.args:
-                return node
-            return ast.Dict([keyword.arg and ast.Constant(keyword.arg)
-                             for keyword in node.keywords],
-                            [keyword.value for keyword in node.keywords])
-
     try:
         statements = ast.parse(text).body
     except (SyntaxError, TypeError, ValueError, RecursionError):
@@ -242,8 +233,7 @@ def _literals(text: Any) -> Dict[str, Any]:
     for statement in statements:
         if isinstance(statement, ast.Assign):
             with contextlib.suppress(Exception):  # no plain value
-                values[statement.targets[0].id] = ast.literal_eval(
-                    Dictionaries().visit(statement.value))
+                values[statement.targets[0].id] = evaluate(statement.value)
     return values
 
 

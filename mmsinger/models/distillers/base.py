@@ -328,7 +328,7 @@ class BaseDistiller(BaseModel):
         """What the data preprocessor normalised the images with."""
         preprocessor = self.data_preprocessor
         if not getattr(preprocessor, '_enable_normalize', False):
-            return Normalisation(None, None)
+            return Normalisation()
         if not hasattr(self, '_normalisation'):  # read once: it is a sync
             self._normalisation = Normalisation(
                 tuple(preprocessor.mean.flatten().tolist()),
