@@ -87,7 +87,7 @@ def test_patch_at_holds_the_point(rows, columns, down, right):
 
 @pytest.mark.parametrize('point', [(1., 0.5), (-0.1, 0.5), (0.5, 7)])
 def test_a_point_outside_the_image(point):
-    raises(lambda: patch_at((2, 2), point), 'outside the image', 'from 0 to')
+    raises(lambda: patch_at((2, 2), point), 'patch.', '0 or more and below 1')
 
 
 def test_components_are_those_of_the_covariance():
@@ -561,7 +561,7 @@ def test_tool_names_what_is_wrong(place):
              ['fitnet.pth', 'adapters.1.down', 'config that it was trained']),
             (['similarity', tiny.SEG_CONFIG, 'iter_1.pth',
               'scenes/images/0.png', '--patch', '1', '1'],
-             ['outside the image']),
+             ['patch.0=1.0', 'below 1']),
             (['curves', 'scenes'], ['holds no logs']),
             (['radar', 'no.csv'], ['no such file']),
             (['radar', 'no.csv', '--out', 'a.bmp'], ['.png, .svg, .pdf'])):

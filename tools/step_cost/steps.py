@@ -285,12 +285,13 @@ def selected_quantile(norms: Tensor, quantile: float,
     return torch.lerp(low, high, place - below)
 
 
-def _recomputing_info_loss(self, outputs, layer, *args):
+def _recomputing_info_loss(self, outputs, targets, found):
     """The next block's output computed anew, not taken from the pass."""
-    if layer != self.last_layer:
-        with torch.no_grad():
-            outputs.next_block(layer, outputs.tokens(layer))
-    return _INFO_LOSS(self, outputs, layer, *args)
+    with torch.no_grad():
+        for layer in targets:
+            if layer != self.last_layer:
+                outputs.next_block(layer, outputs.tokens(layer))
+    return _INFO_LOSS(self, outputs, targets, found)
 
 
 def _checkpointed_rerun(self, layer, values):
