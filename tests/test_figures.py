@@ -4,16 +4,16 @@ import re
 from types import SimpleNamespace
 
 import cv2
+import forked
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from plot import choose_keys, read_images, run_names
 from reproduction.figures import draw_radar, draw_sweep, read_table
 
-import forked
-import tiny
 from mmsinger.errors import ConfigError
 from mmsinger.figures import (draw_maps, extract_features, norm_map, patch_at,
                               pca_map, pictures_of, principal_components,

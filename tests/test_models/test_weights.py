@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import vit
 from torch.autograd import gradcheck
 
 from mmsinger.metrics import outlier_threshold, robust_threshold
@@ -26,7 +27,6 @@ from mmsinger.models.losses.information_loss import (_GramDifference,
                                                      gram_difference)
 from mmsinger.models.targets import TeacherOutputs
 from mmsinger.models.targets.refine import inlier_variance_ratio
-from tiny import vit
 
 BATCH, COUNT, KEPT, DIM = 3, 20, 12, 6
 WILD = 1e6

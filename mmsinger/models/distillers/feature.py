@@ -14,8 +14,7 @@ from mmsinger.models.features.anatomy import (Features, Layer, at_same_paths,
                                               resolve_layer)
 from mmsinger.models.features.compiled import compile_blocks
 from mmsinger.models.features.taps import BlockTaps
-from mmsinger.models.features.tokens import (Tokens, align_tokens,
-                                             find_padding)
+from mmsinger.models.features.tokens import Tokens, align_tokens, find_padding
 from mmsinger.models.losses import FeatureMSELoss
 from mmsinger.models.targets import (ClipNorms, Refine, TargetNorm, TargetStep,
                                      TeacherOutputs)
