@@ -214,7 +214,7 @@ def _as_config_error(error: Exception) -> Optional[ConfigError]:
 def places(node: Any, place: str = '') -> Iterator[Tuple[str, Any]]:
     """All that a config holds, with its place as the user writes it:
     ``'custom_hooks.0.type'``."""
-    items = node.items() if hasattr(node, 'items') else \
+    items = node.items() if isinstance(node, dict) else \
         enumerate(node) if isinstance(node, (list, tuple)) else ()
     for key, item in items:
         below = f'{place}.{key}' if place else str(key)

@@ -4,6 +4,7 @@ from typing import Iterator, Sequence
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS
+from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from mmsinger.engine.checks import check_data_folders
@@ -86,8 +87,8 @@ def natural_size(model: nn.Module) -> Size:
         tuple[int, int]: A teacher's ``input_size``, or the first ``img_size``
         of a module; 224 if it does not say.
     """
-    return getattr(model, 'input_size', None) or image_size(model) or \
-        (224, 224)
+    return tuple(to_2tuple(
+        getattr(model, 'input_size', None) or image_size(model) or 224))
 
 
 def check_size(size: Sequence[int], teacher: FrozenTeacher) -> None:
