@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import traceback
-from typing import Any, Dict, Iterable, Iterator, List, Optional
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 # Environment variable: show tracebacks of mistakes in a config too
 TRACEBACK = 'MMSINGER_TRACEBACK'
@@ -177,14 +177,16 @@ def _as_config_error(error: Exception) -> Optional[ConfigError]:
     begun = any(
         isinstance(steps := getattr(frame.f_locals.get('self'), '_iter', 0),
                    int) and steps > 0 for frame, _ in frames)
-    places: Dict[str, List[str]] = {}
+    found: Dict[str, List[str]] = {}  # places by type
     for frame, _ in frames:
         cfg = frame.f_locals.get('cfg')
         if hasattr(cfg, 'pretty_text'):
             from mmengine.runner import Runner
             read = inspect.signature(Runner.__init__).parameters
-            _collect_types({key: cfg[key] for key in cfg if key in read}, '',
-                           places)
+            for place, kind in places({k: cfg[k] for k in cfg if k in read}):
+                if place.endswith('.type'):
+                    name = getattr(kind, '__name__', str(kind)).split('.')[-1]
+                    found.setdefault(name, []).append(place[:-len('.type')])
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     hint = ''
     for frame, _ in reversed(frames):
@@ -196,8 +198,8 @@ def _as_config_error(error: Exception) -> Optional[ConfigError]:
             name = getattr(cls, '__name__', '')
             if str(getattr(cls, '__module__', '')).startswith('mmsinger.'):
                 return None  # then it is a mistake of ours
-            if name in places:
-                where = ' or '.join(dict.fromkeys(places[name]))
+            if name in found:
+                where = ' or '.join(dict.fromkeys(found[name]))
                 if begun and 'evaluator' not in where:
                     return None  # it has worked before
                 last, line = frames[-1]
@@ -209,13 +211,12 @@ def _as_config_error(error: Exception) -> Optional[ConfigError]:
     return None
 
 
-def _collect_types(node: Any, place: str, found: Dict[str, List[str]]
-                   ) -> None:
-    """Where in a config each type stands."""
-    items = node.items() if hasattr(node, 'items') else \
+def places(node: Any, place: str = '') -> Iterator[Tuple[str, Any]]:
+    """All that a config holds, with its place as the user writes it:
+    ``'custom_hooks.0.type'``."""
+    items = node.items() if isinstance(node, dict) else \
         enumerate(node) if isinstance(node, (list, tuple)) else ()
-    for key, value in items:
-        if key == 'type' and place:
-            name = getattr(value, '__name__', str(value)).split('.')[-1]
-            found.setdefault(name, []).append(place)
-        _collect_types(value, f'{place}.{key}' if place else str(key), found)
+    for key, item in items:
+        below = f'{place}.{key}' if place else str(key)
+        yield below, item
+        yield from places(item, below)

@@ -89,11 +89,13 @@ def save_student(weights: Dict[str, torch.Tensor], meta: Dict[str, Any],
     atomic_save(content, path)
 
 
-def student_path(checkpoint: str, ending: str = '.pth') -> str:
-    """``work_dirs/x/epoch_3.pth`` -> ``work_dirs/x/epoch_3_student.pth``, or
-    with another ending; what is a student's already keeps its stem."""
-    stem, _ = os.path.splitext(checkpoint)
-    return f'{stem.removesuffix(SUFFIX)}{SUFFIX}{ending}'
+def student_path(checkpoint: str, ending: str = '') -> str:
+    """``work_dirs/x/epoch_3.pth`` -> ``work_dirs/x/epoch_3_student.pth``; with
+    another ending of a student's file too."""
+    stem, extension = os.path.splitext(checkpoint)
+    if ending:
+        stem = stem.removesuffix(SUFFIX)
+    return f'{stem}{SUFFIX}{ending or extension}'
 
 
 def load_student(checkpoint: str) -> Dict[str, Any]:

@@ -12,6 +12,7 @@ from mmengine.utils import scandir
 from torch import Tensor
 
 from mmsinger.errors import ConfigError, near_paths
+from mmsinger.schema import Count, check_value
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff',
             '.ppm', '.pgm')
@@ -40,8 +41,7 @@ class ImageFolder:
 
     def __init__(self, folder: str, size: Size, patch: Size, count: int,
                  seed: int = 0) -> None:
-        if count < 1:
-            raise ConfigError(f'--num {count}: at least 1 image is needed.')
+        check_value('--num', count, Count)
         if not os.path.isdir(folder):
             kind = 'a file, not' if os.path.exists(folder) else 'no such'
             raise ConfigError(f'--images {folder!r}: {kind} folder (working '

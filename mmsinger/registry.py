@@ -9,7 +9,7 @@ import difflib
 import functools
 import inspect
 import textwrap
-from typing import Any, Callable, Dict, Iterable, NamedTuple, Set
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Set, Tuple
 
 from mmengine import registry as mmengine_registry
 from mmengine.registry import Registry
@@ -112,36 +112,40 @@ def arguments_of(target: Callable) -> Arguments:
             return Arguments(hints, False, defaults)  # mmcv renames some
         if not rest or rest == ['unknown']:  # by which ours mean none
             break
-        use = _use_of(inspect.unwrap(function), rest[0])
-        for name in use.read - set(hints):
+        read, handed_up, elsewhere, set_itself = _use_of(
+            inspect.unwrap(function), rest[0])
+        for name in read - set(hints):
             hints[name] = Any
-        if use.elsewhere or not inspect.isclass(target):
+        if elsewhere or not inspect.isclass(target):
             return Arguments(hints, False, defaults)
-        if not use.handed_up:  # to nothing
+        if not handed_up:  # to nothing
             break
-        taken |= use.taken
+        taken |= set_itself
     return Arguments(hints, True, defaults)
 
 
-class _Use(NamedTuple):
-    """What a constructor does with its ``**kwargs``."""
-    read: Set[str]  # keys that it takes out
-    handed_up: bool  # to the constructor of a base
-    elsewhere: bool
-    taken: Set[str]  # arguments of that constructor that it sets itself
-
-
-def _use_of(function: Callable, name: str) -> _Use:
+def source_of(target: Callable) -> List[ast.AST]:
+    """All nodes of the source of a function or class; none where it cannot be
+    read."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        return list(ast.walk(ast.parse(textwrap.dedent(
+            inspect.getsource(target)))))
     except (OSError, SyntaxError, TypeError):
-        return _Use(set(), False, True, set())
-    above = {child: node for node in ast.walk(tree)
+        return []
+
+
+def _use_of(function: Callable, name: str
+            ) -> Tuple[Set[str], bool, bool, Set[str]]:
+    """What a constructor does with its ``**kwargs``: the keys that it takes
+    out; whether they go to the constructor of a base, or elsewhere; and which
+    arguments of that constructor it sets itself."""
+    nodes = source_of(function)
+    above = {child: node for node in nodes
              for child in ast.iter_child_nodes(node)}
     read: Set[str] = set()
     taken: Set[str] = set()
-    handed_up = elsewhere = False
-    for node in ast.walk(tree):
+    handed_up, elsewhere = False, not nodes
+    for node in nodes:
         if not isinstance(node, ast.Name) or node.id != name:
             continue
         user = above[node]
@@ -163,7 +167,7 @@ def _use_of(function: Callable, name: str) -> _Use:
         elif not (isinstance(user, ast.Attribute)
                   and user.attr in ('setdefault', 'update')):
             elsewhere = True
-    return _Use(read, handed_up, elsewhere, taken)
+    return read, handed_up, elsewhere, taken
 
 
 def check_arguments(place: str, target: Callable, given: Dict[str, Any],

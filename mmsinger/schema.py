@@ -52,6 +52,8 @@ Positive = Annotated[float, Range(0, ends='(]')]
 NonNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1, '(]')]
 Quantile = Annotated[float, Range(0, 1, '()')]
+Fraction = Annotated[float, Range(0, 1, '[)')]
+Point = Tuple[Fraction, Fraction]  # of an image, down and to the right
 
 
 def hints_of(function: Callable) -> Dict[str, Any]:

@@ -745,7 +745,7 @@ def test_folders_without_images(tmp_path):
     bad(str(error.value), '1 smaller than a patch of 4 x 4 px', '0.png')
     with pytest.raises(ConfigError, match='a file, not folder'):
         ImageFolder(str(tmp_path / 'a.jpg'), (8, 8), (4, 4), 5)
-    with pytest.raises(ConfigError, match='--num 0'):
+    with pytest.raises(ConfigError, match='--num=0'):
         ImageFolder(str(tmp_path), (8, 8), (4, 4), 0)
 
 
@@ -820,7 +820,7 @@ def test_checkpoints_that_do_not_fit(tmp_path):
 def test_numbers_that_are_not_valid(scenes):
     subject = load_subject(load_config(teacher_config('digits')))
     folder = ImageFolder(scenes, (32, 32), (4, 4), 2)
-    with pytest.raises(ConfigError, match='--batch-size 0'):
+    with pytest.raises(ConfigError, match='--batch-size=0'):
         analyse(subject, folder, 'x.py', batch_size=0)
     with pytest.raises(ConfigError, match='belong together'):
         load_subject(load_config(teacher_config('digits')), mean=[0.] * 3)

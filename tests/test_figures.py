@@ -4,16 +4,16 @@ import re
 from types import SimpleNamespace
 
 import cv2
+import forked
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from plot import choose_keys, read_images, run_names
 from reproduction.figures import draw_radar, draw_sweep, read_table
 
-import forked
-import tiny
 from mmsinger.errors import ConfigError
 from mmsinger.figures import (draw_maps, extract_features, norm_map, patch_at,
                               pca_map, pictures_of, principal_components,
@@ -22,6 +22,7 @@ from mmsinger.figures.curves import draw_curves
 from mmsinger.figures.style import COLOURS, line_style, save_figure
 from mmsinger.models import FitNetDistiller, SiNGERDistiller
 from mmsinger.models.features.tokens import Tokens
+from mmsinger.models.teachers.frozen import Normalisation
 
 PLAIN = dict(type='mmpretrain.ImageClassifier', backbone=tiny.vit(),
              data_preprocessor=dict(
@@ -86,7 +87,7 @@ def test_patch_at_holds_the_point(rows, columns, down, right):
 
 @pytest.mark.parametrize('point', [(1., 0.5), (-0.1, 0.5), (0.5, 7)])
 def test_a_point_outside_the_image(point):
-    raises(lambda: patch_at((2, 2), point), 'outside the image', 'from 0 to')
+    raises(lambda: patch_at((2, 2), point), 'patch.', '0 or more and below 1')
 
 
 def test_components_are_those_of_the_covariance():
@@ -289,7 +290,7 @@ def test_images_are_read_as_in_training(tmp_path):
                                   'channel_conversion'])
 def test_red_is_red_whatever_the_preprocessor_calls_it(name):
     """mmpretrain's name, OneDL's mmseg's, and the original mmseg's."""
-    model = SimpleNamespace(student_normalisation=(None, None),
+    model = SimpleNamespace(student_normalisation=Normalisation(),
                             data_preprocessor=SimpleNamespace(**{name: True}))
     red = torch.zeros(1, 3, 4, 4)
     red[:, 0] = 255
@@ -569,7 +570,7 @@ def test_tool_names_what_is_wrong(place):
              ['fitnet.pth', 'adapters.1.down', 'config that it was trained']),
             (['similarity', tiny.SEG_CONFIG, 'iter_1.pth',
               'scenes/images/0.png', '--patch', '1', '1'],
-             ['outside the image']),
+             ['patch.0=1.0', 'below 1']),
             (['curves', 'scenes'], ['holds no logs']),
             (['radar', 'no.csv'], ['no such file']),
             (['radar', 'no.csv', '--out', 'a.bmp'], ['.png, .svg, .pdf'])):

@@ -11,8 +11,8 @@ from mmsinger.analysis.nullspace import compare_with_jacobian, ffn_spectra
 from mmsinger.analysis.verdict import (Evidence, Suggestion, Verdict, judge,
                                        snippet, suggest)
 from mmsinger.engine.loading import Subject
-from mmsinger.errors import ConfigError
 from mmsinger.images import ImageFolder
+from mmsinger.schema import Count, Natural, check_value
 from mmsinger.version import __version__
 
 
@@ -81,13 +81,12 @@ def analyse(subject: Subject, folder: ImageFolder, config: str,
     Raises:
         ConfigError: If a number is not valid or there are no images.
     """
-    for option, value, least in (
-            ('--batch-size', batch_size, 1), ('--samples', num_samples, 0),
-            ('--jacobian', jacobian_images, 0),
-            ('--jacobian-products', jacobian_products, 1)):
-        if value < least:
-            raise ConfigError(f'{option} {value}: at least {least} is '
-                              'needed.')
+    for option, value, kind in (
+            ('--batch-size', batch_size, Count),
+            ('--samples', num_samples, Natural),
+            ('--jacobian', jacobian_images, Natural),
+            ('--jacobian-products', jacobian_products, Count)):
+        check_value(option, value, kind)
     teacher = subject.teacher
     collection = collect(
         subject, track_iter_progress((folder, len(folder))), batch_size,

@@ -18,6 +18,7 @@ from mmsinger.models.distillers import FeatureDistiller
 from mmsinger.models.features.taps import BlockTaps
 from mmsinger.models.features.tokens import Tokens
 from mmsinger.models.teachers.frozen import FrozenTeacher, Normalisation
+from mmsinger.schema import Count, check_value
 
 ABSOLUTE = 0.05  # the official code's threshold
 RELATIVE = 0.05  # of the largest singular value
@@ -150,9 +151,7 @@ def distilled_null_directions(
         dict[int, NullDirections]: For each layer but the last; the FFN's by
         the recipe's ``adapter.selection``.
     """
-    if num_images < 1:
-        raise ConfigError(
-            f'--jacobian-images={num_images}: at least 1 is needed.')
+    check_value('--jacobian-images', num_images, Count)
     passes: List[BlockTaps] = []
     for images in batches:
         passes += [distiller.teacher(

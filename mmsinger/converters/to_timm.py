@@ -373,15 +373,12 @@ def _by_number(pattern: str, key: str, default: Any, factor: int = 1
 
 #: Types of backbones -> timm's model, from the config and the built backbone
 FAMILIES: Dict[str, Callable[[dict, nn.Module], Chosen]] = {
-    'VisionTransformer': _vit,
-    'VisionTransformerWithRegisters': _vit,
+    **dict.fromkeys(('VisionTransformer', 'VisionTransformerWithRegisters'),
+                    _vit),
     'SwinTransformer': _swin,
     'ConvNeXt': _convnext,
-    'ResNet': _resnet,
-    'ResNetV1c': _resnet,
-    'ResNetV1d': _resnet,
-    'ResNeXt': _resnet,
-    'SEResNet': _resnet,
+    **dict.fromkeys(('ResNet', 'ResNetV1c', 'ResNetV1d', 'ResNeXt',
+                     'SEResNet'), _resnet),
     'RegNet': _regnet,
     'DenseNet': _by_number('densenet{}', 'arch', '121'),
     'EfficientNet': _by_number('tf_efficientnet_{}', 'arch', 'b0'),

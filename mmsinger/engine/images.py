@@ -4,6 +4,7 @@ from typing import Iterator, Sequence
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS
+from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from mmsinger.engine.checks import check_data_folders
@@ -14,6 +15,7 @@ from mmsinger.images import Size, check_patch, dataset_batches
 from mmsinger.models.distillers import FeatureDistiller
 from mmsinger.models.features.anatomy import image_size
 from mmsinger.models.teachers.frozen import FrozenTeacher
+from mmsinger.schema import Count, check_value
 
 
 class ImageBatches:
@@ -35,8 +37,7 @@ class ImageBatches:
 
     def __init__(self, cfg: Config, distiller: FeatureDistiller, count: int,
                  seed: int = 0) -> None:
-        if count < 1:
-            raise ConfigError(f'--images={count}: at least 1 is needed.')
+        check_value('--images', count, Count)
         self.source = next(
             (name for name in ('val_dataloader', 'train_dataloader')
              if cfg.get(name)), None)
@@ -86,8 +87,8 @@ def natural_size(model: nn.Module) -> Size:
         tuple[int, int]: A teacher's ``input_size``, or the first ``img_size``
         of a module; 224 if it does not say.
     """
-    return getattr(model, 'input_size', None) or image_size(model) or \
-        (224, 224)
+    return tuple(to_2tuple(
+        getattr(model, 'input_size', None) or image_size(model) or 224))
 
 
 def check_size(size: Sequence[int], teacher: FrozenTeacher) -> None:

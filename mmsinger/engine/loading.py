@@ -15,9 +15,8 @@ from mmsinger.export import is_distiller
 from mmsinger.models.distillers import FeatureDistiller
 from mmsinger.models.teachers.frozen import (FrozenTeacher, Normalisation,
                                              feature_settings)
-from mmsinger.registry import MODELS, check_arguments
+from mmsinger.registry import MODELS, check_arguments, find_type
 
-NOT_NORMALISED = Normalisation(None, None)
 IMAGENET = Normalisation((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
 
@@ -38,12 +37,12 @@ def load_distiller(cfg: Config, checkpoint: Optional[str] = None
             checkpoint does not fit.
     """
     model_type = (cfg.get('model') or {}).get('type')
-    if not is_distiller(dict(type=model_type)):
+    cls = find_type(model_type)
+    if not is_distiller(dict(type=cls)):
         raise ConfigError(
             f'{cfg.filename!r}: model.type={model_type!r} is no distiller of '
             "mmsinger's, so there is no teacher to measure against. Give a "
             'recipe such as configs/singer_vitl_to_vits_ade20k.py.')
-    cls = MODELS.get(model_type)
     if not issubclass(cls, FeatureDistiller):
         raise ConfigError(
             f'{cfg.filename!r}: a {cls.__name__} does not compare block '
@@ -110,11 +109,7 @@ class Subject(NamedTuple):
         images = images.float()
         if self.channels == 'bgr':
             images = images.flip(1)
-        if self.normalisation.mean is None:
-            return images
-        mean, std = (images.new_tensor(values)[:, None, None]
-                     for values in self.normalisation)
-        return (images - mean) / std
+        return self.normalisation.apply(images)
 
 
 def load_subject(cfg: Config, checkpoint: Optional[str] = None,
@@ -158,7 +153,7 @@ def load_subject(cfg: Config, checkpoint: Optional[str] = None,
     if teacher.checkpoint is None:
         notes.append('No checkpoint was given: the weights are random, and '
                      'the report says nothing about a trained teacher.')
-    normalisation, channels = (NOT_NORMALISED, 'rgb') \
+    normalisation, channels = (Normalisation(), 'rgb') \
         if mean is not None else _feeding(cfg, source, teacher)
     if normalisation.mean is None and teacher.normalisation is None:
         normalisation = IMAGENET
@@ -222,10 +217,10 @@ def _feeding(cfg: Config, source: str, teacher: FrozenTeacher
     data pipeline."""
     preprocessor = preprocessor_settings(cfg) if source != 'teacher' else None
     if preprocessor is None:  # as the teacher is meant to be fed
-        return NOT_NORMALISED, 'bgr' if teacher.swap_channels else 'rgb'
+        return Normalisation(), 'bgr' if teacher.swap_channels else 'rgb'
     channels = 'rgb' if converts_to_rgb(preprocessor) else 'bgr'
     if preprocessor.get('mean') is None:
-        return NOT_NORMALISED, channels
+        return Normalisation(), channels
     return Normalisation(tuple(preprocessor['mean']),
                          tuple(preprocessor['std'])), channels
 

@@ -4,13 +4,13 @@ import copy
 import difflib
 import inspect
 from argparse import ArgumentParser, Namespace
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.logging import print_log
 from mmengine.runner import FlexibleRunner, Runner
 
-from mmsinger.errors import ConfigError, near_matches
+from mmsinger.errors import ConfigError, near_matches, places
 
 # Top-level keys that mmengine's runners read; everything else in a config is
 # a variable that such a part was made of when the file was read.
@@ -35,7 +35,7 @@ class ConfigOptions(DictAction):
             for pair in values:  # a later one may be inside an earlier one
                 if 'dict(' in pair or '{' in pair:
                     key, text = pair.split('=', maxsplit=1)
-                    options[key] = _evaluate(
+                    options[key] = evaluate(
                         ast.parse(text.strip(), mode='eval').body)
                 else:
                     super().__call__(parser, namespace, [pair], option_string)
@@ -46,16 +46,20 @@ class ConfigOptions(DictAction):
                          f'KEY=VALUE ({error})')
 
 
-def _evaluate(node: ast.expr) -> Any:
-    """The value of a literal, with calls of ``dict`` and bare words in it."""
+def evaluate(node: ast.expr) -> Any:
+    """The value of a literal, with calls of ``dict`` and bare words in it.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
     if isinstance(node, ast.Call) and not node.args and \
             ast.unparse(node.func) == 'dict':
-        return {pair.arg: _evaluate(pair.value) for pair in node.keywords}
+        return {pair.arg: evaluate(pair.value) for pair in node.keywords}
     if isinstance(node, (ast.List, ast.Tuple)):
-        items = map(_evaluate, node.elts)
+        items = map(evaluate, node.elts)
         return list(items) if isinstance(node, ast.List) else tuple(items)
     if isinstance(node, ast.Dict):
-        return {_evaluate(key): _evaluate(value)
+        return {evaluate(key): evaluate(value)
                 for key, value in zip(node.keys, node.values)}
     if isinstance(node, (ast.Name, ast.Attribute)):
         return ast.unparse(node)
@@ -79,7 +83,7 @@ def apply_options(cfg: Config, options: Dict[str, Any]) -> None:
         ConfigError: If a path is misspelt, or nothing would read what is set
             there.
     """
-    parts = list(_parts(cfg))
+    parts = list(places({key: cfg[key] for key in cfg if key in READ}))
     copied, direct = [], []
     for option, value in options.items():
         _check_spelling(cfg, option)
@@ -97,19 +101,6 @@ def apply_options(cfg: Config, options: Dict[str, Any]) -> None:
             raise ConfigError(
                 f'--cfg-options {option}: cannot be set in '
                 f'{cfg.filename!r}: {error.args[0]}') from error
-
-
-def _parts(node: Any, path: str = '') -> Iterator[Tuple[str, Any]]:
-    """Everything below the keys that are read, and where it is."""
-    if isinstance(node, (dict, Config)):
-        items = node.items()
-    else:
-        items = enumerate(node) if isinstance(node, (list, tuple)) else ()
-    for key, item in items:
-        if path or key in READ:
-            place = f'{path}.{key}' if path else key
-            yield place, item
-            yield from _parts(item, place)
 
 
 def _check_spelling(cfg: Config, option: str) -> None:
@@ -153,8 +144,8 @@ def _copies(cfg: Config, option: str, parts: List[Tuple[str, Any]]
     copies += [path for path, node in parts if path.endswith(tuple(tails))
                and path not in copies and old is not None and node == old]
     if not copies and 'model' in cfg:  # else it is a base, which is the part
-        places = _alike(option.split('.'), value, parts)
-        fix = f'Set {" or ".join(places[:6])} instead.' if places else \
+        alike = _alike(option.split('.'), value, parts)
+        fix = f'Set {" or ".join(alike[:6])} instead.' if alike else \
             'Set the part of the config that is to change.'
         raise ConfigError(
             f'--cfg-options {option}: {top!r} is a variable of the config, '

@@ -7,7 +7,6 @@ import importlib.util
 import inspect
 import math
 import re
-import textwrap
 from collections.abc import Mapping
 from typing import (Any, Callable, Iterable, List, Literal, NamedTuple,
                     Optional, Union, get_args)
@@ -25,7 +24,7 @@ from mmsinger.engine.logs import import_datasets
 from mmsinger.engine.options import READ
 from mmsinger.errors import ConfigError, check_keys
 from mmsinger.images import check_scale
-from mmsinger.registry import arguments_of, check_arguments
+from mmsinger.registry import arguments_of, check_arguments, source_of
 from mmsinger.schema import (Count, DefaultType, Natural, NonNegative,
                              check_value)
 
@@ -321,13 +320,8 @@ def _check_words(place: str, given: Iterable[str], known: Iterable[str]
 def constants_in(target: Any) -> frozenset:
     """The texts in the source of a function, or of a class and its bases:
     among them the keys that it reads from a dict."""
-    found = set()
-    for part in target.__mro__[:-1] if inspect.isclass(target) else [target]:
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        found |= {node.value for node in ast.walk(tree)
-                  if isinstance(node, ast.Constant)
-                  and isinstance(node.value, str)}
-    return frozenset(found)
+    return frozenset(
+        node.value for part in (
+            target.__mro__[:-1] if inspect.isclass(target) else [target])
+        for node in source_of(part)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str))

@@ -17,8 +17,9 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop
 
 from mmsinger.checkpoint import STUDENT, student_state_dict
+from mmsinger.engine.options import evaluate
 from mmsinger.engine.unwrap import is_sharded, unwrap
-from mmsinger.errors import ConfigError, near_paths
+from mmsinger.errors import ConfigError, near_paths, places
 from mmsinger.models.distillers import BaseDistiller
 
 
@@ -89,9 +90,9 @@ def check_checkpoint_files(cfg: Config) -> None:
             'optimizer and no adapters to go on with. Resume from '
             f'{source.replace("_student.pth", ".pth")!r}, or begin '
             f'anew from these weights with --cfg-options load_from={source}.')
-    paths = {'load_from (or --resume)': source,
-             **dict(_weight_files(cfg.model, 'model'))}
-    for key, path in paths.items():
+    named = [(place, path) for place, path in places(cfg.model, 'model')
+             if place.endswith(('.checkpoint', '.pretrained'))]
+    for key, path in [('load_from (or --resume)', source), *named]:
         if not isinstance(path, str) or '://' in path:
             continue
         if not os.path.isfile(path):
@@ -106,19 +107,6 @@ def check_checkpoint_files(cfg: Config) -> None:
             f'load_from (or --resume)={source!r} is empty, was cut off or is '
             'damaged: its checksums do not fit. Choose another checkpoint; '
             '--resume without a path takes the newest one that is intact.')
-
-
-def _weight_files(node: Any, key: str) -> Iterator[Tuple[str, str]]:
-    """Files that a model config names, by key."""
-    if isinstance(node, dict):
-        for name, value in node.items():
-            if name in ('checkpoint', 'pretrained') and \
-                    isinstance(value, str):
-                yield f'{key}.{name}', value
-            yield from _weight_files(value, f'{key}.{name}')
-    elif isinstance(node, (list, tuple)):
-        for i, value in enumerate(node):
-            yield from _weight_files(value, f'{key}[{i}]')
 
 
 # -- what is in it, once it is loaded ---------------------------------------
@@ -224,16 +212,6 @@ _UNSET = object()
 
 def _literals(text: Any) -> Dict[str, Any]:
     """The plain values that a config's text assigns, without running it."""
-    class Dictionaries(ast.NodeTransformer):
-
-        def visit_Call(self, node):
-            self.generic_visit(node)
-            if getattr(node.func, 'id', None) != 'dict' or node.args:
-                return node
-            return ast.Dict([keyword.arg and ast.Constant(keyword.arg)
-                             for keyword in node.keywords],
-                            [keyword.value for keyword in node.keywords])
-
     try:
         statements = ast.parse(text).body
     except (SyntaxError, TypeError, ValueError, RecursionError):
@@ -242,8 +220,7 @@ def _literals(text: Any) -> Dict[str, Any]:
     for statement in statements:
         if isinstance(statement, ast.Assign):
             with contextlib.suppress(Exception):  # no plain value
-                values[statement.targets[0].id] = ast.literal_eval(
-                    Dictionaries().visit(statement.value))
+                values[statement.targets[0].id] = evaluate(statement.value)
     return values
 
 

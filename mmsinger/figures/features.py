@@ -55,11 +55,8 @@ def pictures_of(distiller: FeatureDistiller, inputs: Tensor) -> np.ndarray:
     Returns:
         np.ndarray: RGB, (B, H, W, 3), uint8.
     """
-    images = inputs.detach().float().cpu()
-    mean, std = distiller.student_normalisation
-    if mean is not None:
-        images = images * torch.tensor(std).view(-1, 1, 1) + \
-            torch.tensor(mean).view(-1, 1, 1)
+    images = distiller.student_normalisation.undo(
+        inputs.detach().float().cpu())
     if not _is_rgb(distiller.data_preprocessor):
         images = images.flip(1)
     return images.clamp(0, 255).round().byte().permute(0, 2, 3, 1).numpy()

@@ -9,8 +9,7 @@ from mmsinger.figures.style import add_caption, new_figure
 from mmsinger.figures.token_maps import (norm_map, patch_at, pca_map,
                                          principal_components, similarity_map)
 from mmsinger.models.features.tokens import Grid, Tokens
-
-Point = Tuple[float, float]
+from mmsinger.schema import Point
 
 
 class Column(NamedTuple):

@@ -4,9 +4,9 @@ from typing import NamedTuple, Tuple
 import torch
 from torch import Tensor
 
-from mmsinger.errors import ConfigError
 from mmsinger.metrics import cosine_gram, token_norms
 from mmsinger.models.features.tokens import Grid, Tokens
+from mmsinger.schema import Point, check_value
 
 
 def norm_map(tokens: Tokens) -> Tensor:
@@ -37,7 +37,7 @@ def similarity_map(tokens: Tokens, patch: Tuple[int, int]) -> Tensor:
         1, tuple(tokens.grid))
 
 
-def patch_at(grid: Grid, point: Tuple[float, float]) -> Tuple[int, int]:
+def patch_at(grid: Grid, point: Point) -> Tuple[int, int]:
     """The patch that a point of the image lies in, on any grid.
 
     Args:
@@ -51,13 +51,7 @@ def patch_at(grid: Grid, point: Tuple[float, float]) -> Tuple[int, int]:
     Raises:
         ConfigError: If the point is outside the image.
     """
-    if not isinstance(point, (tuple, list)) or len(point) != 2 or not all(
-            isinstance(share, (int, float)) and 0 <= share < 1
-            for share in point):
-        raise ConfigError(
-            f'patch={point} is outside the image: give two shares, of '
-            'height and width, each from 0 to below 1; (0.5, 0.5) is the '
-            'middle.')
+    check_value('patch', point, Point)
     return tuple(int(share * count) for share, count in zip(point, grid))
 
 

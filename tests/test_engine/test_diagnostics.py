@@ -462,7 +462,7 @@ def test_another_process_measures_nothing(run, monkeypatch):
     (dict(interval=2.5), ['interval=2.5', 'whole number']),
     (dict(num_images=0), ['num_images=0', '1 or more']),
     (dict(draw_interval=-1), ['draw_interval=-1', '0 or more']),
-    (dict(patch=(0.5, 1)), ['outside the image'])])
+    (dict(patch=(0.5, 1)), ['patch.1=1', 'below 1'])])
 def test_bad_settings(kwargs, words):
     with pytest.raises(ConfigError) as error:
         DiagnosticsHook(**kwargs)

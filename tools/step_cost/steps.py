@@ -304,10 +304,10 @@ def selected_quantile(norms: Tensor, quantile: float,
 
 
 def _recomputing_info_loss(self, outputs, targets, found):
-    """The next blocks' outputs computed anew, not taken from the pass."""
-    for layer in targets:
-        if layer != self.last_layer:
-            with torch.no_grad():
+    """The next block's output computed anew, not taken from the pass."""
+    with torch.no_grad():
+        for layer in targets:
+            if layer != self.last_layer:
                 outputs.next_block(layer, outputs.tokens(layer))
     return _INFO_LOSS(self, outputs, targets, found)
 

@@ -93,7 +93,7 @@ class CacheFeaturesHook(Hook):
                          drop_last=loader.drop_last)
         loop.dataloader = DataLoader(
             CachedFeatures(features, samples, copies=not training),
-            collate_fn=_as_it_is, **order)
+            collate_fn=lambda batch: batch, **order)
 
     def _batch(self, loader: DataLoader, start: int) -> Dict[str, Any]:
         stop = min(start + self.chunk_size, len(loader.dataset))
@@ -162,10 +162,6 @@ class CachedFeatures(Dataset):
         if self.copies:
             samples = [sample.new() for sample in samples]
         return dict(inputs=(self.features[indices], ), data_samples=samples)
-
-
-def _as_it_is(batch: Dict[str, Any]) -> Dict[str, Any]:
-    return batch
 
 
 class FeaturePreprocessor(BaseDataPreprocessor):

@@ -1,5 +1,5 @@
 import math
-from typing import Optional, Tuple
+from typing import Optional
 
 import torch
 from mmengine.dist import is_main_process
@@ -14,9 +14,7 @@ from mmsinger.errors import ConfigError
 from mmsinger.models import FeatureDistiller
 from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.registry import HOOKS
-from mmsinger.schema import Count, Natural
-
-MIDDLE = (0.5, 0.5)
+from mmsinger.schema import Count, Natural, Point
 
 
 @HOOKS.register_module()
@@ -68,10 +66,7 @@ class DiagnosticsHook(Hook):
                  draw: bool = False,
                  draw_interval: Natural = 0,
                  draw_images: Count = 4,
-                 patch: Tuple[float, float] = MIDDLE) -> None:
-        if draw or patch != MIDDLE:
-            from mmsinger.figures import patch_at
-            patch_at((1, 1), patch)
+                 patch: Point = (0.5, 0.5)) -> None:
         self.interval = interval
         self.num_images = num_images
         self.draw = draw

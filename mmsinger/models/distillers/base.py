@@ -222,7 +222,9 @@ class BaseDistiller(BaseModel):
                 f'{type(self.student).__name__} has no head to compute a '
                 'task loss with. Set task_loss_weight=0 (features only), or '
                 'give it a head.')
-        if self.task_loss_weight > 0 and is_pretraining(self.student):
+        if self.task_loss_weight > 0 and any(
+                cls.__name__ == 'BaseSelfSupervisor'  # mmpretrain's
+                for cls in type(self.student).__mro__):
             raise ConfigError(
                 f'task_loss_weight={self.task_loss_weight}, but the student '
                 f'{type(self.student).__name__} is a method of pre-training, '
@@ -344,7 +346,7 @@ class BaseDistiller(BaseModel):
         """What the data preprocessor normalised the images with."""
         preprocessor = self.data_preprocessor
         if not getattr(preprocessor, '_enable_normalize', False):
-            return Normalisation(None, None)
+            return Normalisation()
         if not hasattr(self, '_normalisation'):  # read once: it is a sync
             self._normalisation = Normalisation(
                 tuple(preprocessor.mean.flatten().tolist()),
@@ -412,12 +414,6 @@ def build_teacher(cfg: dict, cls: Type[FrozenModule] = FrozenTeacher
             f'teacher must be dict({cls.part}=…, checkpoint=…), got {got}.')
     check_arguments('model.teacher', cls, cfg)
     return cls(**cfg)
-
-
-def is_pretraining(student: nn.Module) -> bool:
-    """Whether a model is one of mmpretrain's self-supervised methods."""
-    return any(cls.__name__ == 'BaseSelfSupervisor'
-               for cls in type(student).__mro__)
 
 
 def _scaled(value: Any, factor: float) -> Any:

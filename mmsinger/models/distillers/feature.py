@@ -13,9 +13,8 @@ from mmsinger.models.features.anatomy import (Features, Layer, at_same_paths,
                                               example_images, find_features,
                                               resolve_layer)
 from mmsinger.models.features.compiled import compile_blocks
-from mmsinger.models.features.padding import find_padding
 from mmsinger.models.features.taps import BlockTaps
-from mmsinger.models.features.tokens import Tokens, align_tokens
+from mmsinger.models.features.tokens import Tokens, align_tokens, find_padding
 from mmsinger.models.losses import FeatureMSELoss
 from mmsinger.models.targets import (ClipNorms, Refine, TargetNorm, TargetStep,
                                      TeacherOutputs)

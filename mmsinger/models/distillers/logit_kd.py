@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from mmsinger.errors import ConfigError
 from mmsinger.models.distillers.base import BaseDistiller, reached_parameters
 from mmsinger.models.features.anatomy import find_part, fixed_input_size
-from mmsinger.models.features.padding import Padding, find_padding
+from mmsinger.models.features.tokens import Padding, find_padding
 from mmsinger.models.teachers.frozen import FrozenClassifier
 from mmsinger.registry import MODELS, build_part
 from mmsinger.schema import DefaultType

@@ -11,8 +11,8 @@ import contextlib
 import copy
 import inspect
 import re
-from typing import (Any, Callable, Dict, List, NamedTuple,
-                    Optional, Tuple, Union)
+from typing import (Any, Callable, Dict, List, NamedTuple, Optional, Tuple,
+                    Union)
 
 import torch
 from mmengine.utils import to_2tuple

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError
-from mmsinger.models.features.anatomy import (Features, first_output,
-                                              unmasked)
+from mmsinger.models.features.anatomy import Features, first_output, unmasked
 from mmsinger.models.features.tokens import Grid, Tokens
 
 

@@ -109,7 +109,7 @@ class FrozenBackbone(FrozenTeacher, BaseModule):
         """
         if isinstance(inputs, tuple):
             return inputs
-        taps = super().forward(inputs, [self.layer], Normalisation(None, None))
+        taps = super().forward(inputs, [self.layer], Normalisation())
         return (form_output(taps.tokens(self.layer), self.output), )
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):

@@ -1,5 +1,5 @@
 """Classification by nearest neighbours: an evaluation without training."""
-from typing import Any, List, Optional
+from typing import Any, Optional
 
 import torch
 from mmengine.model import BaseModel
@@ -121,11 +121,8 @@ class KNNClassifier(BaseModel):
                 'KNNClassifier is not trained. Evaluate with '
                 'tools/linear_eval.py or tools/test.py.')
         scores = self.scores(self.features(inputs))
-        return scores if mode == 'tensor' else \
-            self._predictions(scores, data_samples)
-
-    @staticmethod
-    def _predictions(scores: Tensor, data_samples: List[Any]) -> List[Any]:
+        if mode == 'tensor':
+            return scores
         for sample, score in zip(data_samples, scores):
             sample.set_pred_score(score).set_pred_label(
                 score.argmax(dim=0, keepdim=True))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.metrics.norms import robust_threshold, token_norms
-from mmsinger.models.targets.step import TargetStep, TeacherOutputs, Targets
+from mmsinger.models.targets.step import Targets, TargetStep, TeacherOutputs
 from mmsinger.registry import MODELS
 from mmsinger.schema import Count, Positive, Range
 

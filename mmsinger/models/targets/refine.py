@@ -1,7 +1,7 @@
 """SiNGER's refinement of teacher tokens (arXiv 2509.20986)."""
 import inspect
-from typing import (Annotated, Any, Callable, Dict, List, Literal, NamedTuple, Optional,
-                    Sequence, Tuple, TypedDict)
+from typing import (Annotated, Any, Callable, Dict, List, Literal, NamedTuple,
+                    Optional, Sequence, Tuple, TypedDict)
 
 import torch
 from mmengine.logging import print_log

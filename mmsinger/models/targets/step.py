@@ -3,9 +3,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from torch import Tensor, nn
 
-from mmsinger.models.features.padding import Padding
 from mmsinger.models.features.taps import BlockTaps
-from mmsinger.models.features.tokens import Tokens
+from mmsinger.models.features.tokens import Padding, Tokens
 
 Targets = Dict[int, Tokens]
 

@@ -22,10 +22,24 @@ PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16}
 
 
 class Normalisation(NamedTuple):
-    """Per-channel mean and std that images were normalised with, in pixel
-    units of 0 to 255; None stands for not normalised."""
-    mean: Optional[Tuple[float, ...]]
-    std: Optional[Tuple[float, ...]]
+    """Per-channel mean and std of images, in pixel units of 0 to 255; None
+    stands for not normalised."""
+    mean: Optional[Tuple[float, ...]] = None
+    std: Optional[Tuple[float, ...]] = None
+
+    def apply(self, images: Tensor) -> Tensor:
+        """Normalise images (B, C, H, W)."""
+        if self.mean is None:
+            return images
+        return (images - _channels(self.mean, images)) / _channels(
+            self.std, images)
+
+    def undo(self, images: Tensor) -> Tensor:
+        """Normalised images (B, C, H, W) as they were before."""
+        if self.mean is None:
+            return images
+        return images * _channels(self.std, images) + _channels(
+            self.mean, images)
 
 
 class FrozenModule(nn.Module):
@@ -203,17 +217,14 @@ class FrozenModule(nn.Module):
             Tensor: Shape (B, 3, H', W').
         """
         # Equal numbers in opposite channel orders are not the same thing.
-        if self.normalisation is not None and (
-                self.swap_channels or self.normalisation != normalisation):
-            if normalisation.mean is not None:
-                images = images * _channels(normalisation.std, images) \
-                    + _channels(normalisation.mean, images)
-            if self.swap_channels:
-                images = images.flip(1)
-            images = (images - _channels(self.normalisation.mean, images)) \
-                / _channels(self.normalisation.std, images)
-        elif self.swap_channels:
+        differs = self.normalisation is not None and (
+            self.swap_channels or self.normalisation != normalisation)
+        if differs:
+            images = normalisation.undo(images)
+        if self.swap_channels:
             images = images.flip(1)
+        if differs:
+            images = self.normalisation.apply(images)
         size = self.input_size or self.fitting_size(images.shape[-2:])
         if tuple(images.shape[-2:]) != tuple(size):
             images = nn.functional.interpolate(
