@@ -657,7 +657,8 @@ def test_tuned_methods_are_what_they_are_called(method):
     assert (refine is not None) == (chosen.recipe == 'singer')
     if refine is not None:
         assert (refine.gate is not None) == (method == 'gated')
-        assert refine.kd_gradient == (method == 'singer')
+        assert refine.kd_gradient == (method in ('singer', 'removing'))
+        assert refine.adapters['5'].gain == (-1 if method == 'removing' else 1)
     else:
         assert [type(step).__name__ for step in model.steps] == dict(
             fitnet=[], mask=['MaskTokens'],

@@ -75,6 +75,8 @@ METHODS: Dict[str, Method] = {
     'subspace': Method('Robust preset', 'fitnet',
                        _step('RemoveOutlierSubspace', mad=6.0)),
     'singer': Method('SiNGER', 'singer'),
+    'removing': Method('SiNGER, gain -1', 'singer',
+                       ('model.adapter.gain=-1', )),
     'detached': Method('SiNGER, adapters without L_KD', 'singer',
                        ('model.kd_gradient=False', )),
     'gated': Method('SiNGER, gated and capped, adapters without L_KD',
