@@ -657,7 +657,7 @@ def test_tuned_methods_are_what_they_are_called(method):
     assert (refine is not None) == (chosen.recipe == 'singer')
     if refine is not None:
         assert (refine.gate is not None) == (method == 'gated')
-        assert refine.kd_gradient == (method in ('singer', 'removing'))
+        assert refine.kd_gradient == (method not in ('detached', 'gated'))
         assert refine.adapters['5'].gain == (-1 if method == 'removing' else 1)
     else:
         assert [type(step).__name__ for step in model.steps] == dict(
@@ -917,3 +917,18 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert '2 jobs: 2 are finished, 0 to run' in shown
     assert 'start' not in shown
+
+
+def test_adapters_that_settle_first_stay_as_they_are():
+    table = evidence.search(DIGITS, [0])
+    name, = {job.needs[0] for job in table.jobs.values()
+             if '-clean-settled-' in job.name and job.tool == 'train.py'
+             and job.needs}
+    first = table.jobs[name]
+    assert 'model.loss_kd.loss_weight=0' in first.options
+    students = [job for job in table.jobs.values()
+                if job.needs == [name] and job.tool == 'train.py']
+    assert len(students) == len(evidence.RATES)
+    for job in students:
+        assert f'{evidence.ADAPTERS}.lr_mult=0' in job.options
+        assert f'load_from={{checkpoint:{name}}}' in job.options

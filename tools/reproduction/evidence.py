@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from reproduction.plan import WORK_DIR, Cell, Column, Job, Source, Table
+from reproduction.plan import (WORK_DIR, Cell, Column, Job, Source, Table,
+                               checkpoint)
 from reproduction.profiles import Profile, Task
 from reproduction.report import Result
 from reproduction.tables import Planner
@@ -18,6 +19,7 @@ from reproduction.tables import Planner
 PAIR = 'vitl_to_vits'
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 MULTIPLIERS = (0.003, 0.03, 0.3)
+ADAPTERS = 'optim_wrapper.paramwise_cfg.custom_keys.adapters'
 #: The chosen rates, written by ``search`` into its own folder
 TUNED = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'tuned.json')
 
@@ -51,15 +53,20 @@ class Method:
         title (str): What it is called.
         recipe (str): ``'fitnet'`` or ``'singer'``, of configs/digits.
         options (tuple[str]): What is changed in the recipe.
+        settled (bool): The adapters are trained before the student, by
+            L_outlier and L_info alone, and then stay. Defaults to False.
     """
     title: str
     recipe: str
     options: Tuple[str, ...] = ()
+    settled: bool = False
 
     @property
     def multipliers(self) -> Tuple[Optional[float], ...]:
-        """What to try for the adapters' learning rate; None: no adapters."""
-        return MULTIPLIERS if self.recipe == 'singer' else (None, )
+        """What to try for the adapters' learning rate; None: none that is
+        tied to the student's."""
+        return MULTIPLIERS if self.recipe == 'singer' and not self.settled \
+            else (None, )
 
 
 def _step(kind: str, **settings: object) -> Tuple[str, ...]:
@@ -77,6 +84,8 @@ METHODS: Dict[str, Method] = {
     'singer': Method('SiNGER', 'singer'),
     'removing': Method('SiNGER, gain -1', 'singer',
                        ('model.adapter.gain=-1', )),
+    'settled': Method('SiNGER, adapters trained first, then frozen', 'singer',
+                      settled=True),
     'detached': Method('SiNGER, adapters without L_KD', 'singer',
                        ('model.kd_gradient=False', )),
     'gated': Method('SiNGER, gated and capped, adapters without L_KD',
@@ -253,16 +262,27 @@ def _plain(value: object) -> str:
 def _distil(planner: Planner, method: str, case: str, seed: int, rate: float,
             multiplier: Optional[float]) -> str:
     chosen_method = METHODS[method]
-    options = [f'optim_wrapper.optimizer.lr={rate:g}']
-    name = f'{case}-{method}-{rate:g}'
-    if multiplier is not None:
-        options.append('optim_wrapper.paramwise_cfg.custom_keys.adapters.'
-                       f'lr_mult={multiplier:g}')
+
+    def distil(name: str, rate: float, *options: str) -> str:
+        return planner.distil(
+            planner.profile.recipe, seed, chosen_method.recipe, PAIR,
+            f'{case}-{method}-{name}',
+            (f'optim_wrapper.optimizer.lr={rate:g}', *options,
+             *_options(case, 'model.teacher.backbone'),
+             *chosen_method.options))
+
+    name, options = f'{rate:g}', []
+    if chosen_method.settled:
+        adapters = distil('adapters', 3e-3, f'{ADAPTERS}.lr_mult=1',
+                          'model.loss_kd.loss_weight=0',
+                          'train_cfg.max_iters=300',
+                          'param_scheduler.1.end=300')
+        options = [f'{ADAPTERS}.lr_mult=0',
+                   f'load_from={checkpoint(adapters)}']
+    elif multiplier is not None:
+        options = [f'{ADAPTERS}.lr_mult={multiplier:g}']
         name += f'-x{multiplier:g}'
-    return planner.distil(
-        planner.profile.recipe, seed, chosen_method.recipe, PAIR, name,
-        (*options, *_options(case, 'model.teacher.backbone'),
-         *chosen_method.options))
+    return distil(name, rate, *options)
 
 
 def _teacher_probe(planner: Planner, case: str, task: Task) -> str:
