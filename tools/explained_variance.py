@@ -11,6 +11,8 @@ images that it explains, over all channels, each scaled to unit variance.
 Needs no labels, and tells students apart that a classification of a few
 hundred images does not.
 """
+from typing import List
+
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 import torch
 from mmengine.config import Config
@@ -46,24 +48,28 @@ def parse_args():
 
 
 @torch.no_grad()
-def features(cfg: Config, loader: str) -> Tensor:
-    """Features of all images of a loader, in the data set's order.
+def features(cfg: Config) -> List[Tensor]:
+    """Features of the training and of the test images, in the data sets'
+    order.
 
     Args:
         cfg (Config): Of a linear evaluation.
-        loader (str): Key of the data loader.
 
     Returns:
-        Tensor: Shape (N, C), float64.
+        list[Tensor]: Shapes (N, C) and (M, C), float64.
     """
+    init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)
     model.backbone.init_weights()
     model.eval()
-    dataset = DATASETS.build(cfg[loader].dataset)
-    return torch.cat([
-        model.backbone(batch['inputs'])[0] for batch in dataset_batches(
-            dataset, range(len(dataset)), 64, model.data_preprocessor)
-    ]).double()
+    found = []
+    for loader in ('train_dataloader', 'val_dataloader'):
+        dataset = DATASETS.build(cfg[loader].dataset)
+        batches = dataset_batches(dataset, range(len(dataset)), 64,
+                                  model.data_preprocessor)
+        found.append(torch.cat([model.backbone(batch['inputs'])[0]
+                                for batch in batches]).double())
+    return found
 
 
 def explained(source: Tensor, target: Tensor, source_test: Tensor,
@@ -95,16 +101,10 @@ def explained(source: Tensor, target: Tensor, source_test: Tensor,
 def main():
     args = parse_args()
     task = load_config(args.task, args.cfg_options)
-    parts = []
-    for cfg in (
-            evaluation_config(task, load_config(args.source),
-                              args.checkpoint),
-            evaluation_config(task, load_config(args.teacher),
-                              teacher=True)):
-        init_default_scope(cfg.default_scope)
-        parts.append([features(cfg, loader) for loader in (
-            'train_dataloader', 'val_dataloader')])
-    (source, source_test), (target, target_test) = parts
+    source, source_test = features(evaluation_config(
+        task, load_config(args.source), args.checkpoint))
+    target, target_test = features(evaluation_config(
+        task, load_config(args.teacher), teacher=True))
     share = explained(source, target, source_test, target_test)
     print(f'{len(source_test)} images: {100 * share:.1f} % of the '
           "teacher's variance follows from the student's features")
