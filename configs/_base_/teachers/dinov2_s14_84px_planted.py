@@ -1,7 +1,7 @@
 # DINOv2-S/14 with planted artifacts: after block 7, about 30 % of the patch
 # tokens get a vector in a subspace of 8 dimensions. Norms grow more than
-# tenfold from there to the output: what is left of it stands out there by 4 to
-# 7 times, as in DINOv2-L and -g.
+# tenfold from there to the output, where such tokens still stand out by 4 to 7
+# times.
 teacher = dict(
     backbone=dict(
         type='mmsinger.PlantedArtifacts',
