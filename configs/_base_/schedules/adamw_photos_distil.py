@@ -1,0 +1,8 @@
+# 300 iterations of 16 images: a minute (ViT) or two (ResNet-18) on one core
+_base_ = ['./adamw_digits_distil.py']
+train_cfg = dict(max_iters=300)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.02, by_epoch=False, end=30),
+    dict(type='CosineAnnealingLR', eta_min=0., by_epoch=False, begin=30,
+         end=300)
+]

@@ -1,0 +1,15 @@
+# The robust preset, DINOv2-S/14 -> ResNet-18, photographs
+_base_ = [
+    '../_base_/teachers/dinov2_s14_84px.py',
+    '../_base_/students/resnet18.py',
+    '../_base_/distillers/robust.py',
+    '../_base_/datasets/photos.py',
+    '../_base_/schedules/adamw_photos_distil.py',
+    '../_base_/default_runtime_cls.py',
+]
+model = dict(
+    teacher=_base_.teacher,
+    student=_base_.student,
+    target_norm='standardise',
+    task_loss_weight=0,
+    **_base_.distiller)

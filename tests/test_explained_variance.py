@@ -1,0 +1,31 @@
+import pytest
+import torch
+from explained_variance import explained
+
+
+def draw(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 12, generator=generator).double()
+
+
+@pytest.mark.parametrize('map_of, least, most', [
+    (lambda x: 5 * x @ draw(12, 2)[:, :4] + 3, 0.99, 1.),  # all of it
+    (lambda x: torch.cat([x[:, :2], draw(len(x), len(x))[:, :2]], 1),
+     0.45, 0.55),  # half of it
+    (lambda x: draw(len(x), len(x)), -0.1, 0.1),  # nothing
+])
+def test_share_that_is_known(map_of, least, most):
+    train, test = draw(2000, 0), draw(1000, 1)
+    assert least <= explained(train, map_of(train), test, map_of(test)) <= most
+
+
+def test_scale_does_not_count():
+    train, test = draw(200, 0), draw(100, 1)
+    target, target_test = train[:, :5] ** 3, test[:, :5] ** 3
+    expected = explained(train, target, test, target_test)
+    assert explained(1e4 * train - 7, target / 9, 1e4 * test - 7,
+                     target_test / 9) == pytest.approx(expected)
+    constant = torch.zeros(200, 1).double(), torch.zeros(100, 1).double()
+    assert explained(torch.cat([train, constant[0]], 1), target,
+                     torch.cat([test, constant[1]], 1), target_test) == \
+        pytest.approx(expected)
