@@ -31,8 +31,8 @@ class DiagnosticsHook(Hook):
 
     With ``draw``, after each validation (in runs without, after each epoch)
     or every ``draw_interval`` iterations: norm maps, similarity maps and PCA
-    maps of teacher, refined teacher and student for the same training images.
-    They take seconds.
+    maps of teacher, target and student for the same training images. They
+    take seconds.
 
     All goes to mmengine's visualizer, hence to every backend in
     ``vis_backends``: files, TensorBoard, W&B, MLflow. The first process
