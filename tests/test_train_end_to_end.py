@@ -122,7 +122,8 @@ def test_what_a_training_checkpoint_holds(long_run):
     content = torch.load(os.path.join(folder, 'iter_24.pth'),
                          weights_only=False)
     parts = {key.split('.')[0] for key in content['state_dict']}
-    assert parts == {'student', 'projectors', 'adapters', 'target_norms'}
+    assert parts == {'student', 'projectors', 'adapters', 'target_norms',
+                     'subspaces'}
     assert not any('teacher' in key for key in content['state_dict'])
     assert content['optimizer']['state']
     student = weights(os.path.join(folder, 'iter_24_student.pth'))

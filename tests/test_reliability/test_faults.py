@@ -58,6 +58,7 @@ OPTIONS = ['--cfg-options', 'train_dataloader.batch_size=2',
 # Sends the signal in the course of an iteration
 SIGNAL = '''
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # of a shell's job: off
 import mmsinger
 from mmengine.optim import OptimWrapper
 update, count = OptimWrapper.update_params, 0

@@ -86,6 +86,9 @@ METHODS: Dict[str, Method] = {
                        ('model.adapter.gain=-1', )),
     'settled': Method('SiNGER, adapters trained first, then frozen', 'singer',
                       settled=True),
+    'settled_gated': Method(
+        'SiNGER, gated, adapters trained first, then frozen', 'singer',
+        ('model.gate.mad=6.0', ), settled=True),
     'detached': Method('SiNGER, adapters without L_KD', 'singer',
                        ('model.kd_gradient=False', )),
     'gated': Method('SiNGER, gated and capped, adapters without L_KD',
