@@ -1,7 +1,7 @@
 """Evaluate a frozen student or teacher with a linear head, or by k-NN.
 
     python tools/linear_eval.py configs/linear_eval/seg_digits.py \\
-        configs/demo/singer_digits.py work_dirs/demo/NAME/iter_400_student.pth
+        configs/demo/singer_digits.py work_dirs/NAME/iter_400_student.pth
 
 Trains the head of TASK_CONFIG on the backbone of SOURCE_CONFIG and prints the
 metrics. The config that this amounts to is in the work dir; tools/train.py

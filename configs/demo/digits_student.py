@@ -1,4 +1,4 @@
-# The demo's student without distillation: few steps, so no augmentation
+# A small student without distillation: few steps, so no augmentation
 _base_ = [
     '../_base_/students/vit_digits.py',
     '../_base_/datasets/digit_scenes.py',

@@ -1,4 +1,5 @@
-# The demo: the student of digits_student.py, distilled with SiNGER
+# Segmentation of the digit scenes beside distillation: the student of
+# digits_student.py with SiNGER
 _base_ = [
     './digits_student.py',
     '../_base_/teachers/digits.py',
