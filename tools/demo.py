@@ -23,6 +23,7 @@ from mmsinger import paths
 from mmsinger.engine.loading import load_distiller
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import TrainingError, readable_errors
+from mmsinger.export import student_path
 from mmsinger.figures import (Column, draw_columns, extract_features, norm_map,
                               pca_map, pictures_of, principal_components,
                               save_figure)
@@ -70,7 +71,7 @@ def main():
           f'Picture: {os.path.abspath(picture)}\n'
           f'Report: {os.path.abspath(os.path.join(report, "report.html"))}\n'
           'Student weights for plain mmpretrain: '
-          f'{os.path.abspath(checkpoint.replace(".pth", "_student.pth"))}')
+          f'{os.path.abspath(student_path(checkpoint))}')
 
 
 def step(number, title):

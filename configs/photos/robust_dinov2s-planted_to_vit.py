@@ -1,4 +1,5 @@
-# The robust preset, DINOv2-S/14 with planted artifacts -> a ViT of 4 blocks, photographs
+# The robust preset, DINOv2-S/14 with planted artifacts -> a ViT of 4 blocks,
+# photographs
 _base_ = [
     '../_base_/teachers/dinov2_s14_84px_planted.py',
     '../_base_/students/photos_vit.py',

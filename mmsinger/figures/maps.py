@@ -33,9 +33,9 @@ def draw_maps(kind: str, images: np.ndarray, features: Dict[int, Features],
 
     Args:
         kind (str): ``'norm'``: norms of patch tokens, before and after
-            the target steps (Figure 2: refinement). ``'similarity'``: cosine similarity of all
-            patches to a marked one (Figure 4). ``'pca'``: the three main
-            directions of patch tokens as colours.
+            the target steps (Figure 2: refinement). ``'similarity'``: cosine
+            similarity of all patches to a marked one (Figure 4). ``'pca'``:
+            the three main directions of patch tokens as colours.
         images (np.ndarray): RGB, (B, H, W, 3), uint8.
         features (dict[int, Features]): Their tokens, see
             :func:`extract_features`.

@@ -8,7 +8,7 @@ import json
 import os
 from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from reproduction.plan import (WORK_DIR, Cell, Column, Job, Source, Table,
                                checkpoint)
@@ -196,12 +196,18 @@ def demo(profile: Profile, seeds: Sequence[int], quick: bool = False
     table.rows = [(label.split(': ')[1], cells)
                   for label, cells in table.rows]
     planner = Planner(table, profile, seeds, quick)
-    table.add_row('No teacher: labels of 3000 scenes alone', [
-        *(Cell(tuple((Source(planner.evaluate_model('vits_cls', task, seed),
-                             task.metric), ) for seed in seeds))
-          for _, task in TASKS[:2])])
+    table.add_row('No teacher: labels of 3000 scenes alone', _cells(
+        planner, TASKS[:2],
+        lambda task, seed: planner.evaluate_model('vits_cls', task, seed)))
     table.conclude = None
     return table
+
+
+def _cells(planner: Planner, tasks: Sequence[Tuple[Column, Task]],
+           evaluate: Callable[[Task, int], str]) -> List[Cell]:
+    """One cell for each task, over all seeds."""
+    by_column = {column.title: (task, ) for column, task in tasks}
+    return planner.cells(list(by_column), None, evaluate, by_column)
 
 
 def _compare(name: str, plan: Sequence[Tuple[str, Sequence[str]]],
@@ -234,9 +240,9 @@ def _compare(name: str, plan: Sequence[Tuple[str, Sequence[str]]],
                                       best['rate'], best['multiplier'])
                         for seed in seeds}
             table.add_row(row(method, case) + ' *' * best['edge'], [
-                *(Cell(tuple((Source(planner.evaluate_student(
-                    students[seed], task, seed), task.metric), )
-                    for seed in seeds)) for _, task in tasks),
+                *_cells(planner, tasks,
+                        lambda task, seed: planner.evaluate_student(
+                            students[seed], task, seed)),
                 *[Cell(())] * own])
     table.conclude = lambda results: conclude(
         {(label.removesuffix(' *'), column): result

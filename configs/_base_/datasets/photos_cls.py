@@ -16,10 +16,7 @@ val_dataloader = dict(
         type='mmpretrain.CustomDataset',
         data_root='data/photos',
         data_prefix='test',
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='mmpretrain.PackInputs'),
-        ]))
+        pipeline=_base_.train_dataloader.dataset.pipeline))
 test_dataloader = val_dataloader
 val_evaluator = dict(type='mmpretrain.Accuracy', topk=(1, ))
 test_evaluator = val_evaluator
