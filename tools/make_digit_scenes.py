@@ -11,11 +11,15 @@ gets darker with distance. The stock datasets read what is written::
     ├── images/{training,validation}/scene_000000.png       8-bit colour
     ├── annotations/{training,validation}/scene_000000.png  8-bit classes
     ├── depth/{training,validation}/scene_000000.png        16-bit millimetres
-    └── meta/{train,val,train_longtail}.txt                 "file label"
+    └── meta/{train,val,train_longtail*}.txt                "file label"
 
-Of the long-tailed list digit c keeps the share 0.6^c of its training scenes.
+Of the long-tailed lists digit c keeps the share r^c of its training scenes: r is
+0.6 in train_longtail.txt, where the rarest is a hundredth of the commonest, and
+in train_longtail10.txt and train_longtail50.txt such that it is a tenth and a
+fiftieth.
 """
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -28,6 +32,7 @@ import numpy as np
 from mmengine.logging import print_log
 
 from mmsinger.errors import ConfigError, readable_errors
+from mmsinger.files import atomic_write
 from mmsinger.schema import (Count, Natural, Positive, Quantile, ToolParser,
                              reader)
 
@@ -40,7 +45,8 @@ DIGIT_SCENES_PALETTE = [[40, 40, 40], [230, 25, 75], [60, 180, 75],
 
 MARKER = 'digit_scenes.json'
 SPLITS = {'training': 'train', 'validation': 'val'}  # folder, list in meta/
-LONGTAIL = 0.6
+LONGTAILS = dict(longtail=0.6, longtail10=10**(-1 / 9),
+                 longtail50=50**(-1 / 9))
 FORMAT = 3  # raise it when the same settings give other scenes
 
 PIXEL_METRES = 48.  # size of a digit [px] = 48 / its distance [m]
@@ -92,6 +98,8 @@ def make_digit_scenes(root: str,
     _check_settings(settings)
     root = os.path.realpath(root)
     if _is_complete(root, settings):
+        with contextlib.suppress(PermissionError):  # of an older folder
+            _write_longtails(os.path.join(root, 'meta'))
         return False
 
     images, labels = _load_digits()
@@ -105,7 +113,7 @@ def make_digit_scenes(root: str,
             used[split] = _write_split(
                 partial, split, name, total, images, labels, pools[split],
                 settings, [seed, number])
-        _write_longtail(os.path.join(partial, 'meta'))
+        _write_longtails(os.path.join(partial, 'meta'))
         with open(os.path.join(partial, MARKER), 'w') as file:
             json.dump(dict(settings=settings, digits=used), file)
         if _is_complete(root, settings):
@@ -247,18 +255,25 @@ def _write_split(root: str, split: str, name: str, total: int,
     return sorted(used)
 
 
-def _write_longtail(folder: str) -> None:
-    """The beginning of each digit's scenes, in the order of the whole."""
+def _write_longtails(folder: str) -> None:
+    """The beginning of each digit's scenes, in the order of the whole; lists
+    that are there stay."""
     with open(os.path.join(folder, 'train.txt')) as file:
         lines = file.readlines()
     digits = [int(line.split()[1]) for line in lines]
-    left = {digit: math.ceil(digits.count(digit) * LONGTAIL**digit)
-            for digit in set(digits)}
-    with open(os.path.join(folder, 'train_longtail.txt'), 'w') as file:
+    for name, ratio in LONGTAILS.items():
+        path = os.path.join(folder, f'train_{name}.txt')
+        if os.path.exists(path):
+            continue
+        left = {digit: math.ceil(digits.count(digit) * ratio**digit)
+                for digit in set(digits)}
+        kept = []
         for digit, line in zip(digits, lines):
             if left[digit]:
                 left[digit] -= 1
-                file.write(line)
+                kept.append(line)
+        with atomic_write(path) as whole, open(whole, 'w') as file:
+            file.writelines(kept)
 
 
 def _write_png(path: str, picture: np.ndarray) -> None:

@@ -14,7 +14,8 @@ from mmsinger.models.losses import (FeatureCosineLoss, FeatureLoss,
 from mmsinger.models.probes import (FrozenBackbone, KNNClassifier,
                                     LinearDepthHead)
 from mmsinger.models.targets import (ClipNorms, MaskTokens, Refine,
-                                     RemoveOutlierSubspace, TargetStep)
+                                     RemoveOutlierSubspace, TargetStep,
+                                     WeighByEntropy)
 from mmsinger.models.teachers import FrozenClassifier, FrozenTeacher
 
 __all__ = [
@@ -24,6 +25,6 @@ __all__ = [
     'GramInformationLoss', 'KNNClassifier', 'LinearDepthHead',
     'LinearProjector', 'LogitKDDistiller', 'LogitKLLoss', 'MLPProjector',
     'MaskTokens', 'OutlierSuppressionLoss', 'PlantedArtifacts', 'Refine',
-    'RemoveOutlierSubspace', 'SiNGERAdapter', 'SiNGERDistiller', 'TargetStep', 'ViTKDDistiller',
-    'VisionTransformerWithRegisters'
+    'RemoveOutlierSubspace', 'SiNGERAdapter', 'SiNGERDistiller', 'TargetStep',
+    'ViTKDDistiller', 'VisionTransformerWithRegisters', 'WeighByEntropy'
 ]

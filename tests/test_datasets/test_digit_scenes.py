@@ -196,15 +196,15 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 
 def test_of_two_at_once_one_makes_them(tmp_path, monkeypatch):
-    path, write = str(tmp_path / 'scenes'), digit_scenes._write_longtail
+    path, write = str(tmp_path / 'scenes'), digit_scenes._write_longtails
 
     def slower(folder):
-        monkeypatch.setattr(digit_scenes, '_write_longtail', write)
+        monkeypatch.setattr(digit_scenes, '_write_longtails', write)
         monkeypatch.setattr(os, 'getpid', lambda: 1)
         assert make_digit_scenes(path, **SIZES)  # the other process
         write(folder)
 
-    monkeypatch.setattr(digit_scenes, '_write_longtail', slower)
+    monkeypatch.setattr(digit_scenes, '_write_longtails', slower)
     assert not make_digit_scenes(path, **SIZES)
     assert os.listdir(tmp_path) == ['scenes']
 

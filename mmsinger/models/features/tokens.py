@@ -53,8 +53,16 @@ class Tokens(NamedTuple):
     def weighed(self, patch_weight: Tensor) -> 'Tokens':
         """These tokens with their patches' weights times a factor, shape
         (B, h * w)."""
-        weight = nn.functional.pad(
-            patch_weight.float(), (self.num_prefix, 0), value=1.)
+        return self._weighed(nn.functional.pad(
+            patch_weight.float(), (self.num_prefix, 0), value=1.))
+
+    def weighed_by_image(self, weight: Tensor) -> 'Tokens':
+        """These tokens, prefix too, with weights times a factor of their
+        image, shape (B, )."""
+        return self._weighed(
+            weight.float()[:, None].expand(self.values.shape[:2]))
+
+    def _weighed(self, weight: Tensor) -> 'Tokens':
         return self._replace(
             weight=weight if self.weight is None else self.weight * weight)
 

@@ -1,4 +1,5 @@
 """What the student is compared with: a teacher's tokens, step by step."""
+from mmsinger.models.targets.entropy import WeighByEntropy
 from mmsinger.models.targets.filter import ClipNorms, FilterStep, MaskTokens
 from mmsinger.models.targets.normalise import TargetNorm
 from mmsinger.models.targets.outlier_subspace import RemoveOutlierSubspace
@@ -7,5 +8,6 @@ from mmsinger.models.targets.step import TargetStep, TeacherOutputs
 
 __all__ = [
     'ClipNorms', 'FilterStep', 'MaskTokens', 'Refine',
-    'RemoveOutlierSubspace', 'TargetNorm', 'TargetStep', 'TeacherOutputs'
+    'RemoveOutlierSubspace', 'TargetNorm', 'TargetStep', 'TeacherOutputs',
+    'WeighByEntropy'
 ]
