@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from importlib import import_module
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # weights are not needed
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
@@ -210,6 +211,7 @@ def try_plain(name):
     toolbox, path = name.split('::')
     stock = load_config(os.path.join(configs_of(toolbox), path))
     init_default_scope(stock.get('default_scope') or toolbox)
+    use_cpu_amp(stock)
     for crop in (CROPS.get(toolbox), None):
         cut = dict(model=without_weights(stock.model))
         if crop:
@@ -225,11 +227,20 @@ def try_plain(name):
             batch = random_batch(cfg)
             model = plain_model(cfg)
             model.train()
+            shapes = shapes_of(model)
             backward(model, batch)
+            if crop and shapes_of(model) != shapes:
+                continue  # a buffer of the image's size
+            Runner.build_optim_wrapper(
+                SimpleNamespace(model=model), cfg.optim_wrapper)
             return cfg, batch
         except Exception:
             if not crop:
                 raise
+
+
+def shapes_of(model):
+    return {k: v.shape for k, v in model.state_dict().items()}
 
 
 def distil(name, cfg, batch, **options):
@@ -279,8 +290,13 @@ def distil(name, cfg, batch, **options):
             raise AssertionError('The step changes nothing in the student')
         save_student(student_state_dict(model.state_dict()), {}, paths[2])
         plain = plain_model(student_config(recipe))
-        load_strict(plain, load_checkpoint(paths[2])['state_dict'],
-                    what='The exported student', fix='')
+        exported = load_checkpoint(paths[2])['state_dict']
+        load_strict(plain, exported, what='The exported student', fix='')
+        # LoRA's files lack what both have from a pretrained model
+        for (key, ours), theirs in zip(model.student.named_parameters(),
+                                       plain.parameters(), strict=True):
+            if key not in exported and not theirs.requires_grad:
+                theirs.data.copy_(ours)
         data = model.data_preprocessor(batch, True)
         pairs = list(zip(outputs(model.student, data), outputs(plain, data),
                          strict=True))
@@ -313,7 +329,7 @@ def outputs(model, data):
         found = model(data['inputs'], data.get('data_samples'))
     except Exception:  # not every method has a pass without losses
         backbone = find_part(model, 'backbone')
-        found = backbone(first, **unmasked(backbone))
+        found = backbone(first, **unmasked(backbone, first))
 
     def flat(value):
         if isinstance(value, torch.Tensor):

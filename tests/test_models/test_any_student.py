@@ -65,6 +65,10 @@ STUDENTS = dict(
     # transformers in stages
     swin=pretrain('SwinTransformer', arch=dict(
         embed_dims=8, depths=TINY, num_heads=TINY)),
+    swin_384px=pretrain(
+        'SwinTransformer', img_size=384,
+        stage_cfgs=dict(block_cfgs=dict(window_size=12)), arch=dict(
+            embed_dims=8, depths=TINY, num_heads=TINY)),
     swin_v2=pretrain('SwinTransformerV2', arch=dict(
         embed_dims=8, depths=TINY, num_heads=TINY,
         extra_norm_every_n_blocks=0), img_size=64, window_size=4),
@@ -91,6 +95,9 @@ STUDENTS = dict(
     conformer=pretrain('Conformer', arch='tiny'),
     convmixer=pretrain('ConvMixer', arch=dict(
         embed_dims=16, depth=2, patch_size=4, kernel_size=3)),
+    # masked by a class
+    spark_convnext=pretrain('SparseConvNeXt', arch=dict(
+        depths=TINY, channels=[8, 16, 24, 32])),
     # made for segmentation
     bisenet_v2=seg('BiSeNetV2'),
     ddrnet=seg('DDRNet', channels=8, ppm_channels=16),
@@ -274,7 +281,28 @@ def test_pretraining_methods_learn_by_their_first_view():
 def test_masked_backbones_see_all():
     model = distiller(vit('MAEViT'))
     assert isinstance(model.student_features, Blocks)
-    assert unmasked(model.student) == dict(mask=None)
+    assert unmasked(model.student, torch.randn(1, 3, 32, 32)) == dict(
+        mask=None)
+
+
+def test_masked_by_a_class():
+    """Whatever the last mask of SparK was, a student sees all."""
+    from mmpretrain.models.utils import SparseHelper
+    model = distiller(STUDENTS['spark_convnext'])
+    images = torch.randn(2, 3, 64, 64)
+    for mask in (torch.zeros, torch.ones):
+        SparseHelper._cur_active = mask(5, 1, 2, 2, dtype=torch.bool)
+        tokens = model.student_tokens(images)[3].values
+        assert tokens.any(dim=-1).all()
+
+
+def test_an_image_size_of_its_own():
+    """LeNet takes 32 x 32 pixels of one channel, and no others."""
+    model = distiller(pretrain('LeNet5'),
+                      teacher=dict(backbone=vit(in_channels=1)))
+    loss = model.loss(torch.randn(2, 1, 32, 32), None)['distill.loss_kd']
+    loss.backward()
+    assert model.student_features.paths[-1].startswith('features')
 
 
 def test_no_map_at_all():

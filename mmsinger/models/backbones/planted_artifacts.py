@@ -99,7 +99,7 @@ class PlantedArtifacts(BaseModule):
         """Run the backbone. :attr:`planted_mask` then tells which patch tokens
         of this batch are artifacts, bool, shape (B, P)."""
         if not args:
-            kwargs = {**unmasked(self.backbone), **kwargs}
+            kwargs = {**unmasked(self.backbone, images), **kwargs}
         return self.backbone(images, *args, **kwargs)
 
     @property

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import inspect
 import re
+import sys
 from typing import (Any, Callable, Dict, List, NamedTuple, Optional, Tuple,
                     Union)
 
@@ -282,7 +283,7 @@ def _run(backbone: nn.Module, images: Tensor, training: bool = False) -> Any:
     backbone.train(training)  # alone: some backbones return None from it
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            return backbone(images, **unmasked(backbone))
+            return backbone(images, **unmasked(backbone, images))
     except Exception as error:  # too small, or not divided by its stride
         said = (str(error) or repr(error)).splitlines()[0][:200]
         raise ConfigError(f'{tuple(images.shape)}: {said}') from error
@@ -357,7 +358,8 @@ def _sizes(backbone: nn.Module) -> List[Grid]:
         for name in ('img_size', 'img_resolution', 'input_resolution',
                      'init_size')) if size]
     return [(64, 96), (128, 192), (256, 384), *(
-        tuple(to_2tuple(size))[-2:] for size in named[:1]), (224, 224)]
+        tuple(to_2tuple(size))[-2:] for size in named[:1]), (224, 224),
+            (384, 576), (32, 32)]
 
 
 def _stage_paths(backbone: nn.Module) -> Dict[str, List[str]]:
@@ -599,9 +601,16 @@ def layer_scale(block: nn.Module) -> Optional[Tensor]:
         if isinstance(value, Tensor)), None)
 
 
-def unmasked(backbone: nn.Module) -> Dict[str, Any]:
+def unmasked(backbone: nn.Module, images: Tensor) -> Dict[str, Any]:
     """Arguments of a backbone's forward pass that keep all patches: MAE and
-    other masked pre-training backbones mask unless told not to."""
+    other masked pre-training backbones mask unless told not to. SparK's take
+    their mask from a class, where it is set for these images, (B, C, H, W).
+    """
+    sparse = getattr(sys.modules[type(backbone).__module__], 'SparseConv2d',
+                     None)
+    if sparse is not None:
+        sys.modules[sparse.__module__].SparseHelper._cur_active = torch.ones(
+            len(images), 1, 1, 1, dtype=torch.bool, device=images.device)
     return dict(mask=None) if 'mask' in inspect.signature(
         backbone.forward).parameters else {}
 

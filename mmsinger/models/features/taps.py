@@ -70,7 +70,7 @@ class BlockTaps:
         ``stop`` is set."""
         try:
             with own_precision(images, self.dtype) as images:
-                backbone(images, **unmasked(backbone))
+                backbone(images, **unmasked(backbone, images))
         except _StopForward:
             pass
 
