@@ -1,4 +1,5 @@
 """What the methods that compare block outputs share."""
+from functools import partial
 from typing import (Annotated, Any, Dict, List, Literal, Optional, Sequence,
                     Tuple, Union)
 
@@ -426,26 +427,15 @@ class FeatureDistiller(BaseDistiller):
         Returns:
             list[str]: What was found, for the log.
         """
-        layers = [int(layer) for layer in self.target_norms]
-        kept: Dict[int, List[Tensor]] = {layer: [] for layer in layers}
-        for batch in batches:
-            if isinstance(batch, Tensor):
-                batch = dict(inputs=batch)
-            padding = find_padding(batch['inputs'], batch.get('data_samples'))
-            taps = self.teacher(batch['inputs'], layers,
-                                self.student_normalisation)
-            for layer in layers:
-                tokens = taps.tokens(layer)
-                step = max(1, tokens.patches.shape[1] // tokens_per_image)
-                patches = tokens.patches[:, ::step].float()  # (B, n, D)
-                kept[layer].append(patches.flatten(0, 1) if padding is None
-                                   else patches[padding.weigh(
-                                       tokens).patch_weight[:, ::step] > 0.99])
-        if not any(kept.values()):
+        batches = [dict(inputs=batch) if isinstance(batch, Tensor) else batch
+                   for batch in batches]
+        if not batches:
             raise ConfigError('target_norm or a step in targets needs images '
                               'to calibrate on, but there are none.')
-        patches = {layer: torch.cat(parts) for layer, parts in kept.items()}
-        found = []
+        look = partial(self._look, batches, tokens_per_image)
+        found = [said for step in self.steps if step.needs_calibration
+                 and (said := step.calibrate_teacher(look))]
+        patches = look([int(layer) for layer in self.target_norms])
         norms = [norm for norm in self.target_norms.items()
                  if norm[1].needs_calibration]
         for layer, norm in norms:
@@ -457,6 +447,23 @@ class FeatureDistiller(BaseDistiller):
                    for layer, values in patches.items()}
         return found + [step.calibrate(patches) for step in self.steps
                         if step.needs_calibration]
+
+    def _look(self, batches: Sequence[Dict[str, Any]], tokens_per_image: int,
+              layers: Sequence[int]) -> Dict[int, Tensor]:
+        """Raw patch tokens of images, float32, (n, D) by layer."""
+        kept: Dict[int, List[Tensor]] = {layer: [] for layer in layers}
+        for batch in batches:
+            padding = find_padding(batch['inputs'], batch.get('data_samples'))
+            taps = self.teacher(batch['inputs'], layers,
+                                self.student_normalisation)
+            for layer in layers:
+                tokens = taps.tokens(layer)
+                step = max(1, tokens.patches.shape[1] // tokens_per_image)
+                patches = tokens.patches[:, ::step].float()  # (B, n, D)
+                kept[layer].append(patches.flatten(0, 1) if padding is None
+                                   else patches[padding.weigh(
+                                       tokens).patch_weight[:, ::step] > 0.99])
+        return {layer: torch.cat(parts) for layer, parts in kept.items()}
 
 
 def _refuse_same_names(losses: Dict[str, Tensor], more: Dict[str, Tensor],

@@ -1,11 +1,16 @@
 """Outliers without what makes them such, found once and not trained."""
-from typing import Annotated, Dict, List, Tuple
+from functools import partial
+from typing import Annotated, Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from mmsinger.metrics.norms import robust_threshold, token_norms
-from mmsinger.models.targets.step import Targets, TargetStep, TeacherOutputs
+from mmsinger.metrics.norms import (lower_median, robust_threshold,
+                                    token_norms)
+from mmsinger.models.features.anatomy import first_output
+from mmsinger.models.features.tokens import Grid
+from mmsinger.models.targets.step import (Look, Targets, TargetStep,
+                                          TeacherOutputs)
 from mmsinger.registry import MODELS
 from mmsinger.schema import Count, Positive, Range
 
@@ -23,6 +28,7 @@ class OutlierSubspace(nn.Module):
         self.register_buffer('centre', torch.zeros(dim))
         self.register_buffer('basis', torch.zeros(rank, dim))
         self.register_buffer('threshold', torch.full((), float('nan')))
+        self._rank: Optional[int] = None
 
     def calibrate(self, patches: Tensor, far: Tensor, mad: float,
                   ratio: float) -> float:
@@ -39,6 +45,7 @@ class OutlierSubspace(nn.Module):
             float: The share of tokens that are beyond the threshold.
         """
         patches = patches.double()
+        self._rank = None
         for _ in range(2):  # by norm, then by what was found
             self._find_directions(patches, far, ratio)
             norms = token_norms((patches - self.centre) @ self.basis.T.double())
@@ -54,6 +61,7 @@ class OutlierSubspace(nn.Module):
         inliers, outliers = patches[~far], patches[far]
         self.centre.copy_(inliers.mean(dim=0))
         self.basis.zero_()
+        self._rank = None
         if not len(outliers):
             return
         _, values, directions = torch.linalg.svd(
@@ -74,7 +82,13 @@ class OutlierSubspace(nn.Module):
     @property
     def rank(self) -> int:
         """How many directions were found."""
-        return int(self.basis.any(dim=1).sum())
+        if self._rank is None:  # counted once: it waits for the device
+            self._rank = int(self.basis.any(dim=1).sum())
+        return self._rank
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._rank = None
 
     def forward(self, patches: Tensor) -> Tensor:
         """Bring outliers' components in the subspace to the mean.
@@ -111,49 +125,99 @@ class RemoveOutlierSubspace(TargetStep):
             standard deviations. Defaults to 6.0.
         rank (int): The most directions to remove. Defaults to 32.
         ratio (float): Least energy of a direction. Defaults to 4.0.
-
+        inside (bool): Outliers are removed from the teacher's own stream, at
+            the output of each block where they arise, so that later blocks do
+            not read them and targets need no more. Defaults to False: the
+            teacher stays as it is.
     """
 
     def __init__(self, mad: Positive = 6.0, rank: Count = 32,
-                 ratio: Annotated[float, Range(1)] = 4.0) -> None:
+                 ratio: Annotated[float, Range(1)] = 4.0,
+                 inside: bool = False) -> None:
         super().__init__()
         self.mad = mad
         self.rank = rank
         self.ratio = ratio
+        self.inside = inside
+        self._grid: Grid = (0, 0)
 
     def prepare(self, teacher: nn.Module, layers: List[int]) -> None:
         """Make a subspace a layer, see :meth:`TargetStep.prepare`."""
         dim = teacher.blocks.dim
         self.subspaces = nn.ModuleDict({
             str(layer): OutlierSubspace(dim, min(self.rank, dim))
-            for layer in layers
+            for layer in (range(layers[-1] + 1) if self.inside else layers)
         })
+        if self.inside:
+            self.__dict__['_teacher'] = teacher  # no submodule
+            teacher.blocks.watch_input(self._record_grid)
+            for layer, part in self.subspaces.items():
+                teacher.blocks.modules[int(layer)].register_forward_hook(
+                    partial(self._remove, part))
+
+    def _record_grid(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def _remove(self, part: OutlierSubspace, block: nn.Module, args: tuple,
+                output: Any) -> Any:
+        """What a block of the teacher returns instead."""
+        if not part.rank:
+            return output
+        tokens, count = first_output(output), self._grid[0] * self._grid[1]
+        tokens = torch.cat([tokens[:, :-count], part(tokens[:, -count:])],
+                           dim=1)
+        return type(output)([tokens, *output[1:]]) \
+            if isinstance(output, (tuple, list)) else tokens
 
     @property
     def needs_calibration(self) -> bool:
         """See :attr:`TargetStep.needs_calibration`."""
         return not all(part.calibrated for part in self.subspaces.values())
 
+    def calibrate_teacher(self, look: Look) -> str:
+        """Find the subspaces one block after the other, as later blocks see
+        what is left, see :meth:`TargetStep.calibrate_teacher`."""
+        if not self.inside:
+            return ''
+        found, done = [], 0
+        while done < len(self.subspaces):
+            patches = look(list(range(done, len(self.subspaces))))
+            for layer, tokens in patches.items():
+                done = layer + 1
+                said = self._calibrate_layer(layer, tokens, self._far(
+                    tokens - lower_median(tokens, dim=0)))
+                if self.subspaces[str(layer)].rank:
+                    found.append(said)
+                    break
+            self._teacher.forget_images()
+        return 'outliers arise after teacher block ' + ', '.join(found) \
+            if found else 'no outliers arise in the teacher'
+
     def calibrate(self, patches: Dict[int, Tensor]) -> str:
         """Find the subspaces, see :meth:`TargetStep.calibrate`."""
         patches = {layer: patches[layer] for layer in map(int, self.subspaces)}
         far = torch.stack([self._far(tokens)
                            for tokens in patches.values()]).any(dim=0)
-        found = []
-        for layer, part in self.subspaces.items():
-            share = part.calibrate(patches[int(layer)], far, self.mad,
-                                   self.ratio)
-            found.append(f'{layer}: {100 * share:.2g} % of the tokens in '
-                         f'{part.rank} directions')
-        return 'outliers by teacher layer: ' + ', '.join(found)
+        return 'outliers by teacher layer: ' + ', '.join(
+            self._calibrate_layer(layer, tokens, far)
+            for layer, tokens in patches.items())
 
     def _far(self, patches: Tensor) -> Tensor:
         norms = token_norms(patches)
         return norms > robust_threshold(norms, self.mad)[1]
 
+    def _calibrate_layer(self, layer: int, patches: Tensor, far: Tensor
+                         ) -> str:
+        part = self.subspaces[str(layer)]
+        share = part.calibrate(patches, far, self.mad, self.ratio)
+        return f'{layer}: {100 * share:.2g} % of the tokens in ' \
+            f'{part.rank} directions'
+
     def forward(self, targets: Targets, outputs: TeacherOutputs
                 ) -> Tuple[Targets, Dict[str, Tensor]]:
         """Treat all layers, see :meth:`TargetStep.forward`."""
+        if self.inside:
+            return targets, {}
         return {layer: tokens.with_patches(
             self.subspaces[str(layer)](tokens.patches))
                 for layer, tokens in targets.items()}, {}

@@ -1,5 +1,6 @@
 """A step on the way from a teacher's tokens to a student's targets."""
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import (Any, Callable, Dict, List, Optional, Sequence,
+                    Tuple)
 
 from torch import Tensor, nn
 
@@ -7,6 +8,9 @@ from mmsinger.models.features.taps import BlockTaps
 from mmsinger.models.features.tokens import Padding, Tokens
 
 Targets = Dict[int, Tokens]
+
+#: Layers to their patch tokens on the calibration images, raw, (n, D) each
+Look = Callable[[List[int]], Dict[int, Tensor]]
 
 
 class TeacherOutputs:
@@ -90,6 +94,20 @@ class TargetStep(nn.Module):
 
     #: Whether :meth:`calibrate` is still to be called before the first step
     needs_calibration = False
+
+    def calibrate_teacher(self, look: Look) -> str:
+        """Look at training images before anything else is calibrated, and
+        change the teacher by what is found.
+
+        Args:
+            look (Callable): Runs the teacher as it is now, and returns raw
+                patch tokens of many images, (n, D), of the given layers.
+
+        Returns:
+            str: What was found, for the log; empty if the step leaves the
+            teacher alone.
+        """
+        return ''
 
     def calibrate(self, patches: Dict[int, Tensor]) -> str:
         """Look at training images before the first step.

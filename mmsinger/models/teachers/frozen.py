@@ -285,6 +285,10 @@ class FrozenTeacher(FrozenModule):
     def load_weights(self) -> None:
         """See :class:`FrozenModule`; tokens of other weights are dropped."""
         super().load_weights()
+        self.forget_images()
+
+    def forget_images(self) -> None:
+        """Drop the tokens in ``feature_cache``: the teacher has changed."""
         self._cached = FeatureCache(self.feature_cache)
 
     def forward(self, images: Tensor, layers: Sequence[int],
