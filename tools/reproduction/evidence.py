@@ -79,8 +79,11 @@ METHODS: Dict[str, Method] = {
     'fitnet': Method('FitNet', 'fitnet'),
     'mask': Method('FitNet, tokens above 6 MAD left out', 'fitnet',
                    _step('MaskTokens', mad=6.0)),
-    'subspace': Method('Robust preset', 'fitnet',
-                       _step('RemoveOutlierSubspace', mad=6.0)),
+    'targets': Method(
+        'FitNet, outlier subspace removed from targets alone', 'fitnet',
+        _step('RemoveOutlierSubspace', mad=6.0)),
+    'robust': Method('Robust preset', 'fitnet', _step(
+        'RemoveOutlierSubspace', mad=6.0, inside=True)),
     'singer': Method('SiNGER', 'singer'),
     'removing': Method('SiNGER, gain -1', 'singer',
                        ('model.adapter.gain=-1', )),
@@ -95,10 +98,10 @@ METHODS: Dict[str, Method] = {
                     'singer', ('model.gate.mad=6.0', 'model.cap=True',
                                'model.kd_gradient=False')),
 }
-SIMPLE = ('mask', 'subspace')
-DEMO = (('subspace', ('fitnet', 'singer', 'subspace')), )
+SIMPLE = ('mask', 'targets')
+DEMO = (('subspace', ('fitnet', 'singer', 'robust')), )
 QUICK = (('clean', ('fitnet', 'singer')),  # the preset is FitNet there
-         ('subspace', ('fitnet', 'singer', 'subspace')))
+         ('subspace', ('fitnet', 'singer', 'robust')))
 WHOLE = tuple((case, tuple(METHODS)) for case in CASES)
 
 LEAST_LOSS = 3.  # points below which a planting decides nothing

@@ -125,9 +125,10 @@ class RemoveOutlierSubspace(TargetStep):
             standard deviations. Defaults to 6.0.
         rank (int): The most directions to remove. Defaults to 32.
         ratio (float): Least energy of a direction. Defaults to 4.0.
-        inside (bool): Outliers are removed from the teacher's own stream, at
-            the output of each block where they arise, so that later blocks do
-            not read them and targets need no more. Defaults to False: the
+        inside (bool): Those tokens lose that component in the teacher itself,
+            after the block where they begin to stand out, so that later
+            blocks do not read it and targets need no more. What stands out in
+            other blocks and not in the targets stays. Defaults to False: the
             teacher stays as it is.
     """
 
@@ -149,6 +150,7 @@ class RemoveOutlierSubspace(TargetStep):
             for layer in (range(layers[-1] + 1) if self.inside else layers)
         })
         if self.inside:
+            self._distilled = layers
             self.__dict__['_teacher'] = teacher  # no submodule
             teacher.blocks.watch_input(self._record_grid)
             for layer, part in self.subspaces.items():
@@ -175,23 +177,30 @@ class RemoveOutlierSubspace(TargetStep):
         return not all(part.calibrated for part in self.subspaces.values())
 
     def calibrate_teacher(self, look: Look) -> str:
-        """Find the subspaces one block after the other, as later blocks see
-        what is left, see :meth:`TargetStep.calibrate_teacher`."""
+        """Find where the outliers of the targets arise, again until none is
+        left, see :meth:`TargetStep.calibrate_teacher`."""
         if not self.inside:
             return ''
-        found, done = [], 0
-        while done < len(self.subspaces):
-            patches = look(list(range(done, len(self.subspaces))))
-            for layer, tokens in patches.items():
-                done = layer + 1
-                said = self._calibrate_layer(layer, tokens, self._far(
-                    tokens - lower_median(tokens, dim=0)))
-                if self.subspaces[str(layer)].rank:
-                    found.append(said)
-                    break
+        found: Dict[int, str] = {}
+        while True:
+            patches = look(list(map(int, self.subspaces)))
+            far = {layer: self._far(tokens - lower_median(tokens, dim=0))
+                   for layer, tokens in patches.items()}
+            wrong = torch.stack([far[i] for i in self._distilled]).any(dim=0)
+            block = next((i for i in far if i not in found and _are_those(
+                far[i], wrong)), None)
+            if block is None:
+                break
+            found[block] = self._calibrate_layer(block, patches[block], wrong)
             self._teacher.forget_images()
-        return 'outliers arise after teacher block ' + ', '.join(found) \
-            if found else 'no outliers arise in the teacher'
+        for layer, tokens in patches.items():
+            if layer not in found:  # nothing there
+                self._calibrate_layer(layer, tokens, far[layer] & False)
+        left = f'; {100 * wrong.float().mean().item():.2g} % of the tokens ' \
+            'stay outliers' if wrong.any() else ''
+        return ('outliers removed after teacher block '
+                + ', '.join(found.values()) if found
+                else 'no outliers to remove from the teacher') + left
 
     def calibrate(self, patches: Dict[int, Tensor]) -> str:
         """Find the subspaces, see :meth:`TargetStep.calibrate`."""
@@ -221,3 +230,11 @@ class RemoveOutlierSubspace(TargetStep):
         return {layer: tokens.with_patches(
             self.subspaces[str(layer)](tokens.patches))
                 for layer, tokens in targets.items()}, {}
+
+
+def _are_those(far: Tensor, wrong: Tensor) -> bool:
+    """Whether what stands out in one block is, by more than half, what stands
+    out in the targets, and no less than a tenth of it."""
+    both = (far & wrong).sum()
+    return bool((2 * both > far.sum()) & (10 * both >= wrong.sum())
+                & (both > 0))
