@@ -7,9 +7,10 @@ from torch import nn
 
 from mmsinger.errors import ConfigError
 from mmsinger.metrics import robust_threshold
-from mmsinger.models import OutlierSuppressionLoss
+from mmsinger.models import FitNetDistiller, OutlierSuppressionLoss
 from mmsinger.models.targets.outlier_subspace import OutlierSubspace
 from test_models.test_targets import batch, build
+from tiny import vit
 
 D = 24
 
@@ -132,10 +133,139 @@ def test_uncalibrated_use_is_an_error():
         model.loss(**batch())
 
 
+# -- inside the teacher -------------------------------------------------------
+
+
+def planted(share=0.2, targets=(), layers=(1, 3), **kwargs):
+    """A distiller whose teacher plants artifacts after its first block."""
+    torch.manual_seed(0)
+    model = FitNetDistiller(
+        student=vit(), task_loss_weight=0, layers=layers, targets=targets,
+        teacher=dict(backbone=dict(
+            type='mmsinger.PlantedArtifacts', backbone=vit(), after=0,
+            share=share, norm=(20., 30.), dims=3), **kwargs))
+    model.init_weights()
+    if model.needs_calibration:
+        model.calibrate(images(64, seed=1).split(16))
+    return model.train()
+
+
+def images(count=16, seed=2):
+    return torch.randn(count, 3, 32, 32,
+                       generator=torch.Generator().manual_seed(seed))
+
+
+def patches(model, layer, count=16):
+    outputs = model.run_teacher(images(count))
+    return outputs.tokens(layer).patches
+
+
+def inside():
+    return [removing(inside=True)]
+
+
+@pytest.mark.parametrize('layers', [(1, 3), (3, )])
+def test_later_blocks_do_not_read_outliers(layers):
+    """They are removed where they arise, so that all targets, and what the
+    class token gathers, are nearly those of the clean teacher."""
+    clean, raw, cured = (planted(**kwargs, layers=layers) for kwargs in (
+        dict(share=0.), {}, dict(targets=inside())))
+    found = {name: part.rank
+             for name, part in cured.steps[0].subspaces.items()}
+    assert found == {'0': 3, '1': 0, '2': 0, '3': 0}
+    for layer in layers:
+        clean_tokens, raw_tokens, cured_tokens = (
+            model.run_teacher(images()).tokens(layer).values
+            for model in (clean, raw, cured))
+        assert (cured_tokens - clean_tokens).norm() < 0.1 * (
+            raw_tokens - clean_tokens).norm()
+        assert (cured_tokens - clean_tokens)[:, 0].norm() < 0.3 * (
+            raw_tokens - clean_tokens)[:, 0].norm()
+    targets, losses = cured.make_targets(cured.run_teacher(images()))
+    assert torch.equal(targets[3].values, cured_tokens) and not losses
+
+
+def test_a_teacher_without_outliers_stays_as_it_is():
+    clean, cured = planted(share=0.), planted(share=0., targets=inside())
+    assert not any(part.rank for part in cured.steps[0].subspaces.values())
+    assert torch.equal(*(m.run_teacher(images()).tokens(3).values
+                         for m in (clean, cured)))
+    assert cured.calibrate([images()]) == []  # once is enough
+
+
+def test_what_does_not_reach_the_targets_stays():
+    """Long tokens that a later block shortens again are the teacher's own
+    affair."""
+    model = planted(share=0.)
+    cured = planted(share=0., targets=inside())
+    for distiller in (model, cured):
+        first, second = distiller.teacher.blocks.modules[:2]
+        long = torch.zeros(1, 17, 32)
+        long[:, 5] = 100.
+        first.register_forward_hook(lambda _, args, output: output + long)
+        second.register_forward_hook(lambda _, args, output: output - long)
+    for part in cured.steps[0].subspaces.values():
+        part.threshold.fill_(float('nan'))
+    said = cured.calibrate(images(64, seed=1).split(16))
+    assert said == ['no outliers to remove from the teacher']
+    assert torch.equal(*(m.run_teacher(images()).tokens(3).values
+                         for m in (model, cured)))
+
+
+def test_two_places_where_outliers_arise():
+    cured = planted(targets=inside())
+    generator = torch.Generator().manual_seed(3)
+    direction = 40 * nn.functional.normalize(
+        torch.randn(32, generator=generator), dim=0)
+    third = cured.teacher.blocks.modules[2]
+    first = next(iter(third._forward_hooks))
+
+    def more(_, args, output):
+        output = output.clone()
+        output[:, 7] += direction
+        return output
+
+    third.register_forward_hook(more, prepend=True)
+    for part in cured.steps[0].subspaces.values():
+        part.threshold.fill_(float('nan'))
+        part.basis.zero_()
+        part._rank = None
+    said, = cured.calibrate(images(64, seed=1).split(16))
+    assert said.startswith('outliers removed after teacher block')
+    ranks = {k: part.rank for k, part in cured.steps[0].subspaces.items()}
+    assert ranks['0'] == 3 and ranks['2'] == 1 and not ranks['3'], said
+    assert first in third._forward_hooks
+
+
+def test_it_goes_on_from_a_checkpoint():
+    cured = planted(targets=inside())
+    expected = patches(cured, 3)
+    fresh = planted(targets=inside())
+    for part in fresh.steps[0].subspaces.values():
+        part.basis.zero_()
+        part.threshold.fill_(float('nan'))
+        part._rank = None
+    assert fresh.needs_calibration
+    assert not torch.equal(patches(fresh, 3), expected)
+    fresh.load_state_dict(cured.state_dict())
+    assert not fresh.needs_calibration
+    assert torch.equal(patches(fresh, 3), expected)
+
+
+def test_cached_tokens_are_those_of_the_changed_teacher():
+    cured = planted(targets=inside())
+    cached = planted(targets=inside(), feature_cache=1000)
+    for _ in range(2):
+        assert torch.allclose(patches(cached, 3), patches(cured, 3),
+                              atol=1e-5)
+    raw = planted(feature_cache=1000)
+    assert not torch.allclose(patches(raw, 3), patches(cured, 3), atol=1.)
+
+
 @pytest.mark.parametrize('kwargs, word', [
     (dict(mad=0), 'targets.0.mad=0'), (dict(mad=True), 'mad=True'),
     (dict(rank=0), 'rank=0'), (dict(rank=1.5), 'rank=1.5'),
-    (dict(ratio=0.5), 'ratio=0.5'), (dict(ratio='4'), "ratio='4'")])
+    (dict(inside=1), 'inside=1'), (dict(ratio=0.5), 'ratio=0.5'), (dict(ratio='4'), "ratio='4'")])
 def test_bad_values(kwargs, word):
     with pytest.raises(ConfigError, match=word):
         build(FITNET, [removing(**kwargs)])
