@@ -63,7 +63,7 @@ def test_the_picture_shows_runs_of_all_methods(demo):
         with open(os.path.join(folder, 'last_checkpoint'), 'w') as file:
             file.write(path)
     runs = demo['distilled']('out', False)
-    assert list(runs) == ['fitnet', 'singer', 'subspace']
+    assert list(runs) == ['fitnet', 'singer', 'robust']
     figure = demo['draw'](runs)
     titles = [axis.get_title() for axis in figure.axes]
     for title in ('teacher', 'target of the\nrobust preset',

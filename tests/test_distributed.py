@@ -27,7 +27,8 @@ RUNS = dict(
     features_only={'model.task_loss_weight': 0,
                    'model.target_norm': 'standardise',
                    'model.targets': dict(outliers=dict(
-                       type='mmsinger.RemoveOutlierSubspace', mad=0.5))},
+                       type='mmsinger.RemoveOutlierSubspace', mad=0.5,
+                       inside=True))},
     with_task_loss={
         'model.task_loss_weight': 1,
         # the head reads both levels of the neck, or DDP would rightly complain

@@ -662,7 +662,11 @@ def test_tuned_methods_are_what_they_are_called(method):
     else:
         assert [type(step).__name__ for step in model.steps] == dict(
             fitnet=[], mask=['MaskTokens'],
-            subspace=['RemoveOutlierSubspace'])[method]
+            targets=['RemoveOutlierSubspace'],
+            robust=['RemoveOutlierSubspace'])[method]
+        assert [step.inside for step in model.steps
+                if hasattr(step, 'inside')] == dict(
+            targets=[False], robust=[True]).get(method, [])
 
 
 # -- the search, and what the comparison says ---------------------------------
@@ -721,10 +725,10 @@ def test_the_committed_rates_are_in_the_grid():
         assert best['rate'] in evidence.RATES
         assert best['multiplier'] in evidence.METHODS[method].multipliers
     assert {f'{case}/{method}' for case, _ in evidence.QUICK
-            for method in ('fitnet', 'subspace')} <= set(tuned)
+            for method in ('fitnet', 'robust')} <= set(tuned)
 
 
-def verdict(fitnet, ours, clean, method='subspace', case='subspace'):
+def verdict(fitnet, ours, clean, method='robust', case='subspace'):
     column = evidence.SCORE.title
     return ' '.join(evidence.conclude({
         (evidence.row('fitnet', 'clean'), column): result(*clean),

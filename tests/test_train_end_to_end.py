@@ -28,7 +28,7 @@ LONG = [
     'param_scheduler.0.end=24', 'default_hooks.checkpoint.interval=4',
     'model.target_norm=standardise',
     "model.targets=dict(outliers=dict(type='mmsinger.RemoveOutlierSubspace', "
-    'mad=0.5))',
+    'mad=0.5, inside=True))',
     'model.student.backbone.drop_path_rate=0.2',
     'model.student.backbone.drop_rate=0.1',
 ]

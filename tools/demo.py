@@ -61,7 +61,7 @@ def main():
     save_figure(draw(runs), picture)
     step(3, 'report on the teacher: has it artifacts?')
     report = os.path.join(args.out, 'teacher')
-    recipe, checkpoint = runs['subspace']
+    recipe, checkpoint = runs['robust']
     run('analyze_teacher.py', recipe, '--out', report, '--images', IMAGES,
         *(['--num', '8'] if args.quick else []))
 
@@ -103,7 +103,7 @@ def distilled(root, quick):
 
 
 def draw(runs, scenes=range(4)):
-    """The teacher's norms before and after the robust preset's step, and the
+    """The teacher's norms as it is and under the robust preset, and the
     main directions of teacher and students as colours.
 
     Args:
@@ -124,7 +124,7 @@ def draw(runs, scenes=range(4)):
         pictures = pictures_of(distiller, inputs)
         views[method] = extract_features(distiller, inputs)[
             distiller.layers[-1]]
-    teacher, target, _ = views['subspace']
+    teacher, target = views['fitnet'].teacher, views['robust'].target
     norms = {'teacher': norm_map(teacher), 'target of the\nrobust preset':
              norm_map(target)}
     top = max(float(values.max()) for values in norms.values())
@@ -139,7 +139,7 @@ def draw(runs, scenes=range(4)):
     return draw_columns(
         pictures, columns, 'norm',
         'A teacher with planted artifacts on scenes that nothing was trained '
-        'on. Norms of its patch tokens, before and after the robust preset; '
+        'on. Norms of its patch tokens, as it is and under the robust preset; '
         'then the three main directions of patch tokens as colours.')
 
 

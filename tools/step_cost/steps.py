@@ -13,11 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from mmsinger.engine.diagnostics import step_diagnostics
 from mmsinger.errors import ConfigError, check_choice
 from mmsinger.models import (FeatureDistiller, FitNetDistiller, Refine,
-                             SiNGERDistiller)
+                             RemoveOutlierSubspace, SiNGERDistiller)
 from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.models.features.compiled import compile_blocks
 from mmsinger.models.features.taps import BlockTaps
 from mmsinger.models.losses import outlier_loss
+from mmsinger.models.targets.outlier_subspace import OutlierSubspace
 
 SIZES = dict(t='deit-tiny', s='deit-small', b='deit-base', l='l', h='h',
              g='dinov2-g')
@@ -104,13 +105,10 @@ class Steps:
         self.singer = SiNGERDistiller(adapter=dict(rank=rank), **shared)
         self.singer.refinement.init_weights(self.singer.teacher)
         self.fitnet = FitNetDistiller(**shared)
-        self.robust = FitNetDistiller(
-            targets=[dict(type='mmsinger.RemoveOutlierSubspace')], **shared)
-        for model in (self.fitnet, self.robust):
-            model.__dict__['teacher'] = self.singer.teacher
-        for model in (self.singer, self.fitnet, self.robust):
+        self.fitnet.__dict__['teacher'] = self.singer.teacher
+        for model in (self.singer, self.fitnet):
             model.to(device).train()
-        self._find_outliers()
+        self.outliers = self._find_outliers()
 
     @property
     def weight_bytes(self) -> Dict[str, int]:
@@ -221,7 +219,8 @@ class Steps:
         self._distil(self.fitnet)
 
     def _robust(self) -> None:
-        self._distil(self.robust)
+        with mock.patch.object(self.outliers, '_rank', 8):
+            self._distil(self.fitnet)
 
     def _singer(self) -> None:
         self._distil(self.singer)
@@ -242,15 +241,20 @@ class Steps:
         torch.stack([value for layer in numbers.values()
                      for value in layer.values()]).tolist()
 
-    def _find_outliers(self) -> None:
-        """Calibrate the robust preset on tokens of which a twentieth have
-        long components in eight directions."""
-        dim = self.singer.teacher.blocks.dim
-        tokens = torch.randn(4096, dim)
+    def _find_outliers(self) -> OutlierSubspace:
+        """Let the robust preset find, in one block of the teacher, a
+        twentieth of the tokens with long components in eight directions; off
+        until its step."""
+        step = RemoveOutlierSubspace(inside=True)
+        step.prepare(self.singer.teacher, self.fitnet.layers)
+        step.to(self.device)
+        tokens = torch.randn(4096, self.singer.teacher.blocks.dim)
         tokens[:200, :8] *= 30.
-        tokens = tokens.to(self.device)
-        self.robust.steps[0].calibrate(
-            {layer: tokens for layer in self.robust.layers})
+        found = step.subspaces[str(self.fitnet.layers[0])]
+        found.calibrate(tokens.to(self.device), torch.arange(
+            4096, device=self.device) < 200, step.mad, step.ratio)
+        found._rank = 0
+        return found
 
     # -- what is changed ---------------------------------------------------
 

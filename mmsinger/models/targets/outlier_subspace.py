@@ -5,8 +5,7 @@ from typing import Annotated, Any, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from mmsinger.metrics.norms import (lower_median, robust_threshold,
-                                    token_norms)
+from mmsinger.metrics.norms import lower_median, robust_threshold, token_norms
 from mmsinger.models.features.anatomy import first_output
 from mmsinger.models.features.tokens import Grid
 from mmsinger.models.targets.step import (Look, Targets, TargetStep,

@@ -1,6 +1,5 @@
 """A step on the way from a teacher's tokens to a student's targets."""
-from typing import (Any, Callable, Dict, List, Optional, Sequence,
-                    Tuple)
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from torch import Tensor, nn
 
