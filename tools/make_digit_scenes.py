@@ -13,10 +13,10 @@ gets darker with distance. The stock datasets read what is written::
     ├── depth/{training,validation}/scene_000000.png        16-bit millimetres
     └── meta/{train,val,train_longtail*}.txt                "file label"
 
-Of the long-tailed lists digit c keeps the share r^c of its training scenes: r is
-0.6 in train_longtail.txt, where the rarest is a hundredth of the commonest, and
-in train_longtail10.txt and train_longtail50.txt such that it is a tenth and a
-fiftieth.
+Of the long-tailed lists digit c keeps the share r^c of its training scenes:
+r is 0.6 in train_longtail.txt, where the rarest is a hundredth of the
+commonest, and in train_longtail10.txt and train_longtail50.txt such that it
+is a tenth and a fiftieth.
 """
 import argparse
 import contextlib

@@ -96,7 +96,8 @@ def test_the_loss_is_the_mean_over_images_by_weight(tmp_path, images):
     weight = model.steps[0].image_weights(model.run_teacher(images))
     assert weight.shape == (6, ) and 0 < weight.min() < weight.max() < 1
     by_image = torch.stack([
-        losses_of(like(model), image[None])['distill.loss_kd'] for image in images])
+        losses_of(like(model), image[None])['distill.loss_kd']
+        for image in images])
     torch.testing.assert_close(
         losses_of(model, images)['distill.loss_kd'],
         (weight * by_image).sum() / weight.sum())

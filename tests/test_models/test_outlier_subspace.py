@@ -265,7 +265,8 @@ def test_cached_tokens_are_those_of_the_changed_teacher():
 @pytest.mark.parametrize('kwargs, word', [
     (dict(mad=0), 'targets.0.mad=0'), (dict(mad=True), 'mad=True'),
     (dict(rank=0), 'rank=0'), (dict(rank=1.5), 'rank=1.5'),
-    (dict(inside=1), 'inside=1'), (dict(ratio=0.5), 'ratio=0.5'), (dict(ratio='4'), "ratio='4'")])
+    (dict(inside=1), 'inside=1'), (dict(ratio=0.5), 'ratio=0.5'),
+    (dict(ratio='4'), "ratio='4'")])
 def test_bad_values(kwargs, word):
     with pytest.raises(ConfigError, match=word):
         build(FITNET, [removing(**kwargs)])
