@@ -16,12 +16,6 @@ from mmsinger.models.teachers.frozen import (PRECISIONS, FrozenModule,
 from mmsinger.registry import MODELS, arguments_of, check_arguments
 from mmsinger.schema import NonNegative
 
-NO_PLAIN_MODEL = (
-    'If optim_wrapper.constructor asks: it sees a distiller, where it needs '
-    'the plain student. Start with tools/train.py of mmsinger; or set '
-    "optim_wrapper.constructor='mmsinger.StudentFirstConstructor' and name the "
-    'other in optim_wrapper.paramwise_cfg.student_constructor.')
-
 
 class BaseDistiller(BaseModel):
     """A student that learns from a frozen teacher.
@@ -163,15 +157,12 @@ class BaseDistiller(BaseModel):
                 :class:`~mmsinger.engine.optim.StudentFirstConstructor` in its
                 place.
         """
-        raise ConfigError(NO_PLAIN_MODEL)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError as error:
-            if name == 'backbone':  # asked by mmseg's and mmdet's decay
-                error.args = (f'{error}. {NO_PLAIN_MODEL}', )
-            raise
+        raise ConfigError(
+            'optim_wrapper.constructor sees a distiller, where it needs the '
+            'plain student. Start with tools/train.py of mmsinger; or set '
+            "optim_wrapper.constructor='mmsinger.StudentFirstConstructor' and "
+            'name the other in optim_wrapper.paramwise_cfg.'
+            'student_constructor.')
 
     def init_weights(self) -> None:
         """Initialise the student as its config says, load the teacher, and
