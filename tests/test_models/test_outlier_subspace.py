@@ -160,6 +160,11 @@ def patches(model, layer, count=16):
     return outputs.tokens(layer).patches
 
 
+def uncalibrate(model):
+    for part in model.steps[0].subspaces.values():
+        part.load_state_dict(OutlierSubspace(*part.basis.T.shape).state_dict())
+
+
 def inside():
     return [removing(inside=True)]
 
@@ -204,8 +209,7 @@ def test_what_does_not_reach_the_targets_stays():
         long[:, 5] = 100.
         first.register_forward_hook(lambda _, args, output: output + long)
         second.register_forward_hook(lambda _, args, output: output - long)
-    for part in cured.steps[0].subspaces.values():
-        part.threshold.fill_(float('nan'))
+    uncalibrate(cured)
     said = cured.calibrate(images(64, seed=1).split(16))
     assert said == ['no outliers to remove from the teacher']
     assert torch.equal(*(m.run_teacher(images()).tokens(3).values
@@ -226,10 +230,7 @@ def test_two_places_where_outliers_arise():
         return output
 
     third.register_forward_hook(more, prepend=True)
-    for part in cured.steps[0].subspaces.values():
-        part.threshold.fill_(float('nan'))
-        part.basis.zero_()
-        part._rank = None
+    uncalibrate(cured)
     said, = cured.calibrate(images(64, seed=1).split(16))
     assert said.startswith('outliers removed after teacher block')
     ranks = {k: part.rank for k, part in cured.steps[0].subspaces.items()}
@@ -241,10 +242,7 @@ def test_it_goes_on_from_a_checkpoint():
     cured = planted(targets=inside())
     expected = patches(cured, 3)
     fresh = planted(targets=inside())
-    for part in fresh.steps[0].subspaces.values():
-        part.basis.zero_()
-        part.threshold.fill_(float('nan'))
-        part._rank = None
+    uncalibrate(fresh)
     assert fresh.needs_calibration
     assert not torch.equal(patches(fresh, 3), expected)
     fresh.load_state_dict(cured.state_dict())

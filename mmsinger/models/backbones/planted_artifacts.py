@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from mmsinger.errors import ConfigError
 from mmsinger.metrics.norms import lower_median
 from mmsinger.models.adapters import left_singular_directions, linearised_ffn
-from mmsinger.models.features.anatomy import (Layer, find_blocks, patch_grid,
-                                              patch_stride, resolve_layer,
-                                              unmasked)
-from mmsinger.models.features.taps import first_output
+from mmsinger.models.features.anatomy import (Layer, change_patches,
+                                              find_blocks, first_output,
+                                              patch_grid, patch_stride,
+                                              resolve_layer, unmasked)
 from mmsinger.models.features.tokens import Grid
 from mmsinger.registry import MODELS
 from mmsinger.schema import Count, Natural, Positive, Range
@@ -145,15 +145,10 @@ class PlantedArtifacts(BaseModule):
                 'run on its own, where the image that its artifacts depend '
                 f'on is not known. Distil block {self.after} or later ones, '
                 'or plant after a later block.')
-        tokens = first_output(output)
-        vectors = self._artifacts(tokens, self._images)
+        vectors = self._artifacts(first_output(output), self._images)
         self._images = None
-        count = vectors.shape[1]
-        tokens = torch.cat(
-            [tokens[:, :-count], tokens[:, -count:] + vectors], dim=1)
-        if isinstance(output, (tuple, list)):
-            return type(output)([tokens, *output[1:]])
-        return tokens
+        return change_patches(output, vectors.shape[1],
+                              lambda patches: patches + vectors)
 
     @torch.no_grad()
     def _artifacts(self, tokens: Tensor, images: Tensor) -> Tensor:

@@ -660,6 +660,26 @@ def first_output(output: Any) -> Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
+def change_patches(output: Any, count: int,
+                   change: Callable[[Tensor], Tensor]) -> Any:
+    """What a block returns, with other patch tokens.
+
+    Args:
+        output: What it returned.
+        count (int): How many of the tokens are patches: the last ones.
+        change (Callable): Given the patch tokens, shape (B, count, C),
+            returns others of that shape.
+
+    Returns:
+        Of the kind of ``output``.
+    """
+    tokens = first_output(output)
+    tokens = torch.cat([tokens[:, :-count], change(tokens[:, -count:])],
+                       dim=1)
+    return type(output)([tokens, *output[1:]]) \
+        if isinstance(output, (tuple, list)) else tokens
+
+
 def fixed_input_size(backbone: nn.Module) -> Optional[Grid]:
     """The only input size (H, W) that a backbone takes, None if it is
     flexible: BEiT's relative position bias and timm's strict patch embedding

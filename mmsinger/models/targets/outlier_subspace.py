@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.metrics.norms import lower_median, robust_threshold, token_norms
-from mmsinger.models.features.anatomy import first_output
+from mmsinger.models.features.anatomy import change_patches
 from mmsinger.models.features.tokens import Grid
 from mmsinger.models.targets.step import (Look, Targets, TargetStep,
                                           TeacherOutputs)
@@ -44,7 +44,6 @@ class OutlierSubspace(nn.Module):
             float: The share of tokens that are beyond the threshold.
         """
         patches = patches.double()
-        self._rank = None
         for _ in range(2):  # by norm, then by what was found
             self._find_directions(patches, far, ratio)
             norms = token_norms((patches - self.centre) @ self.basis.T.double())
@@ -164,11 +163,7 @@ class RemoveOutlierSubspace(TargetStep):
         """What a block of the teacher returns instead."""
         if not part.rank:
             return output
-        tokens, count = first_output(output), self._grid[0] * self._grid[1]
-        tokens = torch.cat([tokens[:, :-count], part(tokens[:, -count:])],
-                           dim=1)
-        return type(output)([tokens, *output[1:]]) \
-            if isinstance(output, (tuple, list)) else tokens
+        return change_patches(output, self._grid[0] * self._grid[1], part)
 
     @property
     def needs_calibration(self) -> bool:
