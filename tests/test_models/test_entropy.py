@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from mmengine.registry import init_default_scope
+from mmengine.structures import BaseDataElement
 from tiny import ROOT, vit
 
 from mmsinger.checkpoint import load_checkpoint
@@ -137,6 +138,26 @@ def test_outlier_loss_of_a_refinement_after_it(tmp_path, images):
             1, tokens.weighed_by_image(weight)).excess, expected)
     assert losses_of(model, images)['distill.loss_outlier'] != losses_of(
         plain, images)['distill.loss_outlier']
+
+
+def test_padding_is_not_uncertain(tmp_path, images):
+    """The entropy of an image is that of its own patches."""
+    model = distiller(checkpoint(tmp_path / 'teacher.pth'),
+                      weigh(tokens='patches'))
+    step, = model.steps
+    sizes = [(32, 32)] * 5 + [(16, 24)]
+    outputs = model.run_teacher(images, [
+        BaseDataElement(metainfo=dict(
+            img_shape=size, batch_input_shape=(32, 32))) for size in sizes])
+    assert outputs.padding is not None
+    with torch.no_grad():
+        logits = step.readout(outputs.taps.tokens(step.last).patches)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    grid = outputs.taps.tokens(step.last).grid
+    own = entropy[5].view(grid)[:grid[0] // 2, :3 * grid[1] // 4]
+    expected = torch.stack([*entropy[:5].mean(dim=1), own.mean()])
+    torch.testing.assert_close(step.image_weights(outputs),
+                               1 - expected / math.log(3))
 
 
 def test_nothing_of_the_head_is_trained_and_all_of_it_is_saved(tmp_path):

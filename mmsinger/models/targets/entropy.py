@@ -49,7 +49,8 @@ class WeighByEntropy(TargetStep):
         norm (str): Key of the backbone's final norm there. Defaults to
             ``'backbone.ln1'``.
         tokens (str): What the head reads: ``'cls'``, or ``'patches'``, where
-            H is the mean over patches. Defaults to ``'cls'``.
+            H is the mean over patches that are no padding. Defaults to
+            ``'cls'``.
         strength (float): In (0, 1]; 1 gives an image with a uniform
             prediction no weight. Defaults to 1.0.
 
@@ -126,9 +127,17 @@ class WeighByEntropy(TargetStep):
     def image_weights(self, outputs: TeacherOutputs) -> Tensor:
         """``1 - strength * H / log K``, shape (B, ), float32."""
         tokens = outputs.taps.tokens(self.last)
+        if outputs.padding is not None:
+            tokens = outputs.padding.weigh(tokens)
         read = tokens.prefix[:, :1] if self.tokens == 'cls' \
             else tokens.patches
         log_p = self.readout(read).log_softmax(dim=-1)  # (B, n, K)
-        entropy = -(log_p.exp() * log_p).sum(dim=-1).mean(dim=1)
+        entropy = -(log_p.exp() * log_p).sum(dim=-1)  # (B, n)
+        if self.tokens == 'patches' and tokens.weight is not None:
+            share = tokens.patch_weight
+            entropy = (share * entropy).sum(dim=1) / share.sum(
+                dim=1).clamp(min=1e-6)
+        else:
+            entropy = entropy.mean(dim=1)
         return 1 - self.strength * entropy / math.log(self.num_classes)
 
