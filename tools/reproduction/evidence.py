@@ -51,7 +51,8 @@ class Method:
 
     Attributes:
         title (str): What it is called.
-        recipe (str): ``'fitnet'`` or ``'singer'``, of configs/digits.
+        recipe (str): ``'fitnet'``, ``'robust'`` or ``'singer'``, of
+            configs/digits.
         options (tuple[str]): What is changed in the recipe.
         settled (bool): The adapters are trained before the student, by
             L_outlier and L_info alone, and then stay. Defaults to False.
@@ -82,8 +83,7 @@ METHODS: Dict[str, Method] = {
     'targets': Method(
         'FitNet, outlier subspace removed from targets alone', 'fitnet',
         _step('RemoveOutlierSubspace', mad=6.0)),
-    'robust': Method('Robust preset', 'fitnet', _step(
-        'RemoveOutlierSubspace', mad=6.0, inside=True)),
+    'robust': Method('Robust preset', 'robust'),
     'singer': Method('SiNGER', 'singer'),
     'removing': Method('SiNGER, gain -1', 'singer',
                        ('model.adapter.gain=-1', )),
