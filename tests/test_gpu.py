@@ -37,6 +37,12 @@ METHODS = {
     'masked, refined': dict(cls=FitNetDistiller, targets=[
         dict(type='mmsinger.MaskTokens', mad=6.0),
         dict(type='mmsinger.Refine', gate=dict(mad=8.0))]),
+    'robust preset': dict(
+        cls=FitNetDistiller,
+        teacher=dict(backbone=dict(
+            type='mmsinger.PlantedArtifacts', backbone=vit(), after=0,
+            share=0.2, norm=(20., 30.))),
+        targets=[dict(type='mmsinger.RemoveOutlierSubspace', inside=True)]),
 }
 
 
@@ -46,6 +52,8 @@ def distiller(cls=SiNGERDistiller, teacher=dict(backbone=vit()), **kwargs):
         student=dict(type='mmpretrain.ImageClassifier', backbone=vit()),
         teacher=dict(teacher, layers=(1, 3)), task_loss_weight=0, **kwargs)
     model.init_weights()
+    if model.needs_calibration:
+        model.calibrate(images(64).cpu().split(16))
     return model.train().to(DEVICE)
 
 
@@ -204,10 +212,12 @@ class Transfers(TorchDispatchMode):
 @pytest.mark.parametrize('method', METHODS)
 def test_a_step_moves_nothing_between_devices(monkeypatch, method):
     """Nor reads a value, which a tensor without any refuses."""
-    model = distiller(**METHODS[method]).to('meta')
-    inputs = images().to('meta')
+    model = distiller(**METHODS[method])
+    model.loss(images(), None)  # what is done once
+    model, inputs = model.to('meta'), images().to('meta')
     monkeypatch.setattr(  # torch has none for this device
         torch, 'autocast', lambda *_, **__: contextlib.nullcontext())
+    model.loss(inputs, None)  # what is done once on a device
     with Transfers() as transfers:
         losses = model.loss(inputs, None)
         sum(losses.values()).backward()

@@ -164,7 +164,11 @@ def test_report(tmp_path):
                       batch_size=64, precision='bf16'),
         seconds={'teacher': 0.1, 'FitNet': 0.2, 'SiNGER': 0.25,
                  'FitNet, compiled': 0.1, 'SiNGER, compiled': 0.2},
-        flops=dict(teacher=2e13), quartiles={'SiNGER over FitNet': [1.2, 1.3]},
+        rounds={'FitNet': [0.2, 0.2], 'SiNGER': [0.25, 0.25],
+                'robust preset': [0.2, 0.21]},
+        flops=dict(teacher=2e13), quartiles={
+            'SiNGER over FitNet': [1.2, 1.3],
+            'robust preset over FitNet': [1.0, 1.1]},
         ratios=dict(singer_over_fitnet=1.25, flops_singer_over_fitnet=1.1,
                     memory_singer_over_fitnet=1.05))))
     (work / 'tests.xml').write_text(
@@ -182,7 +186,8 @@ def test_report(tmp_path):
     assert found['tests']['counts'] == dict(failure=1, passed=1, skipped=1)
     for line in (
             '# GPU 1', '- test_a: passed, error 0.01', '- test_b: failure',
-            '| vit_l16 to vit_t16, 224, 64 | bf16 | 200.0 | 250.0 | 256 | '
+            '| vit_l16 to vit_t16, 224, 64 | bf16 | 200.0 | '
+            '1.025 (1.000 to 1.100) | 250.0 | 256 | '
             '1.250 (1.200 to 1.300) | 1.100 | 1.050 | 200 | 0.50 | 0.80 |',
             '- distil: 50 steps of 25 ms (loading 5), loss 4 to 2, '
             'mIoU 12.5 %', '- tests: done, 9 s'):
