@@ -11,7 +11,7 @@ import pytest
 import torch
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
-from step_cost import Steps, peak_memory
+from step_cost import AllocatedMemory, Steps, peak_memory
 from tiny import vit
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -174,6 +174,24 @@ def test_memory_beside_fitnet(record_property):
     ratio = needed['SiNGER'] / needed['FitNet']
     record_property('SiNGER over FitNet', f'{ratio:.3f}')
     assert ratio <= 1.15
+
+
+def test_memory_of_tensors_beside_fitnet(monkeypatch):
+    """The same of the tensors that steps make, which have no values."""
+    init_default_scope('mmpretrain')
+    steps = Steps('vit_b16', 'vit_t16', batch_size=1, size=224)
+    monkeypatch.setattr(
+        torch, 'autocast', lambda *_, **__: contextlib.nullcontext())
+    inputs = torch.empty(16, 3, 224, 224, device='meta')
+    models = dict(FitNet=steps.fitnet, SiNGER=steps.singer)
+    needed = steps.weight_bytes
+    for model in models.values():  # they share the teacher
+        model.to('meta')
+    for name, model in models.items():
+        with AllocatedMemory() as memory:
+            step(model, torch.optim.SGD(model.parameters()), inputs)
+        needed[name] += memory.peak
+    assert needed['SiNGER'] <= 1.15 * needed['FitNet']
 
 
 # -- nothing waits for the device ---------------------------------------------

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import DefaultScope
 from step_cost import AllocatedMemory
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,7 +20,8 @@ from mmsinger.models.adapters import SiNGERAdapter
 from mmsinger.models.targets.refine import inlier_variance_ratio
 from mmsinger.models.losses import (FeatureCosineLoss, FeatureMSELoss,
                                     FeatureSmoothL1Loss, GramInformationLoss,
-                                    OutlierSuppressionLoss, gram_difference)
+                                    OutlierSuppressionLoss, backpropagated,
+                                    gram_difference)
 
 seeds = st.integers(0, 2**31 - 1)
 batches = st.integers(1, 3)
@@ -307,6 +309,57 @@ def test_official_intermediate_loss_is_an_mse_of_all_tokens():
     # and the paper's intermediate loss is one too
     assert GramInformationLoss()(pred, target, is_last=False).item() == \
         pytest.approx(GramInformationLoss()(pred, target).item())
+
+
+# -- a loss behind a frozen block ---------------------------------------------
+
+
+def frozen_block(dim=8):
+    block = nn.Sequential(nn.Linear(dim, 32), nn.GELU(), nn.Linear(32, dim))
+    return block.requires_grad_(False)
+
+
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16, torch.float16],
+                         ids=str)
+@pytest.mark.parametrize('size', [1., 1e-9, 1e4])
+def test_known_gradient_is_that_of_autograd(size, dtype):
+    """Bit by bit in float32; in half precision of any size, where autograd
+    without a loss scale has zeros or infinities."""
+    torch.manual_seed(0)
+    block, tokens = frozen_block(), torch.randn(2, 5, 8, requires_grad=True)
+
+    def loss(output):
+        return size * output.float().square().mean()
+
+    exact, = torch.autograd.grad(loss(block(tokens)), tokens)
+    with torch.autocast('cpu', dtype, enabled=dtype is not None):
+        value = backpropagated(block, loss, tokens)
+    assert value.item() == pytest.approx(
+        loss(block(tokens)).item(), rel=1e-6 if dtype is None else 0.02)
+    found, = torch.autograd.grad(3 * value, tokens)
+    if dtype is None:
+        assert torch.equal(found, 3 * exact)
+    else:
+        torch.testing.assert_close(
+            found / (3 * size), exact / size, rtol=0.05,
+            atol=0.02 * (exact / size).abs().max().item())
+
+
+def test_known_gradient_is_not_computed_for_nothing():
+    block, tokens = frozen_block(), torch.randn(2, 5, 8)
+    assert not backpropagated(block, torch.sum, tokens).requires_grad
+    tokens.requires_grad_()
+    with torch.no_grad():
+        assert not backpropagated(block, torch.sum, tokens).requires_grad
+
+
+def test_known_gradient_hides_no_nan_and_knows_zero():
+    block, tokens = frozen_block(), torch.randn(2, 5, 8, requires_grad=True)
+    for factor, check in ((float('nan'), torch.isnan),
+                          (0., lambda g: g == 0)):
+        value = backpropagated(block, lambda out: factor * out.sum(), tokens)
+        found, = torch.autograd.grad(value, tokens)
+        assert check(found).all()
 
 
 def test_last_is_kept_for_the_distiller():

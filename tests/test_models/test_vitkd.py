@@ -190,7 +190,7 @@ def test_masked_targets_do_not_count():
                 targets[layer] = tokens.with_patches(patches)
             targets, _ = model.steps[0](targets, outputs)
             torch.manual_seed(0)
-            outcomes.append(model.feature_losses(targets, students))
+            outcomes.append(model.distill(targets, students))
         for name, value in outcomes[0].items():
             assert value > 0
             assert torch.equal(value, outcomes[1][name]), name

@@ -411,7 +411,7 @@ def test_vitkd(reduction):
 
     def losses(target, student):
         torch.manual_seed(3)
-        return model.feature_losses(
+        return model.distill(
             {layer: target for layer in model.layers},
             {layer: student for layer in model.layers})
 

@@ -102,9 +102,21 @@ class BaseDistiller(BaseModel):
                 they say about padding may be read. Defaults to None.
 
         Returns:
-            What :meth:`distill` needs of it, without gradients.
+            What :meth:`make_targets` needs of it, without gradients.
         """
         raise NotImplementedError
+
+    def make_targets(self, teacher_outputs: Any
+                     ) -> Tuple[Any, Dict[str, Tensor]]:
+        """Make what the student is compared with, before it runs.
+
+        Args:
+            teacher_outputs: What :meth:`run_teacher` returned.
+
+        Returns:
+            tuple: The targets, here what was given, and losses of their own.
+        """
+        return teacher_outputs, {}
 
     def run_student(self, inputs: Tensor, data_samples: Optional[list]
                     ) -> Tuple[Dict[str, Any], Any]:
@@ -121,12 +133,12 @@ class BaseDistiller(BaseModel):
         """
         raise NotImplementedError
 
-    def distill(self, teacher_outputs: Any, student_outputs: Any
+    def distill(self, targets: Any, student_outputs: Any
                 ) -> Dict[str, Tensor]:
-        """Compute losses between what the two passes gave.
+        """Compute losses of the student against its targets.
 
         Args:
-            teacher_outputs: What :meth:`run_teacher` returned.
+            targets: What :meth:`make_targets` made.
             student_outputs: What :meth:`run_student` returned for it.
 
         Returns:
@@ -321,10 +333,12 @@ class BaseDistiller(BaseModel):
         self._check_ready()
         if not isinstance(inputs, Tensor):
             inputs = first_view(inputs)
-        teacher_outputs = self.run_teacher(inputs, data_samples)
+        targets, more = self.make_targets(
+            self.run_teacher(inputs, data_samples))
         losses, student_outputs = self.run_student(inputs, data_samples)
-        for name, value in self.distill(
-                teacher_outputs, student_outputs).items():
+        own = self.distill(targets, student_outputs)
+        refuse_same_names(more, own, 'model')
+        for name, value in {**own, **more}.items():
             losses[f'distill.{name}'] = value
         return losses
 
@@ -358,6 +372,22 @@ class BaseDistiller(BaseModel):
     def _apply(self, fn, *args, **kwargs):
         self.teacher._apply(fn, *args, **kwargs)
         return super()._apply(fn, *args, **kwargs)
+
+
+def refuse_same_names(losses: Dict[str, Tensor], more: Dict[str, Tensor],
+                      place: str) -> None:
+    """Raise ConfigError if two losses have one name.
+
+    Args:
+        losses (dict): Those of the steps so far, by name.
+        more (dict): More of them.
+        place (str): Where these come from, for the message.
+    """
+    for name in losses.keys() & more.keys():
+        raise ConfigError(
+            f'{place}: its loss {name!r} has the name of a loss of an earlier '
+            'step in model.targets, and one would replace the other. Let the '
+            'step return it under another name.')
 
 
 def reached_parameters(module: nn.Module,

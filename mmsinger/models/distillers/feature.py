@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError, placed
-from mmsinger.models.distillers.base import BaseDistiller, reached_parameters
+from mmsinger.models.distillers.base import (BaseDistiller, reached_parameters,
+                                             refuse_same_names)
 from mmsinger.models.distillers.layer_map import LayerMap, map_layers
 from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.models.features.anatomy import (Features, Layer, at_same_paths,
@@ -32,7 +33,7 @@ class FeatureDistiller(BaseDistiller):
     """A student that learns from a frozen teacher's block outputs.
 
     The teacher's tokens are normalised (``target_norm``) and pass the steps
-    in ``targets``; a method is a subclass with :meth:`feature_losses`, which
+    in ``targets``; a method is a subclass with :meth:`distill`, which
     compares the student's tokens with what comes out.
 
     Args:
@@ -139,23 +140,6 @@ class FeatureDistiller(BaseDistiller):
         self.records: List[StepRecord] = []
         self._find_what_learns()
 
-    def feature_losses(self, targets: Dict[int, Tokens],
-                       student_tokens: Dict[int, Tokens]
-                       ) -> Dict[str, Tensor]:
-        """Compare student tokens with targets; what a method implements.
-
-        Args:
-            targets (dict[int, Tokens]): By teacher layer, in ascending
-                order; values of shape (B, N, D), with weights.
-            student_tokens (dict[int, Tokens]): Raw student tokens by teacher
-                layer, on the student's grid, values of shape (B, n, C_S).
-
-        Returns:
-            dict[str, Tensor]: Scalars by name; those whose name has ``loss``
-            in it are summed for training.
-        """
-        raise NotImplementedError
-
     @property
     def refinement(self) -> Optional[Refine]:
         """The step that refines targets; None if no step does."""
@@ -243,6 +227,22 @@ class FeatureDistiller(BaseDistiller):
 
     # -- running -----------------------------------------------------------
 
+    def distill(self, targets: Dict[int, Tokens],
+                student_tokens: Dict[int, Tokens]) -> Dict[str, Tensor]:
+        """Compare student tokens with targets; what a method implements.
+
+        Args:
+            targets (dict[int, Tokens]): By teacher layer, in ascending
+                order; values of shape (B, N, D), with weights.
+            student_tokens (dict[int, Tokens]): Raw student tokens by teacher
+                layer, on the student's grid, values of shape (B, n, C_S).
+
+        Returns:
+            dict[str, Tensor]: Scalars by name; those whose name has ``loss``
+            in it are summed for training.
+        """
+        raise NotImplementedError
+
     def run_teacher(self, inputs: Tensor,
                     data_samples: Optional[list] = None) -> TeacherOutputs:
         taps = self.teacher(inputs, self.tapped_teacher_layers,
@@ -253,10 +253,16 @@ class FeatureDistiller(BaseDistiller):
     def run_student(self, inputs: Tensor, data_samples: Optional[list]
                     ) -> Tuple[Dict[str, Any], Dict[int, Tokens]]:
         if self.task_loss_weight == 0:
-            return {}, self._tap_student(inputs)
-        with BlockTaps(self.student_features, self.student_layers) as taps:
-            losses = self.task_losses(inputs, data_samples)
-        return losses, self._by_teacher_layer(taps)
+            losses, tokens = {}, self._tap_student(inputs)
+        else:
+            with BlockTaps(self.student_features, self.student_layers) as taps:
+                losses = self.task_losses(inputs, data_samples)
+            tokens = self._by_teacher_layer(taps)
+        padding = find_padding(inputs, data_samples)
+        if padding is not None:
+            tokens = {layer: padding.weigh(of_layer)
+                      for layer, of_layer in tokens.items()}
+        return losses, tokens
 
     @torch.no_grad()
     def student_tokens(self, inputs: Tensor) -> Dict[int, Tokens]:
@@ -288,38 +294,26 @@ class FeatureDistiller(BaseDistiller):
             for layer, student_layer in zip(self.layers, self.student_layers)
         }
 
-    def distill(self, teacher_outputs: TeacherOutputs,
-                student_outputs: Dict[int, Tokens]) -> Dict[str, Tensor]:
-        """Losses of the method and of the target steps, see
-        :meth:`BaseDistiller.distill`."""
-        padding = teacher_outputs.padding
-        if padding is not None:
-            student_outputs = {layer: padding.weigh(tokens)
-                               for layer, tokens in student_outputs.items()}
-        targets, losses = self.make_targets(teacher_outputs)
-        own = self.feature_losses(targets, student_outputs)
-        _refuse_same_names(losses, own, 'model')
-        return {**own, **losses}
-
-    def make_targets(self, outputs: TeacherOutputs
+    def make_targets(self, teacher_outputs: TeacherOutputs
                      ) -> Tuple[Dict[int, Tokens], Dict[str, Tensor]]:
-        """What the student is compared with.
+        """Take the teacher's tokens through the steps.
 
         Args:
-            outputs (TeacherOutputs): Of the teacher's pass.
+            teacher_outputs (TeacherOutputs): Of the teacher's pass.
 
         Returns:
             tuple[dict[int, Tokens], dict[str, Tensor]]: Targets by teacher
             layer, values of shape (B, N, D), and the losses of the steps.
         """
-        targets = {layer: outputs.tokens(layer) for layer in self.layers}
+        targets = {layer: teacher_outputs.tokens(layer)
+                   for layer in self.layers}
         for record in self.records:
             for layer, tokens in targets.items():
                 record.add(layer, teacher=tokens)
         losses: Dict[str, Tensor] = {}
         for step in self.steps:
-            targets, own = step(targets, outputs)
-            _refuse_same_names(losses, own, step.place)
+            targets, own = step(targets, teacher_outputs)
+            refuse_same_names(losses, own, step.place)
             losses.update(own)
         return targets, losses
 
@@ -464,15 +458,6 @@ class FeatureDistiller(BaseDistiller):
                                    else patches[padding.weigh(
                                        tokens).patch_weight[:, ::step] > 0.99])
         return {layer: torch.cat(parts) for layer, parts in kept.items()}
-
-
-def _refuse_same_names(losses: Dict[str, Tensor], more: Dict[str, Tensor],
-                       place: str) -> None:
-    for name in losses.keys() & more.keys():
-        raise ConfigError(
-            f'{place}: its loss {name!r} has the name of a loss of an earlier '
-            'step in model.targets, and one would replace the other. Let the '
-            'step return it under another name.')
 
 
 def build_steps(cfgs: StepConfigs, target_norm: Optional[str]

@@ -25,10 +25,9 @@ class FitNetDistiller(FeatureDistiller):
         super().__init__(**kwargs)
         self.over_layers = over_layers
 
-    def feature_losses(self, targets: Dict[int, Tokens],
-                       student_tokens: Dict[int, Tokens]
-                       ) -> Dict[str, Tensor]:
-        """L_KD, see :meth:`FeatureDistiller.feature_losses`."""
+    def distill(self, targets: Dict[int, Tokens],
+                student_tokens: Dict[int, Tokens]) -> Dict[str, Tensor]:
+        """L_KD, see :meth:`FeatureDistiller.distill`."""
         total = sum(self.kd_loss(layer, student_tokens[layer], target)
                     for layer, target in targets.items())
         if self.over_layers == 'mean':

@@ -87,11 +87,10 @@ class ViTKDDistiller(FeatureDistiller):
                 len(self.student_features)))
         return super()._resolve_student_layers(layers, layer_map)
 
-    def feature_losses(self, targets: Dict[int, Tokens],
-                       student_tokens: Dict[int, Tokens]
-                       ) -> Dict[str, Tensor]:
+    def distill(self, targets: Dict[int, Tokens],
+                student_tokens: Dict[int, Tokens]) -> Dict[str, Tensor]:
         """Losses of mimicking and generation, see
-        :meth:`FeatureDistiller.feature_losses`."""
+        :meth:`FeatureDistiller.distill`."""
         losses = {}
         if self.mimic_layers:
             losses['loss_mimic'] = self.mimic_weight * sum(

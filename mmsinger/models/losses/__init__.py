@@ -3,6 +3,7 @@ from mmsinger.models.losses.feature_loss import (FeatureCosineLoss,
                                                  FeatureSmoothL1Loss,
                                                  weighted_mean)
 from mmsinger.models.losses.information_loss import (GramInformationLoss,
+                                                     backpropagated,
                                                      gram_difference)
 from mmsinger.models.losses.logit_loss import LogitKLLoss
 from mmsinger.models.losses.outlier_loss import OutlierSuppressionLoss
@@ -10,5 +11,6 @@ from mmsinger.models.losses.outlier_loss import OutlierSuppressionLoss
 __all__ = [
     'FeatureCosineLoss', 'FeatureLoss', 'FeatureMSELoss',
     'FeatureSmoothL1Loss', 'GramInformationLoss', 'LogitKLLoss',
-    'OutlierSuppressionLoss', 'gram_difference', 'weighted_mean'
+    'OutlierSuppressionLoss', 'backpropagated', 'gram_difference',
+    'weighted_mean'
 ]

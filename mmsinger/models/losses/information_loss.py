@@ -1,4 +1,4 @@
-from typing import Any, Literal, Optional, Tuple, Union
+from typing import Any, Callable, Literal, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,52 @@ class _GramDifference(torch.autograd.Function):
         return (None if pred_grad is None else grad * pred_grad,
                 None if target_grad is None else grad * target_grad,
                 None, None, None)
+
+
+def backpropagated(block: Callable[[Tensor], Tensor],
+                   loss: Callable[[Tensor], Tensor], tokens: Tensor
+                   ) -> Tensor:
+    """A loss of what a frozen block makes of tokens, with its gradient
+    computed at once: nothing of the block's pass is kept until the backward
+    pass.
+
+    Args:
+        block (Callable): The block; its output has any shape.
+        loss (Callable): Of its output, a scalar; nothing else in it has a
+            gradient.
+        tokens (Tensor): Its input, shape (B, N, D).
+
+    Returns:
+        Tensor: The scalar. Its gradient has no gradient itself.
+    """
+    leaf = tokens.detach().requires_grad_(tokens.requires_grad)
+    output = block(leaf).float()
+    value = loss(output)
+    if not value.requires_grad:
+        return value
+    with torch.autocast(tokens.device.type, enabled=False):
+        grad, = torch.autograd.grad(value, output)
+        # A power of two, as a loss scale: half precision holds the gradient
+        scale = grad.abs().amax().clamp(min=1e-30).log2().floor().exp2()
+        grad, = torch.autograd.grad(output, leaf, grad / scale)
+    return _KnownGradient.apply(value.detach(), grad * scale, tokens)
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A scalar whose gradient by a tensor is known."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradient: Tensor, tokens: Tensor
+                ) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor
+                 ) -> Tuple[None, None, Tensor]:
+        gradient, = ctx.saved_tensors
+        return None, None, grad * gradient
 
 
 @MODELS.register_module()

@@ -1,5 +1,6 @@
 """SiNGER's refinement of teacher tokens (arXiv 2509.20986)."""
 import inspect
+from functools import partial
 from typing import (Annotated, Any, Callable, Dict, List, Literal, NamedTuple,
                     Optional, Sequence, Tuple, TypedDict)
 
@@ -14,7 +15,7 @@ from mmsinger.metrics.subspaces import subspace_energy
 from mmsinger.models.adapters import (Init, Selection, SiNGERAdapter,
                                       left_singular_directions, linearised_ffn)
 from mmsinger.models.features.tokens import Tokens
-from mmsinger.models.losses import weighted_mean
+from mmsinger.models.losses import backpropagated, weighted_mean
 from mmsinger.models.targets.filter import clip_norms
 from mmsinger.models.targets.step import Targets, TargetStep, TeacherOutputs
 from mmsinger.registry import MODELS, build_part
@@ -276,12 +277,12 @@ class Refine(TargetStep):
                 value if images is None or value is None
                 else take(value, images) for value in (
                     refined.values, reference.values, tokens.weight))
-            if not is_last:
-                ours = outputs.next_block(
-                    layer, refined._replace(values=ours)).values
-            losses.append(self.loss_info(
-                ours, theirs, num_prefix=num_prefix, is_last=is_last,
-                weight=weight))
+            compare = partial(self.loss_info, num_prefix=num_prefix,
+                              is_last=is_last, weight=weight)
+            losses.append(compare(ours, theirs) if is_last else backpropagated(
+                lambda values: outputs.next_block(
+                    layer, refined._replace(values=values)).values,
+                partial(compare, target=theirs), ours))
         return sum(losses) / len(losses)
 
     def inlier_variance(self, layers: Dict[int, Dict[str, Any]]
