@@ -703,8 +703,8 @@ def test_the_best_rate_is_chosen():
 
 
 @pytest.mark.parametrize('place, edge', [
-    ((1, 2), False), ((0, 2), True), ((2, 1), True), ((1, 0), True),
-    ((1, 4), True)])
+    ((1, 2), False), ((0, 2), True), ((2, 1), False), ((3, 1), True),
+    ((1, 0), True), ((1, 4), True)])
 def test_adapters_rates_have_edges_too(place, edge):
     scores = {('direction', 'singer', multiplier, rate):
               10. + 9. * ((i, j) == place)

@@ -147,7 +147,7 @@ def check_custom_keys(model: nn.Module, paramwise_cfg: dict) -> None:
     """Hold ``custom_keys`` of a config against the names of parameters.
 
     Stock schedules list keys for several backbones: those that match nothing
-    are said in one warning.
+    are said in one warning. Ours serve methods with adapters and without.
 
     Args:
         model (nn.Module): A distiller or a plain model.
@@ -160,7 +160,7 @@ def check_custom_keys(model: nn.Module, paramwise_cfg: dict) -> None:
     names = [f'.{name}' for name, _ in model.named_parameters()]
     parts = [name for name, _ in model.named_children()]
     unused = [key for key in paramwise_cfg.get('custom_keys') or {}
-              if not any(key in name for name in names)]
+              if key != 'adapters' and not any(key in name for name in names)]
     for key in unused:
         near = difflib.get_close_matches(key.split('.')[0], parts, 1, 0.75)
         if near and near[0] != key.split('.')[0]:

@@ -18,7 +18,7 @@ from reproduction.tables import Planner
 
 PAIR = 'vitl_to_vits'
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-MULTIPLIERS = (0.003, 0.03, 0.3)
+MULTIPLIERS = (0.003, 0.03, 0.3, 1.)
 ADAPTERS = 'optim_wrapper.paramwise_cfg.custom_keys.adapters'
 #: The chosen rates, written by ``search`` into its own folder
 TUNED = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'tuned.json')
