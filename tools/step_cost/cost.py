@@ -32,30 +32,28 @@ class Step(NamedTuple):
 def interleaved(steps: Dict[str, Step], rounds: int, device: str
                 ) -> Dict[str, List[float]]:
     """Time steps in turn, so that a busy machine slows all alike. In a round
-    quick steps are run several times, a fifth of a second together.
+    quick steps run several times, a twentieth of a second together.
 
     Args:
         steps (dict[str, Step]): By name.
-        rounds (int): How often each is timed, after two more to warm up.
+        rounds (int): How often each is timed, after one more to warm up.
         device (str): ``'cpu'`` or ``'cuda'``.
 
     Returns:
         dict[str, list[float]]: Seconds of a step, by name, round by round.
     """
     times: Dict[str, List[float]] = {name: [] for name in steps}
-    for number in range(rounds + 2):
+    for _ in range(rounds + 1):
         for name, step in steps.items():
-            # The first time warms up, the second tells how long one takes
-            count = 1 if number < 2 else math.ceil(0.2 / times[name][0])
+            seconds = times[name]
+            count = math.ceil(0.05 / seconds[0]) if seconds else 1
             with step.setting():
                 _wait(device)
                 start = time.perf_counter()
                 for _ in range(count):
                     step.run()
                 _wait(device)
-                seconds = time.perf_counter() - start
-            if number:
-                times[name].append(seconds / count)
+                seconds.append((time.perf_counter() - start) / count)
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
