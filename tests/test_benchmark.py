@@ -1,7 +1,6 @@
 """The benchmarks measure what they say."""
 import json
 import sys
-import time
 
 import benchmark_growth  # noqa: E402
 import benchmark_step  # noqa: E402
@@ -84,29 +83,11 @@ def test_flops_of_attention_are_counted():
 
 def test_rounds_are_interleaved_and_the_first_warms_up():
     calls = []
-
-    def run(name):
-        calls.append(name)
-        time.sleep(0.051)
-
-    times = interleaved({'a': Step(lambda: run('a')),
-                         'b': Step(lambda: run('b'))}, 2, 'cpu')
+    times = interleaved({'a': Step(lambda: calls.append('a')),
+                         'b': Step(lambda: calls.append('b'))}, 2, 'cpu')
     assert calls == ['a', 'b'] * 3
     assert {name: len(values) for name, values in times.items()} == \
         dict(a=2, b=2)
-
-
-def test_quick_steps_run_several_times_and_their_mean_counts(monkeypatch):
-    monkeypatch.setattr(time, 'perf_counter', lambda: now[0])
-    now, calls = [0.], []
-
-    def run():
-        calls.append(1)
-        now[0] += 0.02
-
-    assert interleaved({'a': Step(run)}, 2, 'cpu')['a'] == \
-        pytest.approx([0.02, 0.02])
-    assert len(calls) == 1 + 3 + 3
 
 
 def test_a_setting_is_left_again():
@@ -120,8 +101,7 @@ def test_a_setting_is_left_again():
         def __exit__(self, *_):
             events.append('out')
 
-    interleaved({'a': Step(lambda: time.sleep(0.051) or events.append('run'),
-                           Setting)}, 1, 'cpu')
+    interleaved({'a': Step(lambda: events.append('run'), Setting)}, 1, 'cpu')
     assert events == ['in', 'run', 'out'] * 2
 
 

@@ -113,20 +113,20 @@ else
     L_S=(--teacher vit_l16 --student vit_s16 --rounds 10)
     PX_224=(--size 224 --batch-size 32)
     PX_512=(--size 512 --batch-size 8)
-    MORE=('robust preset' info_fraction=0.5)
+    BESIDE=('robust preset' info_fraction=0.5)
     TRAIN=(train_cfg.max_iters=200 train_cfg.val_interval=200)
     job tests 120 "${TEST[@]}"
     steps vitl_vitt_224 100 "${L_T[@]}" "${PX_224[@]}" --precision fast
     job scenes 40 "${SCENES[@]}" 2000 --num-val 200
     distil distil 60 --cfg-options "${TRAIN[@]}"
     steps vitl_vits_224 70 "${L_S[@]}" "${PX_224[@]}" --precision fast \
-        --steps "${MORE[@]}"
+        --steps "${BESIDE[@]}"
     steps vitl_vitt_224_compiled 120 "${L_T[@]}" "${PX_224[@]}" \
         --precision bf16 --steps "robust preset" --compile
     steps vitl_vitt_512 70 "${L_T[@]}" "${PX_512[@]}" --precision fast \
-        --steps "${MORE[@]}"
+        --steps "${BESIDE[@]}"
     steps vitl_vits_512 70 "${L_S[@]}" "${PX_512[@]}" --precision fast \
-        --steps "${MORE[@]}"
+        --steps "${BESIDE[@]}"
     distil distil_amp 45 --amp --cfg-options "${TRAIN[@]}"
     steps vitl_vits_512_compiled 120 "${L_S[@]}" "${PX_512[@]}" \
         --precision bf16 --steps "robust preset" --compile

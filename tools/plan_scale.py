@@ -13,6 +13,7 @@ import copy
 import os
 import sys
 import time
+import weakref
 from typing import NamedTuple
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
@@ -90,8 +91,9 @@ def step_cost(teacher: str, student: str, size: int, batch: int) -> Cost:
 
         def keep(tensor):
             storage = tensor.untyped_storage()
-            if storage._cdata not in own:
+            if storage._cdata not in own and storage._cdata not in saved:
                 saved[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, saved.pop, storage._cdata, None)
             return tensor
 
         with autocast(), flop_counter() as teacher_flop:
@@ -103,12 +105,13 @@ def step_cost(teacher: str, student: str, size: int, batch: int) -> Cost:
             with autocast(), torch.autograd.graph.saved_tensors_hooks(
                     keep, lambda tensor: tensor):
                 total = sum(model.loss(images, None).values())
+            kept = sum(saved.values())
             total.backward()
     teacher_flop = teacher_flop.get_total_flops() / batch
     return Cost(
         teacher_flop, flop.get_total_flops() / batch - teacher_flop,
         sum(p.numel() for p in model.teacher.parameters()),
-        sum(p.numel() for p in trained), sum(saved.values()), memory.peak)
+        sum(p.numel() for p in trained), kept, memory.peak)
 
 
 def autocast():

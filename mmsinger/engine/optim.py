@@ -147,7 +147,8 @@ def check_custom_keys(model: nn.Module, paramwise_cfg: dict) -> None:
     """Hold ``custom_keys`` of a config against the names of parameters.
 
     Stock schedules list keys for several backbones: those that match nothing
-    are said in one warning. Ours serve methods with adapters and without.
+    are said in one warning, but for ``'adapters'``: our schedules serve
+    methods with and without.
 
     Args:
         model (nn.Module): A distiller or a plain model.

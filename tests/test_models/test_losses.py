@@ -20,8 +20,8 @@ from mmsinger.models.adapters import SiNGERAdapter
 from mmsinger.models.targets.refine import inlier_variance_ratio
 from mmsinger.models.losses import (FeatureCosineLoss, FeatureMSELoss,
                                     FeatureSmoothL1Loss, GramInformationLoss,
-                                    OutlierSuppressionLoss, backpropagated,
-                                    gram_difference)
+                                    OutlierSuppressionLoss, gram_difference,
+                                    loss_behind_block)
 
 seeds = st.integers(0, 2**31 - 1)
 batches = st.integers(1, 3)
@@ -333,7 +333,7 @@ def test_known_gradient_is_that_of_autograd(size, dtype):
 
     exact, = torch.autograd.grad(loss(block(tokens)), tokens)
     with torch.autocast('cpu', dtype, enabled=dtype is not None):
-        value = backpropagated(block, loss, tokens)
+        value = loss_behind_block(block, loss, tokens)
     assert value.item() == pytest.approx(
         loss(block(tokens)).item(), rel=1e-6 if dtype is None else 0.02)
     found, = torch.autograd.grad(3 * value, tokens)
@@ -345,19 +345,30 @@ def test_known_gradient_is_that_of_autograd(size, dtype):
             atol=0.02 * (exact / size).abs().max().item())
 
 
+def test_known_gradient_of_half_precision_tokens():
+    """Under the loss scale that mmengine starts with."""
+    torch.manual_seed(0)
+    block = frozen_block().half()
+    tokens = torch.randn(2, 5, 8).half().requires_grad_()
+    value = loss_behind_block(
+        block, lambda output: 1e-7 * output.square().mean(), tokens)
+    (2**16 * value).backward()
+    assert torch.isfinite(tokens.grad).all() and tokens.grad.any()
+
+
 def test_known_gradient_is_not_computed_for_nothing():
     block, tokens = frozen_block(), torch.randn(2, 5, 8)
-    assert not backpropagated(block, torch.sum, tokens).requires_grad
+    assert not loss_behind_block(block, torch.sum, tokens).requires_grad
     tokens.requires_grad_()
     with torch.no_grad():
-        assert not backpropagated(block, torch.sum, tokens).requires_grad
+        assert not loss_behind_block(block, torch.sum, tokens).requires_grad
 
 
 def test_known_gradient_hides_no_nan_and_knows_zero():
     block, tokens = frozen_block(), torch.randn(2, 5, 8, requires_grad=True)
     for factor, check in ((float('nan'), torch.isnan),
                           (0., lambda g: g == 0)):
-        value = backpropagated(block, lambda out: factor * out.sum(), tokens)
+        value = loss_behind_block(block, lambda out: factor * out.sum(), tokens)
         found, = torch.autograd.grad(value, tokens)
         assert check(found).all()
 

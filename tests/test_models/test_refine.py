@@ -4,12 +4,15 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from mmsinger.errors import ConfigError
 from mmsinger.models import FitNetDistiller, SiNGERDistiller
 from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.models.features.tokens import Tokens
+from mmsinger.models.targets import refine
+from mmsinger.registry import MODELS
 from tiny import vit
 
 
@@ -17,8 +20,9 @@ def distiller(cls=SiNGERDistiller, ready=True, **kwargs):
     torch.manual_seed(0)
     if cls is SiNGERDistiller:
         kwargs = {**dict(adapter=dict(rank=4)), **kwargs}
-    model = cls(student=vit(), teacher=dict(backbone=vit()), layers=(1, 3),
-                task_loss_weight=0, **kwargs)
+    model = cls(**{**dict(
+        student=vit(), teacher=dict(backbone=vit()), layers=(1, 3),
+        task_loss_weight=0), **kwargs})
     with torch.no_grad():
         for p in model.teacher.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -324,3 +328,54 @@ def test_two_refinements_of_singer():
     for targets in (None, CLIP, 5):
         with pytest.raises(ConfigError, match='targets'):
             distiller(targets=targets)
+
+
+# -- the gradient of L_info, which is there before the backward pass ----------
+
+
+@MODELS.register_module()
+class LearnedInfoLoss(nn.Module):
+    """A user's, with names of its own and something to learn."""
+    loss_weight, last = 1., 'self'
+
+    def __init__(self, learns=True):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(32), requires_grad=learns)
+
+    def forward(self, refined, original, num_prefix, is_last, weight=None):
+        return (self.factor * (refined - original)).square().mean()
+
+
+def gradients(model):
+    losses = model.loss(images(), None)
+    sum(losses.values()).backward()
+    return {name: p.grad for name, p in model.named_parameters()
+            if p.grad is not None}
+
+
+@pytest.mark.parametrize('settings', [
+    {}, dict(info_fraction=0.5), dict(loss_info=dict(intermediate='mse')),
+    dict(target_norm='layernorm'), dict(teacher_dtype='bf16'),
+    dict(loss_info=dict(type='LearnedInfoLoss')),
+    dict(loss_info=dict(type='LearnedInfoLoss', learns=False)),
+    dict(loss_info=dict(type='LearnedInfoLoss'), last_layer='listed'),
+    dict(checkpointed=True)], ids=str)
+def test_gradients_are_those_of_one_backward_pass(monkeypatch, settings):
+    settings = dict(settings)
+    if settings.pop('checkpointed', False):
+        settings['teacher'] = dict(backbone=dict(
+            type='mmseg.VisionTransformer', img_size=32, patch_size=8,
+            embed_dims=32, num_layers=4, num_heads=4, with_cp=True))
+    model = distiller(**settings)
+    torch.manual_seed(3)
+    found = gradients(model)
+    model.zero_grad()
+    monkeypatch.setattr(refine, 'loss_behind_block',
+                        lambda block, loss, tokens, _: loss(block(tokens)))
+    torch.manual_seed(3)
+    expected = gradients(model)
+    assert found.keys() == expected.keys()
+    assert any('adapters' in name for name in found)
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-4,
+                                   atol=1e-6 * grad.abs().max().item())

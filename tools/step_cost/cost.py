@@ -2,7 +2,6 @@
 import contextlib
 import ctypes
 import gc
-import math
 import statistics
 import time
 import weakref
@@ -31,8 +30,8 @@ class Step(NamedTuple):
 
 def interleaved(steps: Dict[str, Step], rounds: int, device: str
                 ) -> Dict[str, List[float]]:
-    """Time steps in turn, so that a busy machine slows all alike. In a round
-    quick steps run several times, a twentieth of a second together.
+    """Time steps in turn, so that a busy machine slows all alike; on a GPU,
+    whose steps are short, three runs of each together.
 
     Args:
         steps (dict[str, Step]): By name.
@@ -43,18 +42,19 @@ def interleaved(steps: Dict[str, Step], rounds: int, device: str
         dict[str, list[float]]: Seconds of a step, by name, round by round.
     """
     times: Dict[str, List[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 1):
+    count = 3 if device == 'cuda' else 1
+    for number in range(rounds + 1):
         for name, step in steps.items():
-            seconds = times[name]
-            count = math.ceil(0.05 / seconds[0]) if seconds else 1
             with step.setting():
                 _wait(device)
                 start = time.perf_counter()
                 for _ in range(count):
                     step.run()
                 _wait(device)
-                seconds.append((time.perf_counter() - start) / count)
-    return {name: seconds[1:] for name, seconds in times.items()}
+                seconds = time.perf_counter() - start
+            if number:
+                times[name].append(seconds / count)
+    return times
 
 
 def paired_ratio(times: Dict[str, List[float]], name: str, base: str

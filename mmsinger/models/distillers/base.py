@@ -20,9 +20,10 @@ from mmsinger.schema import NonNegative
 class BaseDistiller(BaseModel):
     """A student that learns from a frozen teacher.
 
-    In ``loss`` mode the teacher and the student see the same batch once each;
-    :meth:`distill` turns what they gave into losses, which join the student's
-    own. ``predict`` and ``tensor`` go to the student alone. The state dict
+    In ``loss`` mode the teacher and the student see the same batch once each.
+    :meth:`make_targets` turns what the teacher gave into targets, before the
+    student runs, and :meth:`distill` compares the student with them; these
+    losses join the student's own. ``predict`` and ``tensor`` go to the student alone. The state dict
     holds everything but the teacher.
 
     A method is a subclass with :meth:`run_teacher`, :meth:`run_student` and
@@ -124,12 +125,13 @@ class BaseDistiller(BaseModel):
 
         Args:
             inputs (Tensor): Preprocessed images, shape (B, 3, H, W).
-            data_samples (list, optional): Annotations; not read if
-                ``task_loss_weight`` is 0.
+            data_samples (list, optional): Annotations; if
+                ``task_loss_weight`` is 0, only what they say about padding
+                may be read.
 
         Returns:
             tuple: Its own losses (see :meth:`task_losses`), and what
-            :meth:`distill` needs.
+            :meth:`distill` needs, padding weighed.
         """
         raise NotImplementedError
 
@@ -324,8 +326,8 @@ class BaseDistiller(BaseModel):
         Args:
             inputs (Tensor | list[Tensor]): Preprocessed images, shape
                 (B, 3, H, W); of several views, the first counts.
-            data_samples (list, optional): Annotations; not read if
-                ``task_loss_weight`` is 0.
+            data_samples (list, optional): Annotations; of these only the
+                padding is read if ``task_loss_weight`` is 0.
 
         Returns:
             dict[str, Tensor]: Losses by name.
@@ -333,12 +335,12 @@ class BaseDistiller(BaseModel):
         self._check_ready()
         if not isinstance(inputs, Tensor):
             inputs = first_view(inputs)
-        targets, more = self.make_targets(
+        targets, of_targets = self.make_targets(
             self.run_teacher(inputs, data_samples))
         losses, student_outputs = self.run_student(inputs, data_samples)
-        own = self.distill(targets, student_outputs)
-        refuse_same_names(more, own, 'model')
-        for name, value in {**own, **more}.items():
+        of_student = self.distill(targets, student_outputs)
+        refuse_same_names(of_targets, of_student, 'model')
+        for name, value in {**of_student, **of_targets}.items():
             losses[f'distill.{name}'] = value
         return losses
 
@@ -379,9 +381,9 @@ def refuse_same_names(losses: Dict[str, Tensor], more: Dict[str, Tensor],
     """Raise ConfigError if two losses have one name.
 
     Args:
-        losses (dict): Those of the steps so far, by name.
-        more (dict): More of them.
-        place (str): Where these come from, for the message.
+        losses (dict): Of the steps in ``model.targets`` so far, by name.
+        more (dict): Of another step or of the method.
+        place (str): Where ``more`` come from, for the message.
     """
     for name in losses.keys() & more.keys():
         raise ConfigError(

@@ -85,10 +85,10 @@ class LogitKDDistiller(BaseDistiller):
             losses = self.task_losses(inputs, data_samples)
         return losses, outputs[-1]
 
-    def distill(self, teacher_outputs: Tuple[Tensor, Optional[Padding]],
+    def distill(self, targets: Tuple[Tensor, Optional[Padding]],
                 student_outputs: Tensor) -> Dict[str, Tensor]:
         """L_KD between logits, see :meth:`BaseDistiller.distill`."""
-        logits, padding = teacher_outputs
+        logits, padding = targets
         # Losses of other packages need not know weights
         weight = {} if padding is None or student_outputs.dim() != 4 else dict(
             weight=padding.shares(student_outputs.shape[2:]).to(

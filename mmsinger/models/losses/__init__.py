@@ -3,14 +3,14 @@ from mmsinger.models.losses.feature_loss import (FeatureCosineLoss,
                                                  FeatureSmoothL1Loss,
                                                  weighted_mean)
 from mmsinger.models.losses.information_loss import (GramInformationLoss,
-                                                     backpropagated,
-                                                     gram_difference)
+                                                     gram_difference,
+                                                     loss_behind_block)
 from mmsinger.models.losses.logit_loss import LogitKLLoss
 from mmsinger.models.losses.outlier_loss import OutlierSuppressionLoss
 
 __all__ = [
     'FeatureCosineLoss', 'FeatureLoss', 'FeatureMSELoss',
     'FeatureSmoothL1Loss', 'GramInformationLoss', 'LogitKLLoss',
-    'OutlierSuppressionLoss', 'backpropagated', 'gram_difference',
+    'OutlierSuppressionLoss', 'gram_difference', 'loss_behind_block',
     'weighted_mean'
 ]

@@ -83,22 +83,25 @@ class _GramDifference(torch.autograd.Function):
                 None, None, None)
 
 
-def backpropagated(block: Callable[[Tensor], Tensor],
-                   loss: Callable[[Tensor], Tensor], tokens: Tensor
-                   ) -> Tensor:
+def loss_behind_block(block: Callable[[Tensor], Tensor],
+                      loss: Callable[[Tensor], Tensor], tokens: Tensor,
+                      at_once: bool = True) -> Tensor:
     """A loss of what a frozen block makes of tokens, with its gradient
     computed at once: nothing of the block's pass is kept until the backward
     pass.
 
     Args:
         block (Callable): The block; its output has any shape.
-        loss (Callable): Of its output, a scalar; nothing else in it has a
-            gradient.
-        tokens (Tensor): Its input, shape (B, N, D).
+        loss (Callable): Of its output, a scalar.
+        tokens (Tensor): Input of the block, shape (B, N, D).
+        at_once (bool): False: in the backward pass, as any loss, for one that
+            depends on more that needs a gradient. Defaults to True.
 
     Returns:
         Tensor: The scalar. Its gradient has no gradient itself.
     """
+    if not at_once:
+        return loss(block(tokens))
     leaf = tokens.detach().requires_grad_(tokens.requires_grad)
     output = block(leaf).float()
     value = loss(output)
@@ -108,8 +111,10 @@ def backpropagated(block: Callable[[Tensor], Tensor],
         grad, = torch.autograd.grad(value, output)
         # A power of two, as a loss scale: half precision holds the gradient
         scale = grad.abs().amax().clamp(min=1e-30).log2().floor().exp2()
-        grad, = torch.autograd.grad(output, leaf, grad / scale)
-    return _KnownGradient.apply(value.detach(), grad * scale, tokens)
+        # Not autograd.grad(): checkpointing refuses it
+        output.backward(grad / scale)
+    return _KnownGradient.apply(value.detach(), leaf.grad.float() * scale,
+                                tokens)
 
 
 class _KnownGradient(torch.autograd.Function):

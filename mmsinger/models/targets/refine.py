@@ -15,7 +15,7 @@ from mmsinger.metrics.subspaces import subspace_energy
 from mmsinger.models.adapters import (Init, Selection, SiNGERAdapter,
                                       left_singular_directions, linearised_ffn)
 from mmsinger.models.features.tokens import Tokens
-from mmsinger.models.losses import backpropagated, weighted_mean
+from mmsinger.models.losses import loss_behind_block, weighted_mean
 from mmsinger.models.targets.filter import clip_norms
 from mmsinger.models.targets.step import Targets, TargetStep, TeacherOutputs
 from mmsinger.registry import MODELS, build_part
@@ -262,6 +262,10 @@ class Refine(TargetStep):
         num_prefix = first.num_prefix
         images = None if self.info_fraction == 1 else choose_images(
             len(first.values), self.info_fraction)
+        # A loss or weights of one's own may learn from it, too
+        alone = not any(value is not None and value.requires_grad
+                        for value in (*self.loss_info.parameters(),
+                                      *(t.weight for t in targets.values())))
         losses, previous = [], None
         for layer, tokens in targets.items():
             refined = found[layer].tokens
@@ -279,10 +283,11 @@ class Refine(TargetStep):
                     refined.values, reference.values, tokens.weight))
             compare = partial(self.loss_info, num_prefix=num_prefix,
                               is_last=is_last, weight=weight)
-            losses.append(compare(ours, theirs) if is_last else backpropagated(
-                lambda values: outputs.next_block(
-                    layer, refined._replace(values=values)).values,
-                partial(compare, target=theirs), ours))
+            losses.append(
+                compare(ours, theirs) if is_last else loss_behind_block(
+                    lambda values: outputs.next_block(
+                        layer, refined._replace(values=values)).values,
+                    lambda values: compare(values, theirs), ours, alone))
         return sum(losses) / len(losses)
 
     def inlier_variance(self, layers: Dict[int, Dict[str, Any]]
