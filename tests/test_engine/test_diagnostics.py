@@ -397,13 +397,13 @@ def test_training_is_the_same_with_it(run):
 def test_nothing_is_done_in_between(run, monkeypatch):
     """No record, hence no copy and no wait, in steps that do not log."""
     seen = []
-    original = FeatureDistiller.distill
+    original = FeatureDistiller.make_targets
 
-    def distill(self, *args):
+    def make_targets(self, *args):
         seen.append(len(self.records))
         return original(self, *args)
 
-    monkeypatch.setattr(FeatureDistiller, 'distill', distill)
+    monkeypatch.setattr(FeatureDistiller, 'make_targets', make_targets)
     run(dict(interval=3), max_iters=4)
     assert seen == [0, 0, 1, 0]
 
