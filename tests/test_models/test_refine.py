@@ -363,6 +363,7 @@ def gradients(model):
 def test_gradients_are_those_of_one_backward_pass(monkeypatch, settings):
     settings = dict(settings)
     if settings.pop('checkpointed', False):
+        pytest.importorskip('mmseg')
         settings['teacher'] = dict(backbone=dict(
             type='mmseg.VisionTransformer', img_size=32, patch_size=8,
             embed_dims=32, num_layers=4, num_heads=4, with_cp=True))
