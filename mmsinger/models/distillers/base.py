@@ -23,8 +23,8 @@ class BaseDistiller(BaseModel):
     In ``loss`` mode the teacher and the student see the same batch once each.
     :meth:`make_targets` turns what the teacher gave into targets, before the
     student runs, and :meth:`distill` compares the student with them; these
-    losses join the student's own. ``predict`` and ``tensor`` go to the student alone. The state dict
-    holds everything but the teacher.
+    losses join the student's own. ``predict`` and ``tensor`` go to the
+    student alone. The state dict holds everything but the teacher.
 
     A method is a subclass with :meth:`run_teacher`, :meth:`run_student` and
     :meth:`distill`; one that compares block outputs is a subclass of
