@@ -44,6 +44,21 @@ PLAIN_HOOKS = ('SafeCheckpointHook', 'RunGuardHook', 'RandomStateHook')
 TIMEOUT = 1800  # seconds until what hangs ends a run
 
 
+class RunConfig(Config):
+    """mmengine's config, which formats its text once for each content: yapf
+    takes seconds for a long path in it, and a run asks five times at its
+    start and at each checkpoint."""
+
+    @property
+    def pretty_text(self) -> str:
+        """The config as formatted Python."""
+        content = repr(self._cfg_dict)
+        if self.__dict__.get('_formatted', ('', ''))[0] != content:
+            # Config's own __setattr__ writes settings
+            self.__dict__['_formatted'] = (content, super().pretty_text)
+        return self.__dict__['_formatted'][1]
+
+
 def load_config(path: str, options: Optional[dict] = None) -> Config:
     """Read a config file; ``mmseg::`` bases work on OneDL too.
 
@@ -70,6 +85,7 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
             TypeError) as error:
         raise ConfigError(f'config {path!r} cannot be read: '
                           f'{_said(error)}') from error
+    object.__setattr__(cfg, '__class__', RunConfig)
     if options:
         apply_options(cfg, options)
     if 'default_scope' in cfg:  # bases leave it to their recipe

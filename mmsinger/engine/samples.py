@@ -116,7 +116,7 @@ def _hash(*numbers: int) -> int:
 def _random_numbers(seed: int) -> Iterator[None]:
     """Seed the generators of the CPU; in the main process, put them back."""
     main = get_worker_info() is None  # a worker has nothing to go on with
-    before = (random.getstate(), np.random.get_state(),
+    before = (random.getstate(), np.random.get_state(legacy=False),
               torch.get_rng_state()) if main else ()
     random.seed(seed)
     np.random.seed(seed & 0xffffffff)
