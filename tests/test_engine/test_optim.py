@@ -115,12 +115,19 @@ def test_groups_of_the_student_are_the_plain_models(tmp_path, name):
     assert student_config(cfg).optim_wrapper == before.optim_wrapper
 
 
-def test_a_toolbox_of_its_own_is_told_what_to_do():
+@pytest.mark.parametrize('settings', [
+    dict(constructor='mmpretrain.LearningRateDecayOptimWrapperConstructor',
+         paramwise_cfg=dict(layer_decay_rate=0.5)),
+    dict(constructor='mmseg.LearningRateDecayOptimizerConstructor',
+         paramwise_cfg=dict(decay_rate=0.5, decay_type='stage_wise',
+                            num_layers=2)),
+    dict(constructor='mmseg.LayerDecayOptimizerConstructor',
+         paramwise_cfg=dict(layer_decay_rate=0.5, num_layers=2))],
+    ids=['mmpretrain', 'mmseg', 'mmseg-old'])
+def test_a_toolbox_of_its_own_is_told_what_to_do(settings):
     """Under a host's own train.py nothing has prepared the config."""
     cfg = load_config(tiny.SEG_CONFIG)
-    cfg.optim_wrapper.update(
-        constructor='mmpretrain.LearningRateDecayOptimWrapperConstructor',
-        paramwise_cfg=dict(layer_decay_rate=0.5))
+    cfg.optim_wrapper.update(settings)
     init_default_scope('mmseg')
     cfg.model.teacher.checkpoint = None
     with pytest.raises(ConfigError, match='StudentFirstConstructor'):

@@ -58,7 +58,7 @@ class CacheFeaturesHook(Hook):
         if isinstance(loader.dataset, CachedFeatures):
             return
         model = unwrap(runner.model)
-        backbone = getattr(model, 'backbone', None)
+        backbone = dict(model.named_children()).get('backbone')
         if not isinstance(backbone, FrozenBackbone):
             raise ConfigError(
                 'CacheFeaturesHook: model.backbone is a '

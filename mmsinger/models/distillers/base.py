@@ -163,8 +163,9 @@ class BaseDistiller(BaseModel):
     out_channels = property(lambda self: self.student.out_channels)
 
     def get_layer_depth(self, *_: Any) -> None:
-        """Refuse mmpretrain's layer-wise decay, which would pass over the
-        multipliers of adapters and projectors.
+        """Refuse layer-wise decay, which would pass over the student's layers
+        and the multipliers of adapters and projectors: mmpretrain's asks the
+        model for this, mmseg's and mmdet's for :attr:`backbone`.
 
         Raises:
             ConfigError: Always. ``prepare_training`` has put
@@ -172,11 +173,14 @@ class BaseDistiller(BaseModel):
                 place.
         """
         raise ConfigError(
-            'optim_wrapper.constructor sees a distiller, where it needs the '
-            'plain student. Start with tools/train.py of mmsinger; or set '
+            f'A {type(self).__name__} is no plain model; its student\'s '
+            'backbone is model.student_backbone. If optim_wrapper.constructor '
+            'asks, start with tools/train.py of mmsinger; or set '
             "optim_wrapper.constructor='mmsinger.StudentFirstConstructor' and "
             'name the other in optim_wrapper.paramwise_cfg.'
             'student_constructor.')
+
+    backbone = property(get_layer_depth)
 
     def init_weights(self) -> None:
         """Initialise the student as its config says, load the teacher, and
