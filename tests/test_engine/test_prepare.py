@@ -6,6 +6,7 @@ import forked
 import pytest
 import tiny
 import torch
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
@@ -153,3 +154,20 @@ def load(path):
     import pickle
     with open(path, 'rb') as file:
         return pickle.load(file)
+
+
+def test_a_config_is_formatted_once_for_each_content(monkeypatch):
+    from yapf.yapflib import yapf_api
+    formatted = []
+    plain = yapf_api.FormatCode
+    monkeypatch.setattr(yapf_api, 'FormatCode', lambda text, **kwargs: (
+        formatted.append(text), plain(text, **kwargs))[1])
+    cfg = load_config(tiny.SEG_CONFIG)
+    text = cfg.pretty_text
+    copied = copy.deepcopy(cfg)  # as a Runner does
+    assert cfg.pretty_text == copied.pretty_text == text
+    assert len(formatted) == 1
+    assert Config.pretty_text.fget(cfg) == text  # mmengine's own
+    copied.model.task_loss_weight = 0.25
+    assert 'task_loss_weight=0.25' in copied.pretty_text
+    assert cfg.pretty_text == text
