@@ -214,6 +214,7 @@ class Report:
             axis.set_yticks(places, [label for label, _ in table.rows],
                             fontsize=8)
             axis.tick_params(axis='x', labelsize=8)
+            axis.locator_params(axis='x', nbins=5)
             axis.grid(axis='both', alpha=0.3)
             axis.set_ylim(rows - 0.5, -0.5)
         for axis in list(axes.flat)[len(table.columns):]:
