@@ -273,7 +273,7 @@ def weights_of(checkpoint: Dict[str, Any], path: str) -> Dict[str, Any]:
         DistributedDataParallel is removed.
 
     Raises:
-        ConfigError: If there is no tensor in it.
+        ConfigError: If there is no tensor in it, or one is not finite.
     """
     weights = checkpoint
     for key in ('state_dict', 'model', 'model_state_dict', 'module'):
@@ -289,7 +289,23 @@ def weights_of(checkpoint: Dict[str, Any], path: str) -> Dict[str, Any]:
             "'state_dict' or 'model'.")
     if all(k.startswith('module.') for k in weights):
         weights = {k[len('module.'):]: v for k, v in weights.items()}
+    refuse_broken(weights, path)
     return weights
+
+
+def refuse_broken(weights: Dict[str, torch.Tensor], path: str) -> None:
+    """Raise :class:`ConfigError` for weights that are not finite.
+
+    Args:
+        weights (dict[str, Tensor]): A state dict.
+        path (str): Where it came from.
+    """
+    broken = [key for key, value in weights.items()
+              if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise ConfigError(f'{path} has weights that are not finite, in '
+                          f'{", ".join(broken[:4])}: the file is damaged, or '
+                          'its training diverged. Take another.')
 
 
 def student_state_dict(state_dict: Dict[str, torch.Tensor]

@@ -137,7 +137,8 @@ def readable_errors() -> Iterator[None]:
     except (ConfigError, TrainingError) as error:
         said = _as_first_raised(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
+                               errno.EROFS, errno.EIO):
             raise
         said = TrainingError(
             f'{error.filename or "A file"} cannot be written: '

@@ -12,7 +12,7 @@ from mmengine.utils import scandir
 from torch import Tensor
 
 from mmsinger.errors import ConfigError, near_paths
-from mmsinger.schema import Count, check_value
+from mmsinger.schema import Count, Positive, check_value
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff',
             '.ppm', '.pgm')
@@ -187,14 +187,17 @@ def dataset_batches(dataset: Any, indices: Sequence[int], batch_size: int,
 
 
 def check_scale(place: str, mean: Any, std: Any) -> None:
-    """Raise :class:`ConfigError` for the mean and std of images from 0 to 1:
-    here they go from 0 to 255.
+    """Raise :class:`ConfigError` for a mean or std that no images have, or
+    that images from 0 to 1 have: here they go from 0 to 255.
 
     Args:
         place (str): Where they stand, as the user writes it.
         mean (Sequence[float], optional): By channel.
         std (Sequence[float], optional): By channel.
     """
+    for name, values, rule in (('mean', mean, float), ('std', std, Positive)):
+        if isinstance(values, (list, tuple)):
+            check_value(f'{place}.{name}', values, Sequence[rule])
     if mean is not None and std is not None and 0 < max(std) < 1:
         raise ConfigError(
             f'{place}.mean={list(mean)}, std={list(std)} are of images from '

@@ -6,6 +6,7 @@ process, through the same functions.
 import hashlib
 import os
 import shutil
+from argparse import ArgumentParser
 
 import cv2
 import numpy as np
@@ -15,9 +16,13 @@ from mmengine.registry import init_default_scope
 
 import forked
 import tiny
+from mmsinger.checkpoint import load_checkpoint, weights_of
+from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import load_config, prepare_training
 from mmsinger.engine.resume import resume_from_intact_checkpoint
 from mmsinger.errors import ConfigError, near_matches
+from mmsinger.models.features.anatomy import Blocks
+from mmsinger.models.features.compiled import compile_blocks
 from mmsinger.registry import MODELS
 
 
@@ -83,6 +88,9 @@ CHEAP = {  # found before a model is built
     'hooks-no-dicts': (
         ['custom_hooks=[EMAHook]'],
         ["custom_hooks=['EMAHook']", 'must be a list of dict(type=']),
+    'checkpoints-not-writable': (
+        ['default_hooks.checkpoint.out_dir=/proc/x'],
+        ["default_hooks.checkpoint.out_dir='/proc/x' is not writable"]),
     'nothing-to-train': (
         ['train_cfg=None'], ['has no train_cfg', 'nothing to train']),
     'data-missing': (
@@ -476,3 +484,47 @@ def test_non_finite_loss_stops_the_run(tmp_path, place):
     cfg = load_config(tiny.SEG_CONFIG)
     init_default_scope('mmseg')
     MODELS.build(cfg.model.student).load_state_dict(student['state_dict'])
+
+
+@pytest.mark.parametrize('name, content, words', [
+    ('name.py', 'model = dict(type=undefined_name)',
+     "NameError: name 'undefined_name' is not defined"),
+    ('value.py', "size = int('x')", 'ValueError: invalid literal'),
+    ('broken.json', '{"model": ', 'JSONDecodeError'),
+    ('bytes.py', b'model = "\xff\xfe"', 'UnicodeDecodeError'),
+    ('picture.png', '', 'Only py/yml/yaml/json')])
+def test_config_files_that_raise(tmp_path, name, content, words):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes)
+                     else content.encode())
+    with pytest.raises(ConfigError, match='cannot be read') as error:
+        load_config(str(path))
+    assert words in str(error.value)
+
+
+def test_weights_that_are_not_finite(here):
+    weights = torch.load('teacher.pth', weights_only=True)
+    key = next(key for key in weights.get('state_dict', weights)
+               if key.endswith('pos_embed'))
+    weights.get('state_dict', weights)[key][:] = float('inf')
+    torch.save(weights, 'inf.pth')
+    with pytest.raises(ConfigError, match='inf.pth has weights that are not '
+                                          f'finite, in {key}'):
+        weights_of(load_checkpoint('inf.pth'), 'inf.pth')
+
+
+@pytest.mark.parametrize('options', [
+    dict(backend='nonsense'), dict(mode='nonsense')])
+def test_options_that_torch_cannot_compile_with(options):
+    with pytest.raises(ConfigError, match='model.compile=.*nonsense'):
+        compile_blocks(Blocks('layers', [torch.nn.Identity()],
+                              torch.nn.Identity()), **options)
+
+
+def test_braces_in_a_value():
+    parser = ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions)
+    read = parser.parse_args([
+        '--cfg-options', 'a=ck_{}.pth', 'b={"c": 1}', 'd=[{"e": 2}]'])
+    assert read.cfg_options == dict(a='ck_{}.pth', b=dict(c=1),
+                                    d=[dict(e=2)])

@@ -547,6 +547,19 @@ def test_resumed(place, runs):
     assert 'Iter(train) [3/5]' not in output
     assert 'Iter(train) [4/5]' in output and 'Iter(train) [5/5]' in output
 
+    content = torch.load(os.path.join(place, 'student.pth'),
+                         weights_only=True)
+    for value in content['state_dict'].values():
+        value.mul_(1.01) if value.is_floating_point() else None
+    torch.save(content, os.path.join(place, 'retrained.pth'))
+    refused = forked.run(
+        'linear_eval.py', os.path.join(CONFIGS, 'cls_digits.py'),
+        'source.py', 'retrained.pth', '--work-dir', 'resumed', '--resume',
+        cwd=place, check=False)
+    assert refused.returncode == 1 and 'Traceback' not in refused.stdout
+    assert "trained on other weights than 'retrained.pth'" in refused.stdout
+    assert 'another --work-dir' in refused.stdout
+
 
 @pytest.mark.parametrize('images, processes, expected', [
     (64, 1, 64), (64, 4, 16), (64, 3, None)])

@@ -74,7 +74,7 @@ def main():
     cfg = load_config(args.config, args.cfg_options)
     name = os.path.splitext(os.path.basename(args.config))[0]
     out = args.out or os.path.join('work_dirs', 'analysis', name)
-    check_work_dir(out)
+    check_work_dir(out, '--out')
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     MMLogger.get_current_instance().setLevel('WARNING')
     subject = load_subject(cfg, args.checkpoint, args.mean, args.std)

@@ -83,7 +83,7 @@ def divide_batch(cfg):
     loader.batch_size //= processes
 
 
-def load_head(model, args):
+def load_head(model, path, option, task, fix):
     """Load a head that was trained on the same backbone.
 
     Raises:
@@ -93,17 +93,15 @@ def load_head(model, args):
     expected = {key: value.clone()
                 for key, value in model.backbone.state_dict().items()}
     load_strict(
-        model, weights_of(load_checkpoint(args.head, '--head'), args.head),
-        what=f'--head {args.head!r} and {args.task!r}',
+        model, weights_of(load_checkpoint(path, option), path),
+        what=f'{option} {path!r} and {task!r}',
         fix='Give a checkpoint that tools/linear_eval.py made with the '
         'same source and the same number of classes.')
     found = model.backbone.state_dict()
     if not all(torch.equal(found[key], value)
                for key, value in expected.items()):
-        raise ConfigError(
-            f'--head {args.head!r} was trained on other weights than '
-            f'{model.backbone.checkpoint!r}. Give the head of this one, from '
-            'its own work dir.')
+        raise ConfigError(f'{option} {path!r} was trained on other weights '
+                          f'than {model.backbone.checkpoint!r}. {fix}')
 
 
 def main():
@@ -129,7 +127,11 @@ def main():
     prepare_training(cfg)
     runner = build_runner(cfg)
     if args.head:
-        load_head(unwrap(runner.model), args)
+        load_head(unwrap(runner.model), args.head, '--head', args.task,
+                  'Give the head of this one, from its own work dir.')
+    elif cfg.get('resume') and cfg.get('load_from'):
+        load_head(unwrap(runner.model), cfg.load_from, '--resume', args.task,
+                  'Leave --resume out, or choose another --work-dir.')
     if cfg.get('train_cfg') is None:  # a trained head, or k-NN
         metrics = runner.val()
     else:

@@ -150,7 +150,7 @@ def main():
         cfg.visualizer.save_dir = args.show_dir
     fit_workers(cfg)
     limit_waiting(cfg)
-    check_work_dir(cfg.work_dir)
+    check_work_dir(cfg.work_dir, '--work-dir')
     check_data_folders(cfg, ('test_dataloader', ))
 
     distilled = is_distiller(cfg.model)

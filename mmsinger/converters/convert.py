@@ -9,8 +9,8 @@ import torch
 from mmpretrain.models import VisionTransformer
 from torch import Tensor
 
-from mmsinger.checkpoint import (load_checkpoint, load_strict, sha256,
-                                 weights_of)
+from mmsinger.checkpoint import (load_checkpoint, load_strict, refuse_broken,
+                                 sha256, weights_of)
 from mmsinger.converters.describe import describe
 from mmsinger.converters.layouts import LAYOUTS, Renamed, detect, rename
 from mmsinger.converters.positions import place
@@ -100,12 +100,7 @@ def convert(weights: Dict[str, Tensor],
             nor dropped on purpose, the result does not fit the backbone, or
             there is no head of the wanted kind.
     """
-    broken = [key for key, value in weights.items()
-              if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise ConfigError(f'{path} has weights that are not finite, in '
-                          f'{", ".join(broken[:4])}: the file is damaged, or '
-                          'its training diverged. Take another.')
+    refuse_broken(weights, path)
     if family == 'auto':
         family = detect(weights, path)
     check_choice('--source', family, LAYOUTS)

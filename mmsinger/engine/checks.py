@@ -11,16 +11,22 @@ from mmsinger.checkpoint import load_checkpoint, weights_of
 from mmsinger.errors import ConfigError
 
 
-def check_work_dir(work_dir: str) -> None:
-    """Raise :class:`ConfigError` unless files can be written there."""
+def check_work_dir(work_dir: str, key: str) -> None:
+    """Raise :class:`ConfigError` unless files can be written there.
+
+    Args:
+        work_dir (str): The folder; made if it is not there.
+        key (str): The setting that names it, for the message.
+    """
     try:
         os.makedirs(work_dir, exist_ok=True)
         with tempfile.TemporaryFile(dir=work_dir):
             pass
     except OSError as error:
+        with_option = ' with --work-dir' if key == 'work_dir' else ''
         raise ConfigError(
-            f'work_dir={work_dir!r} is not writable: {error.strerror}. '
-            'Choose another one with --work-dir, or mend its permissions.'
+            f'{key}={work_dir!r} is not writable: {error.strerror}. '
+            f'Choose another one{with_option}, or mend its permissions.'
         ) from error
 
 

@@ -65,6 +65,13 @@ class StudentFirstConstructor(DefaultOptimWrapperConstructor):
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict) -> None:
         paramwise_cfg = dict(paramwise_cfg)
+        if not paramwise_cfg.get('student_constructor'):
+            raise ConfigError(
+                "optim_wrapper.constructor='mmsinger.StudentFirstConstructor' "
+                "needs the student's own: optim_wrapper.paramwise_cfg."
+                "student_constructor='LearningRateDecayOptimWrapper"
+                "Constructor', or another. Without one, remove "
+                'optim_wrapper.constructor.')
         self.student_constructor = paramwise_cfg.pop('student_constructor')
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
         self._given = copy.deepcopy(optim_wrapper_cfg)
@@ -88,6 +95,14 @@ class StudentFirstConstructor(DefaultOptimWrapperConstructor):
             wrapper = build(model.student)
         except NotImplementedError:  # a backbone that it does not know
             wrapper = self._decay_by_block(model)
+        except (TypeError, UnboundLocalError) as error:
+            # mmseg's and mmdet's, of a setting that is missing or unknown
+            raise ConfigError(
+                f'optim_wrapper.constructor={self.student_constructor!r} '
+                f'cannot use optim_wrapper.paramwise_cfg='
+                f'{dict(self.paramwise_cfg)}: {error}. It needs '
+                "num_layers, decay_rate, and decay_type='layer_wise' or "
+                "'stage_wise'.") from error
         if not isinstance(wrapper, OptimWrapper):
             raise ConfigError(
                 f'optim_wrapper.constructor={self.student_constructor!r} '

@@ -33,8 +33,9 @@ class ConfigOptions(DictAction):
         options: Dict[str, Any] = {}
         try:
             for pair in values:  # a later one may be inside an earlier one
-                if 'dict(' in pair or '{' in pair:
-                    key, text = pair.split('=', maxsplit=1)
+                key, _, text = pair.partition('=')
+                if 'dict(' in text or (
+                        '{' in text and text.lstrip()[0] in '{[('):
                     options[key] = evaluate(
                         ast.parse(text.strip(), mode='eval').body)
                 else:

@@ -8,8 +8,8 @@ import inspect
 import math
 import re
 from collections.abc import Mapping
-from typing import (Any, Callable, Iterable, List, Literal, NamedTuple,
-                    Optional, Union, get_args)
+from typing import (Annotated, Any, Callable, Iterable, List, Literal,
+                    NamedTuple, Optional, Union, get_args)
 
 import torch
 from mmengine import registry as mmengine_registry
@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader
 
 from mmsinger.engine.logs import import_datasets
 from mmsinger.engine.options import READ
-from mmsinger.errors import ConfigError, check_keys
+from mmsinger.errors import ConfigError, check_choice, check_keys
 from mmsinger.images import check_scale
 from mmsinger.registry import arguments_of, check_arguments, source_of
 from mmsinger.schema import (Count, DefaultType, Natural, NonNegative,
-                             check_value)
+                             Positive, Range, Share, check_value)
 
 
 class Slot(NamedTuple):
@@ -86,8 +86,16 @@ NUMBERS = dict(
     max_epochs=Count, max_iters=Count, val_interval=Count, batch_size=Count,
     num_classes=Count, num_workers=Natural, lr=NonNegative,
     weight_decay=NonNegative, loss_weight=NonNegative,
-    accumulative_counts=Count)
+    accumulative_counts=Count, eta_min=NonNegative, clip_value=Positive,
+    max_norm=Union[Positive, Literal[math.inf]], decay_rate=Share,
+    layer_decay_rate=Share, base_batch_size=Positive,
+    seed=Optional[Annotated[int, Range(0, 2**32 - 1)]],
+    **dict.fromkeys(
+        ('lr_mult', 'decay_mult', 'bias_lr_mult', 'bias_decay_mult',
+         'norm_decay_mult', 'flat_decay_mult', 'dwconv_decay_mult',
+         'dcn_offset_lr_mult'), Optional[NonNegative]))
 HOOK_INTERVAL = Union[Count, Literal[-1]]
+LEVELS = ('DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL', 'NOTSET')
 BOOLEANS = ('true', 'false', 'yes', 'no', 'on', 'off')
 
 
@@ -126,6 +134,11 @@ def check_parts(cfg: Config) -> None:
                               ('auto_scale_lr', Runner.scale_lr)):
             if isinstance(cfg.get(key), Mapping):
                 check_keys(key, cfg[key], constants_in(function))
+        for key in ('randomness', 'auto_scale_lr'):
+            if isinstance(cfg.get(key), Mapping):
+                _check_values(key, cfg[key], None, None)
+        if isinstance(cfg.get('log_level'), str):
+            check_choice('log_level', cfg.log_level, LEVELS)
 
 
 def _top_slot(key: str, value: Any) -> Optional[Slot]:

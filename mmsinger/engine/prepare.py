@@ -81,8 +81,7 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
     try:
         with onedl_config_packages():
             cfg = Config.fromfile(path)
-    except (ConfigParsingError, FileNotFoundError, KeyError, SyntaxError,
-            TypeError) as error:
+    except Exception as error:  # it is a program, and may raise anything
         raise ConfigError(f'config {path!r} cannot be read: '
                           f'{_said(error)}') from error
     object.__setattr__(cfg, '__class__', RunConfig)
@@ -97,8 +96,11 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
 
 
 def _said(error: Exception) -> str:
-    # str() of a KeyError puts its message in quotes
-    return str(error.args[0] if isinstance(error, KeyError) else error)
+    if isinstance(error, (ConfigParsingError, FileNotFoundError, KeyError,
+                          SyntaxError, TypeError)):
+        # str() of a KeyError puts its message in quotes
+        return str(error.args[0] if isinstance(error, KeyError) else error)
+    return f'{type(error).__name__}: {error}'
 
 
 def prepare_training(cfg: Config) -> None:
@@ -131,7 +133,10 @@ def prepare_training(cfg: Config) -> None:
     use_cpu_processes(cfg)
     use_strategy(cfg)
     compare_batch_size(cfg)
-    check_work_dir(cfg.work_dir)
+    check_work_dir(cfg.work_dir, 'work_dir')
+    checkpoints = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    if '://' not in (checkpoints.get('out_dir') or '://'):
+        check_work_dir(checkpoints.out_dir, 'default_hooks.checkpoint.out_dir')
     if rank(cfg) == 0:
         lock_folder(cfg.work_dir)
     check_data_folders(cfg, ('train_dataloader', 'val_dataloader'))
@@ -234,34 +239,41 @@ def use_student_constructor(cfg: Config) -> None:
 
 def use_data_preprocessor(cfg: Config) -> None:
     """Make the data preprocessors that a distiller's config holds agree: the
-    student's, which is used, and the one at the top or in ``model``, which
-    mmengine passes over then.
+    first of the student's, the one in ``model`` and the one at the top is
+    used, and mmengine passes over the others.
 
     Raises:
         ConfigError: If they contradict each other, and the crop of the
             training pipeline does not decide it.
     """
-    own = (cfg.model.get('student') or {}).get('data_preprocessor')
-    if not isinstance(own, dict) or not is_distiller(cfg.model):
+    if not is_distiller(cfg.model):
         return
-    for place, other in (('data_preprocessor', cfg.get('data_preprocessor')),
-                         ('model.data_preprocessor',
-                          cfg.model.get('data_preprocessor'))):
-        for key, value in (other or {}).items():
+    given = {
+        'model.student.data_preprocessor':
+            (cfg.model.get('student') or {}).get('data_preprocessor'),
+        'model.data_preprocessor': cfg.model.get('data_preprocessor'),
+        'data_preprocessor': cfg.get('data_preprocessor')}
+    for place, found in given.items():
+        if not isinstance(found, (dict, type(None))):
+            raise ConfigError(f'{place}={found!r} is not valid: give a dict '
+                              'with a type, mean and std.')
+    (used, own), *others = [(place, found) for place, found in given.items()
+                            if found] or [('', {})]
+    for place, other in others:
+        for key, value in other.items():
             if key not in own:
-                print_log(f'{place}.{key}={value!r} is not used: the student '
-                          'has a data_preprocessor of its own. Set model.'
-                          f'student.data_preprocessor.{key}.',
+                print_log(f'{place}.{key}={value!r} is not used: {used} '
+                          f'stands before it. Set {used}.{key}.',
                           logger='current', level=30)
             elif _plain(own[key]) != _plain(value):
                 crop = _plain(_crop_size(cfg))
                 if key != 'size' or crop not in (_plain(own[key]),
                                                  _plain(value)):
                     raise ConfigError(
-                        f'{place}.{key}={value!r} and model.student.data_'
-                        f'preprocessor.{key}={own[key]!r} contradict each '
-                        'other. The student\'s is used: set it, and remove '
-                        'the other or make it the same.')
+                        f'{place}.{key}={value!r} and {used}.{key}='
+                        f'{own[key]!r} contradict each other. The latter is '
+                        'used: set it, and remove the other or make it the '
+                        'same.')
                 print_log(f'data_preprocessor.size={crop}, as the training '
                           'pipeline crops', logger='current')
                 own.size = other.size = crop

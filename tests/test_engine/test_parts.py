@@ -47,6 +47,40 @@ def test_no_false_alarm(paths):
     assert looked_at > len(paths) * 0.8
 
 
+@pytest.mark.parametrize('change, words', [
+    ({'optim_wrapper.clip_grad': dict(max_norm=-1)}, 'clip_grad.max_norm=-1'),
+    ({'optim_wrapper.clip_grad': dict(max_norm=0)}, 'above 0, or inf'),
+    ({'optim_wrapper.paramwise_cfg.decay_rate': -0.5}, 'decay_rate=-0.5'),
+    ({'optim_wrapper.paramwise_cfg.decay_rate': 'many'}, "'many'"),
+    ({'optim_wrapper.paramwise_cfg.bias_lr_mult': -1.}, 'bias_lr_mult=-1'),
+    ({'auto_scale_lr': dict(base_batch_size=-16)}, 'base_batch_size=-16'),
+    ({'auto_scale_lr': dict(base_batch_size='x')}, "base_batch_size='x'"),
+    ({'param_scheduler': [dict(type='CosineAnnealingLR', eta_min=-1.)]},
+     'param_scheduler.0.eta_min=-1'),
+    ({'model.student.data_preprocessor.std': [-58., 57., 57.]},
+     'data_preprocessor.std.0=-58'),
+    ({'model.student.data_preprocessor.mean': [float('nan'), 1., 1.]},
+     'data_preprocessor.mean.0=nan'),
+    ({'randomness': dict(seed=2**32)}, 'seed=4294967296'),
+    ({'randomness': dict(seed='x')}, "seed='x'"),
+    ({'log_level': 'LOUD'}, "log_level='LOUD' is not valid")])
+def test_numbers_that_cannot_be_meant(change, words):
+    cfg = Config.fromfile(tiny.SEG_CONFIG)
+    cfg.merge_from_dict(change)
+    with pytest.raises(ConfigError) as error:
+        check_parts(cfg)
+    assert words in str(error.value)
+
+
+def test_numbers_that_can_be_meant():
+    cfg = Config.fromfile(tiny.SEG_CONFIG)
+    cfg.merge_from_dict({
+        'optim_wrapper.clip_grad': dict(max_norm=float('inf')),
+        'optim_wrapper.paramwise_cfg.bias_lr_mult': None,
+        'randomness': dict(seed=None), 'log_level': 'WARNING'})
+    check_parts(cfg)
+
+
 class Base:
     def __init__(self, base=1, taken=2):
         pass

@@ -55,6 +55,20 @@ def test_preprocessors_that_contradict_each_other(change, text):
     assert 'model.student.data_preprocessor' in str(error.value)
 
 
+def test_preprocessors_of_a_student_without():
+    cfg = recipe()
+    own = cfg.model.student.pop('data_preprocessor')
+    cfg.model.data_preprocessor = copy.deepcopy(own)
+    cfg.data_preprocessor = copy.deepcopy(own)
+    use_data_preprocessor(cfg)
+    cfg.data_preprocessor.mean = [1., 2., 3.]
+    with pytest.raises(ConfigError, match='and model.data_preprocessor.mean='):
+        use_data_preprocessor(cfg)
+    cfg.data_preprocessor = 'SegDataPreProcessor'
+    with pytest.raises(ConfigError, match='give a dict'):
+        use_data_preprocessor(cfg)
+
+
 def test_preprocessors_that_agree():
     cfg = recipe()
     cfg.data_preprocessor = copy.deepcopy(cfg.model.student.data_preprocessor)

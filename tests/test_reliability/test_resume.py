@@ -1,5 +1,6 @@
 """What a run may go on from, and what it takes over."""
 import os
+import re
 import shutil
 
 import pytest
@@ -108,6 +109,24 @@ def test_no_path(place):
     result = train(place, 'other', args=('--resume', ''), check=False)
     assert result.returncode == 2
     assert 'argument --resume: the value is empty' in result.stdout
+
+
+def test_the_best_of_another_folder_stays(place, run):
+    """A run that goes on elsewhere removes files of its own alone."""
+    before = sorted(os.listdir(run))
+    last, = (name for name in before if name == 'iter_6.pth')
+    train(place, 'elsewhere', 'train_cfg.max_iters=9',
+          args=('--resume', os.path.join('run', last)))
+    assert sorted(os.listdir(run)) == before
+    best = [name for name in os.listdir(os.path.join(place, 'elsewhere'))
+            if re.fullmatch(r'best_mIoU_iter_\d+\.pth', name)]
+    assert len(best) <= 1
+    # Nor does one that was copied
+    shutil.copytree(run, os.path.join(place, 'copied'))
+    train(place, 'copied', 'train_cfg.max_iters=9', args=('--resume', ))
+    assert sorted(os.listdir(run)) == before
+    assert len([name for name in os.listdir(os.path.join(place, 'copied'))
+                if re.fullmatch(r'best_mIoU_iter_\d+\.pth', name)]) == 1
 
 
 @pytest.mark.parametrize('name, words', [

@@ -106,6 +106,7 @@ class SafeCheckpointHook(Hook):
             if resumed:  # a better validation than ever writes it again
                 hook.last_ckpt = os.path.join(
                     hook.out_dir, os.path.basename(resumed))
+                _own_best(hook)
         if _done_of_epoch(runner):
             # Of SIGTERM within an epoch: not among those that are counted
             self._superseded += [hook.last_ckpt for hook in _savers(runner)
@@ -333,6 +334,21 @@ class _LateRemoval:
 
     def remove(self, path: str) -> None:
         self._remove_later(path)
+
+
+def _own_best(hook: CheckpointHook) -> None:
+    """Let a hook know the best checkpoints of its own folder alone: the run
+    that is resumed may lie, and be kept, elsewhere. It would remove them."""
+    def here(path: Optional[str]) -> Optional[str]:
+        if path is None or '://' in path:
+            return path
+        own = os.path.join(hook.out_dir, os.path.basename(path))
+        return own if os.path.exists(own) else None
+
+    if hasattr(hook, 'best_ckpt_path'):
+        hook.best_ckpt_path = here(hook.best_ckpt_path)
+    for name, path in getattr(hook, 'best_ckpt_path_dict', {}).items():
+        hook.best_ckpt_path_dict[name] = here(path)
 
 
 def _savers(runner) -> List[CheckpointHook]:

@@ -5,6 +5,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mmsinger.errors import ConfigError
 from mmsinger.models.features.anatomy import Blocks
 
 
@@ -18,7 +19,16 @@ def compile_blocks(blocks: Blocks, **options: Any) -> None:
     Args:
         blocks (Blocks): Of a backbone.
         **options: Of ``torch.compile``, such as ``mode`` or ``backend``.
+
+    Raises:
+        ConfigError: If torch does not take the options.
     """
+    try:
+        torch.compile(nn.Identity(), **options)
+    except Exception as error:
+        raise ConfigError(
+            f'model.compile={options}: {str(error).splitlines()[0]}. Backends '
+            f'are {", ".join(torch.compiler.list_backends())}.') from error
     compiled = {}
     for block in blocks.modules:
         cls = type(block)
