@@ -287,10 +287,16 @@ def take_over_settings(runner: Any, checkpoint: Dict[str, Any],
             parameters.
     """
     names, saved = optimizer_names(runner), checkpoint.get('optimizer', {})
+    begun = [line for line in changed
+             if _at_the_start(line.split(':')[0], runner.cfg)]
     if changed:
         runner.logger.warning(
             'The config differs from the one that the checkpoint was made '
-            'with; the values of now hold.' + _listed(changed))
+            'with; the values of now hold.'
+            + _listed([line for line in changed if line not in begun])
+            + ('\nThese have no effect any more: what came of them before the '
+               'first step is in the checkpoint.' + _listed(begun)
+               if begun else ''))
     if not names or 'param_groups' not in saved:
         return
     if any(line.startswith('optim_wrapper.optimizer.type:')
@@ -335,6 +341,21 @@ def take_over_settings(runner: Any, checkpoint: Dict[str, Any],
     runner.logger.info(
         'Learning rates, weight decay and schedule are the config\'s, as if '
         'they had been from the beginning; the moments are the checkpoint\'s.')
+
+
+def _at_the_start(key: str, cfg: Config) -> bool:
+    """Whether a setting is read before the first step of a run alone: how
+    adapters start, what a calibration looks for."""
+    *place, name = key.split('.')
+    if place[-1:] == ['adapter']:
+        return name in ('init', 'selection', 'threshold', 'seed', 'gain',
+                        'fold_layer_scale', 'fold_norm')
+    node: Any = cfg
+    with contextlib.suppress(IndexError, KeyError, TypeError, ValueError):
+        for part in place:  # of which the config may have none now
+            node = node[int(part) if isinstance(node, list) else part]
+    return isinstance(node, dict) and name in ('mad', 'rank', 'ratio') and \
+        str(node.get('type')).endswith('RemoveOutlierSubspace')
 
 
 def _changed_groups(first: List[dict], second: List[dict]) -> bool:

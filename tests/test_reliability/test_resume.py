@@ -195,6 +195,25 @@ def test_a_plain_student_may_start_a_distiller(place, run):
 # -- what may differ ----------------------------------------------------------
 
 
+def test_what_only_the_start_reads_is_said(place, run):
+    output = train(
+        place, 'other', 'model.adapter.init=random',
+        'model.targets.subspace.type=mmsinger.RemoveOutlierSubspace',
+        'model.task_loss_weight=0.5', 'train_cfg.max_iters=2').stdout
+    folder = os.path.join(place, 'other')
+    output = train(
+        place, folder, 'model.adapter.init=nullspace',
+        'model.targets.subspace.type=mmsinger.RemoveOutlierSubspace',
+        'model.targets.subspace.mad=9', 'model.task_loss_weight=0.25',
+        'train_cfg.max_iters=3', args=('--resume', )).stdout
+    holds, no_effect = output.split('the values of now hold.')[1].split(
+        'These have no effect any more')
+    assert 'model.task_loss_weight: 0.5 then, 0.25 now' in holds
+    assert "model.adapter.init: 'random' then, 'nullspace' now" in no_effect
+    assert 'model.targets.subspace.mad: ' in no_effect
+    assert 'mad' not in holds and 'init' not in holds
+
+
 def copied(place, run, name):
     """A run that ended at iteration 4."""
     folder = os.path.join(place, name)
