@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
+from urllib.error import URLError
 
 # Environment variable: show tracebacks of mistakes in a config too
 TRACEBACK = 'MMSINGER_TRACEBACK'
@@ -136,6 +137,12 @@ def readable_errors() -> Iterator[None]:
         yield
     except (ConfigError, TrainingError) as error:
         said = _as_first_raised(error)
+    except URLError as error:  # of mmengine's and torch's own downloads
+        said = ConfigError(
+            f'Weights cannot be fetched: {error.reason}. The config names an '
+            "address in load_from, or in the student's pretrained or "
+            'init_cfg.checkpoint (model.student.backbone.init_cfg). Download '
+            'the file by other means and set that key to it, or to None.')
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
                                errno.EROFS, errno.EIO):

@@ -64,6 +64,7 @@ def student_config(cfg: Config) -> Config:
         wrapper.constructor = wrapper.paramwise_cfg.pop('student_constructor')
     for key in ('teacher', 'student', 'distiller'):
         plain.pop(key, None)
+    plain.load_from, plain.resume = None, False  # they are the distiller's
     return plain
 
 

@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 from argparse import ArgumentParser
+from urllib.error import URLError
 
 import cv2
 import numpy as np
@@ -20,7 +21,7 @@ from mmsinger.checkpoint import load_checkpoint, weights_of
 from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import load_config, prepare_training
 from mmsinger.engine.resume import resume_from_intact_checkpoint
-from mmsinger.errors import ConfigError, near_matches
+from mmsinger.errors import ConfigError, near_matches, readable_errors
 from mmsinger.models.features.anatomy import Blocks
 from mmsinger.models.features.compiled import compile_blocks
 from mmsinger.registry import MODELS
@@ -422,7 +423,6 @@ def test_configs_that_cannot_be_read(tmp_path, content, text):
 
 def test_a_registry_that_wraps_errors_does_not_bury_them(capsys):
     """mmengine 0.10.7 raises a constructor's error anew."""
-    from mmsinger.errors import readable_errors
     with pytest.raises(SystemExit) as end, readable_errors():
         try:
             raise ConfigError('adapter.rank=99')
@@ -432,6 +432,15 @@ def test_a_registry_that_wraps_errors_does_not_bury_them(capsys):
     assert capsys.readouterr().err == '\nConfigError: adapter.rank=99\n'
     with pytest.raises(KeyError), readable_errors():
         raise KeyError('a bug keeps its traceback')
+
+
+def test_pretrained_weights_that_cannot_be_fetched(capsys):
+    with pytest.raises(SystemExit) as end, readable_errors():
+        raise URLError('Name or service not known')
+    assert end.value.code == 1
+    said = capsys.readouterr().err
+    assert 'ConfigError: Weights cannot be fetched: Name or service' in said
+    assert 'model.student.backbone.init_cfg' in said
 
 
 # -- during training -------------------------------------------------------

@@ -578,6 +578,21 @@ def test_images_of_a_step_are_divided(monkeypatch, images, processes,
         assert cfg.train_dataloader.batch_size == expected
 
 
+@pytest.mark.parametrize('scope, kind, expected', [
+    ('mmpretrain', 'VisualizationHook',
+     dict(enable=True, out_dir='painted', interval=1)),
+    ('mmseg', 'SegVisualizationHook', dict(draw=True))])
+def test_show_dir_is_what_the_toolbox_reads(scope, kind, expected):
+    cfg = Config(dict(default_scope=scope, visualizer=dict(), default_hooks=(
+        dict(visualization=dict(type=kind)))))
+    paint = runpy.run_path(os.path.join(tiny.ROOT, 'tools', 'test.py'),
+                           run_name='tool')['paint']
+    paint(cfg, 'painted')
+    hook = dict(cfg.default_hooks.visualization)
+    assert hook == dict(type=kind, **expected)
+    assert 'enable' in expected or cfg.visualizer.save_dir == 'painted'
+
+
 def test_knn(place, runs):
     output = evaluate(place, 'knn', 'knn', 'model.k=3').stdout
     value = logged(place, 'knn')[-1]['accuracy/top1']

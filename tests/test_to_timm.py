@@ -43,6 +43,7 @@ CASES = {
     'resnet50-d8': dict(type='mmseg.ResNetV1c', depth=50,
                         strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4),
                         contract_dilation=True),
+    'resnet18-c': dict(type='mmseg.ResNetV1c', depth=18),
     'resnet50d': dict(type='mmpretrain.ResNetV1d', depth=50),
     'resnext50': dict(type='mmpretrain.ResNeXt', depth=50),
     'seresnet50': dict(type='mmpretrain.SEResNet', depth=50),

@@ -10,7 +10,7 @@ import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 from mmengine.model import BaseTTAModel
-from mmengine.registry import METRICS, init_default_scope
+from mmengine.registry import HOOKS, METRICS, init_default_scope
 from mmengine.runner import Runner
 
 from mmsinger.checkpoint import load_strict, safe_loading
@@ -40,8 +40,7 @@ def parse_args():
         '--out', help='where predictions are written: FILE.pkl, of any model; '
         'a folder, for metrics that can (output_dir)')
     parser.add_argument(
-        '--show-dir', help='where painted predictions are written, below the '
-        'work dir')
+        '--show-dir', help='where painted predictions are written')
     parser.add_argument(
         '--tta', action='store_true', help='test-time augmentation, by the '
         "config's tta_model and tta_pipeline; of classifiers without them, "
@@ -85,6 +84,17 @@ def keep_predictions(cfg, out):
     evaluators.output_dir = out
     if 'keep_results' in known:
         evaluators.keep_results = True
+
+
+def paint(cfg, folder):
+    """Let the toolbox's hook write painted predictions into a folder."""
+    hook = cfg.default_hooks.visualization
+    cls = HOOKS.children.get(cfg.default_scope, HOOKS).get(hook.type)
+    if 'enable' in inspect.signature(cls).parameters:  # mmpretrain's
+        hook.update(enable=True, out_dir=folder, interval=1)
+    else:
+        hook.draw = True
+        cfg.visualizer.save_dir = folder
 
 
 def augment(cfg):
@@ -146,8 +156,7 @@ def main():
         if 'visualization' not in cfg.get('default_hooks', {}):
             raise ConfigError('--show-dir: the config has no default_hooks.'
                               'visualization hook that could paint.')
-        cfg.default_hooks.visualization.draw = True
-        cfg.visualizer.save_dir = args.show_dir
+        paint(cfg, args.show_dir)
     fit_workers(cfg)
     limit_waiting(cfg)
     check_work_dir(cfg.work_dir, '--work-dir')

@@ -342,6 +342,7 @@ def _convnext(cfg: dict, model: nn.Module) -> Chosen:
 
 def _resnet(cfg: dict, model: nn.Module) -> Chosen:
     kind, depth = type(model).__name__, cfg.get('depth')
+    options: Dict[str, Any] = {}
     if kind == 'ResNeXt':
         name = 'resnext{}_{}x{}d'.format(
             depth, cfg.get('groups', 32), cfg.get('width_per_group', 4))
@@ -350,10 +351,13 @@ def _resnet(cfg: dict, model: nn.Module) -> Chosen:
             ResNet=('', ''), ResNetV1c=('', 'c'), ResNetV1d=('', 'd'),
             SEResNet=('se', ''))[kind]
         name = f'{prefix}resnet{depth}{suffix}'
+        if name in ('resnet18c', 'resnet34c'):  # which timm lacks
+            name, options = f'resnet{depth}d', dict(avg_down=False)
     stride = 4
     for step in cfg.get('strides', (1, 2, 2, 2)):
         stride *= step
-    return name, {} if stride == 32 else dict(output_stride=stride)
+    return name, options if stride == 32 else dict(
+        options, output_stride=stride)
 
 
 def _regnet(cfg: dict, model: nn.Module) -> Chosen:

@@ -628,7 +628,9 @@ custom_hooks = [dict(type=EMAHook), dict(type=DiagnosticsHook, interval=2),
              for hook in cfg.custom_hooks]
     assert names[:3] == ['EMAHook', 'DiagnosticsHook', 'SiNGERAdapterHook']
     assert len(names) == len(set(names)) == 8
+    cfg.load_from, cfg.resume = 'a_distiller.pth', True
     plain = student_config(cfg)
+    assert plain.load_from is None and not plain.resume
     assert len(plain.custom_hooks) == 1
     plain.dump(str(tmp_path / 'student.py'))
     assert 'mmsinger' not in (tmp_path / 'student.py').read_text()

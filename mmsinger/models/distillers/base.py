@@ -353,13 +353,19 @@ class BaseDistiller(BaseModel):
 
     def task_losses(self, inputs: Tensor, data_samples: list
                     ) -> Dict[str, Any]:
-        """The student's own losses, times ``task_loss_weight``."""
+        """The student's own losses, times ``task_loss_weight``.
+
+        A classifier's ``loss`` is ``task.loss`` here: mmengine logs the sum
+        of all by that name.
+        """
         losses = self.student.loss(inputs, data_samples)
+        losses = {'task.loss' if name == 'loss' else name: value
+                  for name, value in losses.items()}
         if self.task_loss_weight != 1:
             losses = {name: _scaled(value, self.task_loss_weight)
                       if 'loss' in name else value
                       for name, value in losses.items()}
-        return dict(losses)
+        return losses
 
     @property
     def student_normalisation(self) -> Normalisation:
