@@ -89,8 +89,10 @@ def keep_predictions(cfg, out):
 def paint(cfg, folder):
     """Let the toolbox's hook write painted predictions into a folder."""
     hook = cfg.default_hooks.visualization
-    cls = HOOKS.children.get(cfg.default_scope, HOOKS).get(hook.type)
-    if 'enable' in inspect.signature(cls).parameters:  # mmpretrain's
+    cls = hook.type
+    if isinstance(cls, str):
+        cls = HOOKS.children.get(cfg.get('default_scope'), HOOKS).get(cls)
+    if cls and 'enable' in inspect.signature(cls).parameters:  # mmpretrain's
         hook.update(enable=True, out_dir=folder, interval=1)
     else:
         hook.draw = True

@@ -27,7 +27,8 @@ def compile_blocks(blocks: Blocks, **options: Any) -> None:
         torch.compile(nn.Identity(), **options)
     except Exception as error:
         raise ConfigError(
-            f'model.compile={options}: {str(error).splitlines()[0]}. Backends '
+            f'model.compile={options}: '
+            f'{(str(error) or type(error).__name__).splitlines()[0]} Backends '
             f'are {", ".join(torch.compiler.list_backends())}.') from error
     compiled = {}
     for block in blocks.modules:
