@@ -287,8 +287,11 @@ def take_over_settings(runner: Any, checkpoint: Dict[str, Any],
             parameters.
     """
     names, saved = optimizer_names(runner), checkpoint.get('optimizer', {})
-    begun = [line for line in changed
-             if _at_the_start(line.split(':')[0], runner.cfg)]
+    at_the_start = {
+        f'{step.place}.{name}'
+        for step in getattr(unwrap(runner.model), 'steps', ())
+        for name in step.start_only}
+    begun = [line for line in changed if line.split(':')[0] in at_the_start]
     if changed:
         runner.logger.warning(
             'The config differs from the one that the checkpoint was made '
@@ -341,21 +344,6 @@ def take_over_settings(runner: Any, checkpoint: Dict[str, Any],
     runner.logger.info(
         'Learning rates, weight decay and schedule are the config\'s, as if '
         'they had been from the beginning; the moments are the checkpoint\'s.')
-
-
-def _at_the_start(key: str, cfg: Config) -> bool:
-    """Whether a setting is read before the first step of a run alone: how
-    adapters start, what a calibration looks for."""
-    *place, name = key.split('.')
-    if place[-1:] == ['adapter']:
-        return name in ('init', 'selection', 'threshold', 'seed', 'gain',
-                        'fold_layer_scale', 'fold_norm')
-    node: Any = cfg
-    with contextlib.suppress(IndexError, KeyError, TypeError, ValueError):
-        for part in place:  # of which the config may have none now
-            node = node[int(part) if isinstance(node, list) else part]
-    return isinstance(node, dict) and name in ('mad', 'rank', 'ratio') and \
-        str(node.get('type')).endswith('RemoveOutlierSubspace')
 
 
 def _changed_groups(first: List[dict], second: List[dict]) -> bool:

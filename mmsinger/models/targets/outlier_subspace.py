@@ -130,6 +130,8 @@ class RemoveOutlierSubspace(TargetStep):
             teacher stays as it is.
     """
 
+    start_only = ('mad', 'rank', 'ratio')
+
     def __init__(self, mad: Positive = 6.0, rank: Count = 32,
                  ratio: Annotated[float, Range(1)] = 4.0,
                  inside: bool = False) -> None:

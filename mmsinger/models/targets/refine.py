@@ -123,6 +123,10 @@ class Refine(TargetStep):
         ConfigError: If a value is not valid.
     """
 
+    start_only = tuple(f'adapter.{name}' for name in (
+        'init', 'selection', 'threshold', 'seed', 'gain', 'fold_layer_scale',
+        'fold_norm'))
+
     def __init__(self,
                  adapter: Adapter = Adapter(),
                  loss_outlier: OutlierConfig = dict(),

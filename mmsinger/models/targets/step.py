@@ -65,9 +65,12 @@ class TargetStep(nn.Module):
 
     Attributes:
         place (str): Where its settings stand in the config, for messages.
+        start_only (tuple[str]): Those that are read before a run's first step
+            alone; what came of them is in its checkpoints.
     """
 
     place = 'model.targets'
+    start_only: Tuple[str, ...] = ()
 
     def prepare(self, teacher: nn.Module, layers: List[int]) -> None:
         """Called once, when the teacher is built.
