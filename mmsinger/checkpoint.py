@@ -11,7 +11,7 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 
-from mmsinger.errors import ConfigError, near_paths
+from mmsinger.errors import ConfigError, no_file
 
 SHIPPED = 'mmsinger://'
 STUDENT = 'student.'  # what a student's keys begin with in a distiller
@@ -161,9 +161,8 @@ def _fetch(path: str, key: str) -> Union[str, io.BytesIO]:
             f'Download it by other means and set {key} to the local file.'
         ) from error
     raise ConfigError(
-        f'{key}={path!r}: no such file (working directory '
-        f'{os.getcwd()}).{near_paths(path)} Download the weights, or set '
-        f'{key} to where they are.')
+        f'{key}={path!r}: {no_file(path)} Download the weights, or set {key} '
+        'to where they are.')
 
 
 def _download(address: str) -> str:

@@ -60,6 +60,23 @@ def near_paths(path: str) -> str:
         if os.path.isdir(folder) else ''
 
 
+def no_file(path: str) -> str:
+    """Why a path is no file that can be read, for a message.
+
+    Args:
+        path (str): Not a file, by ``os.path.isfile``.
+
+    Returns:
+        str: A sentence without its subject, with near matches.
+    """
+    if os.path.isdir(path):
+        return 'a folder, not a file.'
+    if os.path.islink(path):
+        return f'a link to {os.readlink(path)!r}, where there is no file.'
+    return f'no such file (working directory {os.getcwd()}).' \
+        f'{near_paths(path)}'
+
+
 def check_output_file(path: str) -> None:
     """Raise :class:`ConfigError` unless a file can be written there, which
     ``--out`` named: said before the work, not after it."""

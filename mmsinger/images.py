@@ -187,8 +187,9 @@ def dataset_batches(dataset: Any, indices: Sequence[int], batch_size: int,
 
 
 def check_scale(place: str, mean: Any, std: Any) -> None:
-    """Raise :class:`ConfigError` for a mean or std that no images have, or
-    that images from 0 to 1 have: here they go from 0 to 255.
+    """Raise :class:`ConfigError` for a mean or std that no images have, of
+    unequal length, or that images from 0 to 1 have: here they go from 0 to
+    255.
 
     Args:
         place (str): Where they stand, as the user writes it.
@@ -198,7 +199,14 @@ def check_scale(place: str, mean: Any, std: Any) -> None:
     for name, values, rule in (('mean', mean, float), ('std', std, Positive)):
         if isinstance(values, (list, tuple)):
             check_value(f'{place}.{name}', values, Sequence[rule])
-    if mean is not None and std is not None and 0 < max(std) < 1:
+    if mean is None or std is None:
+        return
+    if len(mean) != len(std):
+        raise ConfigError(
+            f'{place}.mean={list(mean)} and {place}.std={list(std)} are of '
+            f'{len(mean)} and {len(std)} channels. Give one value for each '
+            'channel in both.')
+    if 0 < max(std) < 1:
         raise ConfigError(
             f'{place}.mean={list(mean)}, std={list(std)} are of images from '
             '0 to 1; here they go from 0 to 255. Set mean='

@@ -26,7 +26,7 @@ from mmsinger.engine.images import natural_size
 from mmsinger.engine.loading import load_distiller
 from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import load_config
-from mmsinger.errors import (ConfigError, near_matches, near_paths,
+from mmsinger.errors import (ConfigError, near_matches, no_file,
                              readable_errors)
 from mmsinger.figures import (draw_curves, draw_maps, extract_features,
                               pictures_of, read_curves, save_figure)
@@ -200,8 +200,7 @@ def read_images(paths: Sequence[str], distiller: FeatureDistiller,
     for path in paths:
         if not os.path.isfile(path):
             raise ConfigError(
-                f'image {path!r}: no such file (working directory '
-                f'{os.getcwd()}).{near_paths(path)}')
+                f'image {path!r}: {no_file(path)}')
         image = read_image(path)
         if image is None:
             raise ConfigError(

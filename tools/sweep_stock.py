@@ -10,13 +10,13 @@ train for a step itself does not count. Each result is a line of
 ``--results``, by which an interrupted sweep goes on; docs/coverage.md is the
 page that is made of them.
 """
+import argparse
 import json
 import multiprocessing
 import os
 import re
 import resource
 import signal
-import sys
 import tempfile
 import traceback
 from collections import Counter, defaultdict
@@ -40,7 +40,7 @@ from mmsinger.checkpoint import (load_checkpoint, load_strict,
 from mmsinger.engine.prepare import (load_config, use_cpu_amp,
                                      use_data_preprocessor,
                                      use_student_constructor)
-from mmsinger.errors import ConfigError
+from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.export import save_student, student_config
 from mmsinger.models.features.anatomy import (find_features, find_part,
                                               unmasked)
@@ -466,11 +466,33 @@ def write_page(results, groups, path):
         file.write('\n'.join(lines) + '\n')
 
 
+def read_results(path):
+    """Results of an earlier sweep, by name."""
+    try:
+        with open(path) as file:
+            return {r['name']: r for r in map(json.loads, file) if r['result']}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f'--results={path!r} does not hold the results of a sweep, a line '
+            f'of JSON each: {type(error).__name__}: {error}. Mend or remove '
+            'it, or name another file.') from error
+
+
+def pattern(text):
+    """A regular expression of the command line."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is no regular expression: {error}') from error
+
+
 def main():
     parser = ToolParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--only', default='', metavar='PATTERN',
+    parser.add_argument('--only', default='', metavar='PATTERN', type=pattern,
                         help='a regular expression for names of configs')
     parser.add_argument('--again', default='^$', metavar='PATTERN',
+                        type=pattern,
                         help='results to try again, such as "fails|refused"')
     parser.add_argument('--workers', type=reader(Count), default=1)
     parser.add_argument('--seconds', type=reader(Count), default=180,
@@ -482,16 +504,13 @@ def main():
         ROOT, 'docs', 'coverage.md'))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    groups = stock_configs()
     os.makedirs(os.path.dirname(args.results) or '.', exist_ok=True)
-    done = {}
-    if os.path.exists(args.results):
-        with open(args.results) as file:
-            done = {r['name']: r for r in map(json.loads, file)}
+    done = read_results(args.results) if os.path.exists(args.results) else {}
+    groups = stock_configs()
     todo = [group[0] for group in groups
-            if re.search(args.only, group[0]) and not (
-                group[0] in done and not re.search(
-                    args.again, done[group[0]]['result']))]
+            if args.only.search(group[0]) and not (
+                group[0] in done
+                and not args.again.search(done[group[0]]['result']))]
     print(f'{len(groups)} distinct configs, {len(todo)} to do', flush=True)
     with ThreadPoolExecutor(args.workers) as pool:
         for result in pool.map(
@@ -507,4 +526,5 @@ def main():
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    with readable_errors():
+        main()

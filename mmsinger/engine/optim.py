@@ -3,7 +3,7 @@ host toolboxes' own ways for the student."""
 import copy
 import difflib
 from contextlib import contextmanager
-from typing import Any, Dict, List, Literal
+from typing import Any, Dict, List, Literal, Optional, Sequence
 
 import torch
 from mmengine.logging import print_log
@@ -87,6 +87,7 @@ class StudentFirstConstructor(DefaultOptimWrapperConstructor):
             OptimWrapper: Its first groups are the student's.
         """
         model = unwrap(model)
+        self._compare_depth(model)
         build = OPTIM_WRAPPER_CONSTRUCTORS.build(dict(
             type=self.student_constructor,
             optim_wrapper_cfg=copy.deepcopy(self._given),
@@ -121,6 +122,20 @@ class StudentFirstConstructor(DefaultOptimWrapperConstructor):
             wrapper.optimizer.add_param_group(group)
         return wrapper
 
+    def _compare_depth(self, model: nn.Module) -> None:
+        """Warn of a ``num_layers``, which mmseg's and mmdet's constructors
+        believe, that is not the number of the student's blocks: learning
+        rates would be those of another layer, or above the recipe's."""
+        given = self.paramwise_cfg.get('num_layers')
+        blocks = blocks_of(model.student_backbone)
+        if given is None or blocks is None or given == len(blocks):
+            return
+        print_log(
+            f'optim_wrapper.paramwise_cfg.num_layers={given}, but the student '
+            f'({type(model.student_backbone).__name__}) has {len(blocks)} '
+            f'blocks. Set num_layers={len(blocks)}.',
+            logger='current', level=30)
+
     def _decay_by_block(self, model: nn.Module) -> OptimWrapper:
         """Decay by the student's blocks, as the toolboxes do it for ViTs:
         embeddings are layer 0, block i is i + 1, the rest comes last."""
@@ -132,13 +147,12 @@ class StudentFirstConstructor(DefaultOptimWrapperConstructor):
         backbone = model.student_backbone
         unknown = f'optim_wrapper.constructor={self.student_constructor!r} ' \
             f'does not know a {type(backbone).__name__}'
-        try:
-            blocks = find_blocks(backbone, 'student').modules
-        except ConfigError as error:
+        blocks = blocks_of(backbone)
+        if blocks is None:
             raise ConfigError(
                 f'{unknown}, and it has no blocks of one width over which '
                 'the learning rate could decay. Remove optim_wrapper.'
-                'constructor and its settings in paramwise_cfg.') from error
+                'constructor and its settings in paramwise_cfg.')
         print_log(f'{unknown}: the learning rate decays over its '
                   f'{len(blocks)} blocks', logger='current')
         depth = {id(parameter): i + 1 for i, block in enumerate(blocks)
@@ -156,6 +170,14 @@ class StudentFirstConstructor(DefaultOptimWrapperConstructor):
             group['lr'] = group.get('lr', self.base_lr) * group['lr_scale']
         builder.add_params = lambda params, module: params.extend(groups)
         return builder(model.student)
+
+
+def blocks_of(backbone: nn.Module) -> Optional[Sequence[nn.Module]]:
+    """A transformer's blocks of one width; None if it has none."""
+    try:
+        return find_blocks(backbone, 'student').modules
+    except ConfigError:
+        return None
 
 
 def check_custom_keys(model: nn.Module, paramwise_cfg: dict) -> None:

@@ -146,8 +146,9 @@ def _copies(cfg: Config, option: str, parts: List[Tuple[str, Any]]
                and path not in copies and old is not None and node == old]
     if not copies and 'model' in cfg:  # else it is a base, which is the part
         alike = _alike(option.split('.'), value, parts)
-        fix = f'Set {" or ".join(alike[:6])} instead.' if alike else \
-            'Set the part of the config that is to change.'
+        fix = f'Set {alike[0]} instead.' if len(alike) == 1 else \
+            f'Set those that you mean: {", ".join(alike[:6])}.' if alike \
+            else 'Set the part of the config that is to change.'
         raise ConfigError(
             f'--cfg-options {option}: {top!r} is a variable of the config, '
             'which nothing reads once the config is made, and no part is a '

@@ -180,6 +180,8 @@ def _check(place: str, node: Any, slot: Optional[Slot]) -> None:
             check_keys(place, node, [
                 *arguments_of(target).hints, *also, 'type', '_scope_',
                 *arguments_of(Runner.save_checkpoint).hints])
+            _check_template(f'{place}.filename_tmpl',
+                            node.get('filename_tmpl'))
         elif target is not None:
             check_arguments(place, target, node, also)
         teacher_class = getattr(target, 'teacher_class', None)
@@ -287,6 +289,19 @@ def _check_values(place: str, node: Mapping, slot: Optional[Slot],
             check_value(f'{place}.{key}', value, type(defaults[key]))
     if place.endswith('data_preprocessor'):
         check_scale(place, node.get('mean'), node.get('std'))
+
+
+def _check_template(place: str, template: Any) -> None:
+    """Raise :class:`ConfigError` for names of checkpoints that would all be
+    the same, or cannot be made."""
+    try:
+        if template is None or template.format(1) != template.format(2):
+            return
+    except (AttributeError, IndexError, KeyError, ValueError):
+        pass
+    raise ConfigError(
+        f'{place}={template!r}: each checkpoint would have the same name, or '
+        "none. Put {} where the number of its iteration goes: 'iter_{}.pth'.")
 
 
 def _check_paramwise(place: str, node: Mapping) -> None:

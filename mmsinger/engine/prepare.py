@@ -32,7 +32,7 @@ from mmsinger.engine.parts import check_parts
 from mmsinger.engine.resume import (check_checkpoint_files,
                                     resume_from_intact_checkpoint)
 from mmsinger.engine.unwrap import unwrap
-from mmsinger.errors import ConfigError, near_paths
+from mmsinger.errors import ConfigError, no_file
 from mmsinger.export import is_distiller
 from mmsinger.files import lock_folder
 from mmsinger.models import FeatureDistiller
@@ -76,8 +76,7 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
             :func:`~mmsinger.engine.parts.check_parts`.
     """
     if not os.path.isfile(path):
-        raise ConfigError(f'config {path!r}: no such file (working directory '
-                          f'{os.getcwd()}).{near_paths(path)}')
+        raise ConfigError(f'config {path!r}: {no_file(path)}')
     try:
         with onedl_config_packages():
             cfg = Config.fromfile(path)

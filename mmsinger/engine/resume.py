@@ -19,7 +19,7 @@ from mmengine.runner import EpochBasedTrainLoop
 from mmsinger.checkpoint import STUDENT, student_state_dict
 from mmsinger.engine.options import evaluate
 from mmsinger.engine.unwrap import is_sharded, unwrap
-from mmsinger.errors import ConfigError, near_paths, places
+from mmsinger.errors import ConfigError, no_file, places
 from mmsinger.models.distillers import BaseDistiller
 
 
@@ -97,8 +97,7 @@ def check_checkpoint_files(cfg: Config) -> None:
             continue
         if not os.path.isfile(path):
             raise ConfigError(
-                f'{key}={path!r}: no such file (working directory '
-                f'{os.getcwd()}).{near_paths(path)} Download the weights, or '
+                f'{key}={path!r}: {no_file(path)} Download the weights, or '
                 f'set {key} to where they are.')
     if isinstance(source, str) and '://' not in source and (
             os.path.getsize(source) == 0

@@ -516,6 +516,23 @@ def test_loss_that_is_not_finite_before_any_checkpoint(make):
         make(2, hooks=[poison_loss(at=1)]).train()
 
 
+@pytest.mark.parametrize('at, poisoned, fault', [
+    (2, False, 'Lower the learning rate'),
+    (1, False, 'no learning rate is at fault'),
+    (2, True, 'NaN or infinite values in its images')])
+def test_what_is_at_fault(make, at, poisoned, fault):
+    class Poison(Hook):
+
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            if poisoned and runner.iter + 1 == at:
+                data_batch['inputs'][0] = data_batch['inputs'][0].float()
+                data_batch['inputs'][0][0, 0, 0] = float('nan')
+
+    hooks = [Poison()] + ([] if poisoned else [poison_loss(at=at)])
+    with pytest.raises(TrainingError, match=fault):
+        make(3, hooks=hooks).train()
+
+
 @pytest.mark.parametrize('max_iters, options', [
     (4, {}),
     (3, {'default_hooks.checkpoint.save_begin': 1,

@@ -173,6 +173,25 @@ def test_a_backbone_that_the_constructor_does_not_know(settings):
     assert scale['projectors.3.weight'] is None
 
 
+@pytest.mark.parametrize('given, warned', [(2, False), (12, True)])
+def test_another_number_of_layers_than_the_student_has(given, warned,
+                                                       monkeypatch):
+    said = []
+    monkeypatch.setattr(optim, 'print_log',
+                        lambda text, **kwargs: said.append(text))
+    cfg = load_config(tiny.SEG_CONFIG)
+    init_default_scope('mmseg')
+    cfg.optim_wrapper.update(
+        constructor='mmseg.LayerDecayOptimizerConstructor',
+        paramwise_cfg=dict(num_layers=given, layer_decay_rate=0.5))
+    use_student_constructor(cfg)
+    cfg.model.student.backbone.init_cfg = None
+    cfg.model.student.pretrained = None
+    groups_of(Distiller(MODELS.build(cfg.model.student)), cfg.optim_wrapper)
+    assert warned == any(f'num_layers={given}, but the student' in text
+                         and 'Set num_layers=2.' in text for text in said)
+
+
 def test_a_backbone_without_blocks(tmp_path):
     cfg = stock(tmp_path, 'mmseg-convnext')
     cfg.model.backbone = dict(type='ResNetV1c', depth=18)

@@ -30,6 +30,8 @@ def distiller(cls=SiNGERDistiller, ready=True, **kwargs):
         model.refinement.init_weights(model.teacher)
         for adapter in model.adapters.values():
             torch.nn.init.normal_(adapter.down, std=0.3)
+        if model.needs_calibration:
+            model.calibrate([images(4)])
     return model.train()
 
 
@@ -60,6 +62,7 @@ def norm(values):
 def test_gated_refinement_is_that_of_the_formulas(cap):
     model = distiller(gate=dict(mad=5.), cap=cap)
     tokens = tokens_with_outliers()
+    model.refinement.calibrate({1: tokens.patches, 3: tokens.patches})
     with torch.no_grad():
         refined, target, outlier = model.refinement.refine(3, tokens)
         everywhere = model.adapters['3'](tokens.patches).numpy()
@@ -86,6 +89,34 @@ def test_gated_refinement_is_that_of_the_formulas(cap):
         gate, np.minimum(1, median / lengths), 1.)[..., None]
     assert np.abs(capped - f_hat).max() > 1
     assert np.allclose(target.patches, capped if cap else f_hat, atol=1e-5)
+
+
+def test_the_gate_is_the_same_for_every_batch():
+    """Its threshold is kept with the weights; a batch of one image, or of
+    long tokens alone, does not move it."""
+    model = distiller(gate=dict(mad=5.))
+    tokens = tokens_with_outliers()
+    model.refinement.calibrate({1: tokens.patches, 3: tokens.patches})
+    together = model.refinement.refine(3, tokens).tokens.values
+    alone = model.refinement.refine(3, tokens._replace(
+        values=tokens.values[:1])).tokens.values
+    assert torch.equal(together[:1], alone)
+    other = distiller(gate=dict(mad=5.), ready=False)
+    assert other.needs_calibration
+    other.load_state_dict(model.state_dict())
+    assert not other.needs_calibration
+    assert torch.equal(other.gates['3'].threshold, model.gates['3'].threshold)
+
+
+def test_a_checkpoint_without_the_gates_statistics():
+    """They are found anew; all else has to be there."""
+    model = distiller(gate=dict(mad=5.), ready=False)
+    old = {key: value for key, value in model.state_dict().items()
+           if 'gates' not in key}
+    model.load_state_dict(old)
+    assert model.needs_calibration
+    with pytest.raises(RuntimeError, match='calibrated'):
+        model.loss(images(), None)
 
 
 def test_without_outliers_the_gate_leaves_fitnets_targets():

@@ -313,6 +313,7 @@ def test_refinement(kwargs):
     """The gate's threshold and the cap's norm are those of what counts."""
     refinement = distiller(**kwargs).refinement
     tokens, alone, keep = weighted_tokens()
+    refinement.calibrate({1: alone.patches, 3: alone.patches})
     refined, target, excess = refinement.refine(3, alone)
     assert excess > 0
     for given_tokens in (tokens, spoilt(tokens, keep)):

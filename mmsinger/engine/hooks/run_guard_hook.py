@@ -36,6 +36,7 @@ class RunGuardHook(Hook):
                 f'train_dataloader.dataset: the {type(dataset).__name__} '
                 'found no images. Check data_root, data_prefix, ann_file and '
                 'the file suffixes.')
+        self._first = runner.iter
         self._savers = [
             hook for hook in runner.hooks
             if isinstance(hook, CheckpointHook) and not hook.by_epoch]
@@ -54,14 +55,31 @@ class RunGuardHook(Hook):
                 f'Iteration {runner.iter + 1}: {", ".join(bad)} is not '
                 'finite, so training was stopped. '
                 f'The batch held {paths or "files that it does not name"}. '
-                'Lower the learning rate or clip gradients '
-                '(optim_wrapper.clip_grad); with float16, try bfloat16. '
+                f'{self._advice(runner, data_batch)} '
                 f'{_last_checkpoint(runner)}')
         if any(self.every_n_train_iters(runner, hook.interval,
                                         hook.save_begin)
                or (hook.save_last and self.is_last_train_iter(runner))
                for hook in self._savers):
             self.check_weights(runner, runner.iter + 1)
+
+    def _advice(self, runner, data_batch) -> str:
+        """What may be at fault, for a loss that is not finite."""
+        images = (data_batch or {}).get('inputs', ())
+        images = [images] if torch.is_tensor(images) else images
+        if any(torch.is_tensor(image) and image.is_floating_point()
+               and not torch.isfinite(image).all() for image in images):
+            return ('There are NaN or infinite values in its images, as the '
+                    'pipeline gives them (train_dataloader.dataset): look '
+                    'for the files, or the transform, that they come from.')
+        if runner.iter == self._first:
+            return ('This is the first step, so that no learning rate is at '
+                    'fault: look at the labels, at the weights that the '
+                    'student begins with (load_from, init_cfg, pretrained), '
+                    'and at mean and std of the data preprocessor; with '
+                    'float16, try bfloat16.')
+        return ('Lower the learning rate or clip gradients '
+                '(optim_wrapper.clip_grad); with float16, try bfloat16.')
 
     def after_train_epoch(self, runner) -> None:
         self.check_weights(runner, runner.iter)

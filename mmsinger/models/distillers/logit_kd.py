@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError
 from mmsinger.models.distillers.base import BaseDistiller, reached_parameters
-from mmsinger.models.features.anatomy import find_part, fixed_input_size
+from mmsinger.models.features.anatomy import (find_part, fixed_input_size,
+                                              image_channels)
 from mmsinger.models.features.tokens import Padding, find_padding
 from mmsinger.models.teachers.frozen import FrozenClassifier
 from mmsinger.registry import MODELS, build_part
@@ -58,10 +59,9 @@ class LogitKDDistiller(BaseDistiller):
     def _parameters_reached(self) -> set:
 
         def run(student: nn.Module) -> Tensor:
-            channels = next(m.in_channels for m in student.modules()
-                            if isinstance(m, nn.Conv2d))
             size = fixed_input_size(student) or (64, 64)
-            return student(torch.randn(1, channels, *size)).sum()
+            return student(
+                torch.randn(1, image_channels(student), *size)).sum()
 
         return reached_parameters(self.student, run)
 

@@ -2,8 +2,10 @@
 
 Not from the paper: baselines that any refinement has to beat.
 """
+import math
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
+import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError
@@ -118,6 +120,43 @@ class MaskTokens(FilterStep):
 def _planter(teacher: nn.Module) -> Optional[nn.Module]:
     return next((module for module in teacher.modules()
                  if hasattr(module, 'planted_mask')), None)
+
+
+class NormThreshold(nn.Module):
+    """A norm that no ordinary patch token of one layer has, found once on
+    many images: the same in every process and for every batch.
+
+    ``median`` and ``threshold``, buffers, are NaN until :meth:`calibrate`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer('median', torch.full((), math.nan))
+        self.register_buffer('threshold', torch.full((), math.nan))
+
+    def calibrate(self, norms: Tensor, mad: float) -> None:
+        """Set both, see :func:`robust_threshold`.
+
+        Args:
+            norms (Tensor): Of patch tokens, any shape.
+            mad (float): Distance from the median in robust standard
+                deviations.
+        """
+        median, threshold = robust_threshold(norms, mad)
+        self.median.copy_(median)
+        self.threshold.copy_(threshold)
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Tensor],
+                              prefix: str, *args: Any) -> None:
+        # A checkpoint of 0.1 has neither: they are found anew then
+        if any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether :meth:`calibrate` was called, here or in the run that a
+        checkpoint comes from."""
+        return bool(torch.isfinite(self.threshold))
 
 
 def clip_norms(patches: Tensor, norms: Tensor, limit: Tensor) -> Tensor:

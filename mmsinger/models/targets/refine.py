@@ -9,14 +9,13 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError
-from mmsinger.metrics.norms import (outlier_threshold, robust_threshold,
-                                    token_norms)
+from mmsinger.metrics.norms import outlier_threshold, token_norms
 from mmsinger.metrics.subspaces import subspace_energy
 from mmsinger.models.adapters import (Init, Selection, SiNGERAdapter,
                                       left_singular_directions, linearised_ffn)
 from mmsinger.models.features.tokens import Tokens
 from mmsinger.models.losses import loss_behind_block, weighted_mean
-from mmsinger.models.targets.filter import clip_norms
+from mmsinger.models.targets.filter import NormThreshold, clip_norms
 from mmsinger.models.targets.step import Targets, TargetStep, TeacherOutputs
 from mmsinger.registry import MODELS, build_part
 from mmsinger.schema import (Count, DefaultType, Natural, NonNegative,
@@ -83,10 +82,12 @@ class Refine(TargetStep):
     start when the teacher's weights are loaded.
 
     With ``gate``, which is **not in the paper**, tokens of abnormal norm are
-    refined and no others. For the patch norms n of a batch with median
-    ``med`` and ``tau = med + k * 1.4826 * MAD``: ``F_hat = F + g delta(F)``
-    with ``g = 1[n > tau]``, and L_outlier is half the mean of ``(||F_hat|| -
-    med)^2`` over the gated tokens with ``||F_hat|| > med``.
+    refined and no others. The patch norms n of many training images, read
+    before the first step, have the median ``med`` and ``tau = med + k *
+    1.4826 * MAD``: ``F_hat = F + g delta(F)`` with ``g = 1[n > tau]``, and
+    L_outlier is half the mean of ``(||F_hat|| - med)^2`` over the gated
+    tokens with ``||F_hat|| > med``. Where no norm is above tau, targets are
+    those of FitNet, bit by bit.
 
     Args:
         adapter (dict): ``rank`` (16), ``gain`` (1.0), ``train_up`` (True),
@@ -123,9 +124,9 @@ class Refine(TargetStep):
         ConfigError: If a value is not valid.
     """
 
-    start_only = tuple(f'adapter.{name}' for name in (
+    start_only = ('gate.mad', *(f'adapter.{name}' for name in (
         'init', 'selection', 'threshold', 'seed', 'gain', 'fold_layer_scale',
-        'fold_norm'))
+        'fold_norm')))
 
     def __init__(self,
                  adapter: Adapter = Adapter(),
@@ -164,6 +165,8 @@ class Refine(TargetStep):
                 teacher.blocks.dim, **self._settings_of(SiNGERAdapter))
             for layer in layers
         })
+        self.gates = nn.ModuleDict({
+            str(layer): NormThreshold() for layer in layers if self.gate})
 
     def _settings_of(self, reader: Callable) -> Dict[str, Any]:
         """Those keys of ``adapter`` that are arguments of a function."""
@@ -199,6 +202,21 @@ class Refine(TargetStep):
                 f'the FFN of block {block}, rank {adapter.rank}, {kept}'
                 f"{start['num_random']} random directions, E_safe "
                 f'{e_safe:.4f}, E_prob {e_prob:.4f}', logger='current')
+
+    @property
+    def needs_calibration(self) -> bool:
+        """See :attr:`TargetStep.needs_calibration`."""
+        return not all(part.calibrated for part in self.gates.values())
+
+    def calibrate(self, patches: Dict[int, Tensor]) -> str:
+        """Set the thresholds of the gate, see :meth:`TargetStep.calibrate`."""
+        said = []
+        for layer, part in self.gates.items():
+            norms = token_norms(patches[int(layer)])
+            part.calibrate(norms, self.gate['mad'])
+            share = (norms > part.threshold).float().mean().item()
+            said.append(f'{layer}: {100 * share:.2g} % of the tokens')
+        return 'gated by teacher layer: ' + ', '.join(said)
 
     # -- running -----------------------------------------------------------
 
@@ -239,10 +257,9 @@ class Refine(TargetStep):
                 self.loss_outlier, 'of', '') == 'teacher' else {}
             return Refinement(tokens, tokens, self.loss_outlier(
                 refined, weight, **known))
-        norms = token_norms(patches)
-        median, threshold = robust_threshold(
-            norms, self.gate['mad'], weight=weight)
-        gate = norms > threshold  # (B, P)
+        part = self.gates[str(layer)]
+        median = part.median
+        gate = token_norms(patches) > part.threshold  # (B, P)
         refined = torch.where(gate.unsqueeze(-1), refined, patches)
         norms = token_norms(refined)
         above = (gate & (norms > median)).float()

@@ -11,7 +11,7 @@ from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
 from mmsinger.errors import ConfigError
 from mmsinger.images import check_scale
 from mmsinger.models.features.anatomy import (Blocks, Layer, find_blocks,
-                                              fixed_input_size)
+                                              fixed_input_size, image_channels)
 from mmsinger.models.features.taps import BlockTaps, own_precision
 from mmsinger.models.features.tokens import Grid
 from mmsinger.models.teachers.feature_cache import FeatureCache
@@ -93,7 +93,7 @@ class FrozenModule(nn.Module):
                  mean: Optional[Sequence[float]] = None,
                  std: Optional[Sequence[Positive]] = None,
                  swap_channels: bool = False,
-                 input_size: Union[Count, Sequence[Count], None] = None
+                 input_size: Union[Count, Tuple[Count, Count], None] = None
                  ) -> None:
         super().__init__()
         if not isinstance(module, dict) or 'type' not in module:
@@ -109,6 +109,12 @@ class FrozenModule(nn.Module):
         checkpoint, prefix = _weights_of_init_cfg(
             module.pop('init_cfg', None), checkpoint, prefix)
         self.add_module(self.part, MODELS.build(module))
+        channels = image_channels(self.module)
+        if mean is not None and len(mean) not in (1, channels):
+            raise ConfigError(
+                f'{self.role}.mean={list(mean)} is of {len(mean)} channels, '
+                f'and the {type(self.module).__name__} takes images of '
+                f'{channels}. Give one value for each channel.')
         self.checkpoint = checkpoint
         self.prefix = _with_dot(prefix)
         self.ignore_keys = [ignore_keys] if isinstance(ignore_keys, str) \
