@@ -75,7 +75,7 @@ def test_what_a_changed_copy_still_has_in_common():
     ('teacher.checkpoint', 'Set model.teacher.checkpoint instead'),
     ('student.backbone.img_size', 'Set model.student.backbone.img_size'),
     ('distiller.adapter.rank', 'Set model.adapter.rank instead'),
-    ('data_root', 'Set train_dataloader.dataset.data_root or'),
+    ('data_root', 'you mean: train_dataloader.dataset.data_root,'),
     ('a.b.c', "the config has no 'a', and nothing reads it"),
     ('custom_import.imports', "the config has no 'custom_import'"),
     ('train_dataloader.dataset.pipeline.9.type', 'Index 9 exceeds'),
