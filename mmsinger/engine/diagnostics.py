@@ -11,7 +11,8 @@ from mmsinger.metrics import (gram_distance, robust_outliers, subspace_energy,
                               token_cosine, token_norms)
 from mmsinger.models.adapters import SiNGERAdapter
 from mmsinger.models.distillers.step_record import StepRecord
-from mmsinger.models.features.tokens import Tokens, align_tokens
+from mmsinger.models.features.tokens import (Tokens, align_tokens,
+                                             resample_patches)
 
 
 @torch.no_grad()
@@ -46,9 +47,12 @@ def _layer_diagnostics(values: Dict[str, Tokens]) -> Dict[str, Tensor]:
         numbers['gram_student'] = gram_distance(
             aligned.patches, student.patches).mean()
     if 'kd_gradient' in values:
+        gradient = values['kd_gradient']
+        outliers = robust_outliers(token_norms(teacher.patches)).float()
         numbers['gradient_share'] = gradient_share(
-            values['kd_gradient'],
-            robust_outliers(token_norms(teacher.patches)))
+            gradient.values.squeeze(-1), resample_patches(
+                outliers.unsqueeze(-1), teacher.grid, gradient.grid
+            ).squeeze(-1))
     return numbers
 
 
@@ -74,7 +78,8 @@ def gradient_share(gradient: Tensor, outliers: Tensor) -> Tensor:
             factor, (B, k), prefix tokens in front. Of an MSE they are had
             without a backward pass, see
             :meth:`FeatureDistiller.record_kd_gradient`.
-        outliers (Tensor): Which patch tokens are outliers, (B, P), bool.
+        outliers (Tensor): Which patch tokens are outliers, (B, P), bool; or
+            how much of each is one, in [0, 1].
 
     Returns:
         Tensor: A scalar in [0, 1]; 0 where there is no gradient.

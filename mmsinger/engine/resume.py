@@ -160,7 +160,10 @@ def check_fit(runner: Any, checkpoint: Dict[str, Any], changed: List[str]
     wrong = [f'{key}: {found[key]} in the file, {shape} in the model'
              for key, shape in expected.items()
              if found.get(key, shape) != shape]
-    missing = [key for key in expected if key not in found]
+    anew = tuple(f'{name}.' for step in getattr(model, 'steps', ())
+                 for name in step.found_anew)
+    missing = [key for key in expected
+               if key not in found and not key.startswith(anew)]
     extra = [key for key in found if key not in expected]
     other_type = [line for line in changed if line.startswith('model.type:')]
     if not (wrong or strict and (missing or extra or other_type)
@@ -286,19 +289,13 @@ def take_over_settings(runner: Any, checkpoint: Dict[str, Any],
             parameters.
     """
     names, saved = optimizer_names(runner), checkpoint.get('optimizer', {})
-    at_the_start = {
-        f'{step.place}.{name}'
-        for step in getattr(unwrap(runner.model), 'steps', ())
-        for name in step.start_only}
-    begun = [line for line in changed if line.split(':')[0] in at_the_start]
+    begun = _of_the_start(runner, changed)
     if changed:
         runner.logger.warning(
             'The config differs from the one that the checkpoint was made '
             'with; the values of now hold.'
             + _listed([line for line in changed if line not in begun])
-            + ('\nThese have no effect any more: what came of them before the '
-               'first step is in the checkpoint.' + _listed(begun)
-               if begun else ''))
+            + _without_effect(begun))
     if not names or 'param_groups' not in saved:
         return
     if any(line.startswith('optim_wrapper.optimizer.type:')
@@ -343,6 +340,37 @@ def take_over_settings(runner: Any, checkpoint: Dict[str, Any],
     runner.logger.info(
         'Learning rates, weight decay and schedule are the config\'s, as if '
         'they had been from the beginning; the moments are the checkpoint\'s.')
+
+
+def warn_of_settings_of_the_start(runner: Any, checkpoint: Dict[str, Any],
+                                  changed: List[str]) -> None:
+    """With ``load_from``, say which changed settings have no effect, since
+    what came of them is in a distiller's checkpoint.
+
+    Args:
+        runner (Runner): Its model is built.
+        checkpoint (dict): What it is about to load.
+        changed (list[str]): See :func:`changed_settings`.
+    """
+    begun = _of_the_start(runner, changed)
+    weights = checkpoint.get('state_dict', checkpoint)
+    if begun and any(STUDENT in key for key in weights):
+        runner.logger.warning(f'load_from={runner._load_from!r}'
+                              + _without_effect(begun))
+
+
+def _of_the_start(runner: Any, changed: List[str]) -> List[str]:
+    """Those of settings that are read before the first step alone."""
+    names = {f'{step.place}.{name}'
+             for step in getattr(unwrap(runner.model), 'steps', ())
+             for name in step.start_only}
+    return [line for line in changed if line.split(':')[0] in names]
+
+
+def _without_effect(lines: List[str]) -> str:
+    return ('\nThese have no effect any more: what came of them before the '
+            'first step is in the checkpoint.' + _listed(lines)
+            if lines else '')
 
 
 def _changed_groups(first: List[dict], second: List[dict]) -> bool:

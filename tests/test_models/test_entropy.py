@@ -1,5 +1,6 @@
 """Weights of images by the entropy of the teacher's own head."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from mmsinger.engine.loading import load_distiller
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError
 from mmsinger.models import FitNetDistiller
+from mmsinger.models.features.tokens import Tokens
+from mmsinger.models.targets.entropy import WeighByEntropy
 from mmsinger.registry import MODELS
 
 DIGITS = dict(head='decode_head.conv_seg', num_classes=11, tokens='patches')
@@ -182,3 +185,14 @@ def test_mistakes(tmp_path, settings, message):
 def test_a_teacher_without_weights_has_no_head():
     with pytest.raises(ConfigError, match='no checkpoint to take its head'):
         distiller(None, weigh())
+
+
+@pytest.mark.parametrize('classes', [2, 7, 19, 1000, 21841])
+def test_no_weight_is_negative(classes):
+    """By rounding, that of a uniform prediction is below 0."""
+    step = WeighByEntropy('head', classes)
+    step.last = 0
+    step.readout = lambda tokens: torch.zeros(*tokens.shape[:2], classes)
+    outputs = SimpleNamespace(padding=None, taps=SimpleNamespace(
+        tokens=lambda layer: Tokens(torch.zeros(1, 5, 8), (2, 2))))
+    assert 0 <= step.image_weights(outputs) < 1e-6

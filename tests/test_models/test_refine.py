@@ -108,6 +108,58 @@ def test_the_gate_is_the_same_for_every_batch():
     assert torch.equal(other.gates['3'].threshold, model.gates['3'].threshold)
 
 
+@pytest.mark.parametrize('change', [
+    dict(adapter=dict(rank=4, init='random')),
+    dict(adapter=dict(rank=4, selection='threshold')),
+    dict(adapter=dict(rank=4, threshold=0.5)),
+    dict(adapter=dict(rank=4, seed=3)),
+    dict(adapter=dict(rank=4, fold_layer_scale=True)),
+    dict(adapter=dict(rank=4, fold_norm=True)), dict(gate=dict(mad=2.))],
+    ids=str)
+def test_settings_of_the_start_have_no_effect_afterwards(change):
+    """All of ``start_only``, which a resumed run says so of, and no other."""
+    names = {f'{key}.{name}' for key, value in change.items()
+             for name in value} - {'adapter.rank'}
+    assert names <= set(refine.Refine.start_only)
+    model = distiller(gate=dict(mad=0.5))
+    other = distiller(**{**dict(gate=dict(mad=0.5)), **change})
+    other.load_state_dict(model.state_dict())
+    tokens = tokens_with_outliers()
+    assert torch.equal(model.refinement.refine(3, tokens).target.values,
+                       other.refinement.refine(3, tokens).target.values)
+    assert len(refine.Refine.start_only) == 7
+
+
+def test_a_loss_of_ones_own():
+    class Mine(nn.Module):
+
+        def forward(self, patches, weight=None):
+            return patches.square().mean()
+
+    MODELS.register_module(name='MyOutlierLoss', module=Mine, force=True)
+    mine = dict(type='MyOutlierLoss')
+    model = distiller(loss_outlier=mine)
+    record = StepRecord()
+    model.records.append(record)
+    assert model.loss(images(), None)['distill.loss_outlier'] > 0
+    assert model.refinement.inlier_variance(record.layers)[3] > 0
+    for other in (mine, dict(of='teacher')):
+        with pytest.raises(ConfigError, match='loss_weight alone is read'):
+            distiller(loss_outlier=other, gate=dict(mad=8.))
+
+
+def test_a_gate_comes_before_what_changes_values():
+    gate = dict(type='mmsinger.Refine', gate=dict(mad=8.))
+    for step in (dict(type='mmsinger.ClipNorms', mad=6.),
+                 dict(type='mmsinger.RemoveOutlierSubspace')):
+        with pytest.raises(ConfigError, match=r'targets\.1\.gate.*first'):
+            distiller(FitNetDistiller, targets=[step, gate])
+        distiller(FitNetDistiller, targets=[gate, step])
+    for step in (dict(type='mmsinger.MaskTokens', mad=6.),
+                 dict(type='mmsinger.RemoveOutlierSubspace', inside=True)):
+        distiller(FitNetDistiller, targets=[step, gate])
+
+
 def test_a_checkpoint_without_the_gates_statistics():
     """They are found anew; all else has to be there."""
     model = distiller(gate=dict(mad=5.), ready=False)

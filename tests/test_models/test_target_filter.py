@@ -270,3 +270,14 @@ def test_clipping_has_no_effect_on_targets_of_one_norm():
 def test_keys_of_old(old):
     with pytest.raises(ConfigError, match='no such key.*targets'):
         distiller(**old)
+
+
+def test_a_limit_that_is_infinite_has_gradients():
+    """Of an image of which no token counts."""
+    patches = torch.randn(2, 5, 8, requires_grad=True)
+    limit = torch.tensor([[float('inf')], [1.]])
+    clipped = clip_norms(patches, patches.norm(dim=-1), limit)
+    assert torch.equal(clipped[0], patches[0])
+    with torch.autograd.detect_anomaly(check_nan=True):
+        clipped.sum().backward()
+    assert torch.isfinite(patches.grad).all()

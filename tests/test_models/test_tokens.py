@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmsinger.models.features.tokens import (Tokens, align_tokens,
+from mmsinger.models.distillers.feature import evenly_spaced
+from mmsinger.models.features.tokens import (Padding, Tokens, align_tokens,
                                              resample_patches)
 
 sizes = st.integers(1, 9)
@@ -197,3 +198,32 @@ def test_aligned_shapes_for_any_grids(s, t, grid, target):
     first, second = align_tokens(tokens(s, grid), tokens(t, target, 7))
     assert first.values.shape[:2] == second.values.shape[:2]
     assert first.grid == second.grid == target
+
+
+@pytest.mark.parametrize('grid', [(32, 32), (64, 64), (16, 16), (32, 64),
+                                  (37, 37), (14, 14)])
+def test_calibration_comes_to_all_columns(grid):
+    rows, columns = grid
+    chosen = evenly_spaced(rows * columns, 64)
+    assert len(set(chosen.tolist())) == 64
+    assert chosen[0] == 0 and chosen[-1] == rows * columns - 1
+    assert len(set((chosen % columns).tolist())) >= min(columns, 64) * 0.6
+    assert len(set((chosen // columns).tolist())) >= min(rows, 64) * 0.9
+    assert torch.equal(evenly_spaced(50, 64), torch.arange(50))
+
+
+def test_the_edge_of_padding_counts_by_its_share():
+    """Once, though both models have it."""
+    padding = Padding([(0, 32, 0, 32), (0, 20, 0, 32)], (32, 32))
+    ours, theirs = (padding.weigh(Tokens(torch.randn(2, 5, 8), (2, 2)))
+                    for _ in range(2))
+    _, target = align_tokens(ours, theirs)
+    assert torch.equal(target.patch_weight, torch.tensor(
+        [[1., 1, 1, 1], [1, 1, 0.25, 0.25]]))
+
+
+def test_registers_alone_have_no_counterpart():
+    ours, theirs = (Tokens(torch.randn(2, 4 + count, 8), (2, 2),
+                           has_cls=False) for count in (1, 4))
+    student, teacher = align_tokens(ours, theirs)
+    assert student.num_prefix == teacher.num_prefix == 0

@@ -17,7 +17,8 @@ from mmsinger.checkpoint import safe_loading
 from mmsinger.engine.hooks.random_state_hook import RandomStateHook
 from mmsinger.engine.hooks.run_guard_hook import RunGuardHook
 from mmsinger.engine.resume import (changed_settings, check_fit, is_intact,
-                                    optimizer_names, take_over_settings)
+                                    optimizer_names, take_over_settings,
+                                    warn_of_settings_of_the_start)
 from mmsinger.errors import TrainingError
 from mmsinger.files import (atomic_write, lock_folder, remove_leftovers,
                             unlock_folder)
@@ -250,6 +251,8 @@ class SafeCheckpointHook(Hook):
         check_fit(runner, checkpoint, changed)
         if runner._resume:
             take_over_settings(runner, checkpoint, changed)
+        else:
+            warn_of_settings_of_the_start(runner, checkpoint, changed)
 
     # -- SIGTERM -----------------------------------------------------------
 

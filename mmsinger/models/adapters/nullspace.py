@@ -60,7 +60,7 @@ def linearised_ffn(block: nn.Module,
             before the FFN. Defaults to False, as in the paper.
 
     Returns:
-        Tensor: W, shape (D, D) or (D, 2 D), float64, on the weights' device.
+        Tensor: W, shape (D, D) or (D, 2 D), float64, on the CPU.
 
     Raises:
         ConfigError: If the FFN is of an unknown kind or its weights are not

@@ -26,7 +26,7 @@ class PlantedArtifacts(BaseModule):
     few patches of little content get a long vector each, which the residual
     stream then carries to all later blocks. Which patches, and how long, is a
     hash of the pixels: the same image always gets the same artifacts, in any
-    batch and on any machine (lengths up to rounding).
+    batch and on any machine (lengths up to rounding), in one precision.
 
     Goes wherever the backbone itself would, with the same checkpoint::
 

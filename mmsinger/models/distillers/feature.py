@@ -16,7 +16,8 @@ from mmsinger.models.features.anatomy import (Features, Layer, at_same_paths,
                                               resolve_layer)
 from mmsinger.models.features.compiled import compile_blocks
 from mmsinger.models.features.taps import BlockTaps
-from mmsinger.models.features.tokens import Tokens, align_tokens, find_padding
+from mmsinger.models.features.tokens import (Grid, Tokens, align_tokens,
+                                             find_padding)
 from mmsinger.models.losses import FeatureMSELoss
 from mmsinger.models.targets import (ClipNorms, Refine, TargetNorm, TargetStep,
                                      TeacherOutputs)
@@ -346,7 +347,7 @@ class FeatureDistiller(BaseDistiller):
         student, target = self.compare(layer, student, target)
         if self.records and isinstance(self.loss_kd, FeatureMSELoss):
             self.record_kd_gradient(layer, student.values, target.values,
-                                    target.weight)
+                                    target.grid, target.weight)
         # Losses of other packages need not know weights
         weight = {} if target.weight is None else dict(weight=target.weight)
         return self.loss_kd(student.values, target.values, **weight)
@@ -376,7 +377,8 @@ class FeatureDistiller(BaseDistiller):
     # -- what hooks measure ------------------------------------------------
 
     def record_kd_gradient(self, layer: int, pred: Tensor, target: Tensor,
-                           weight: Optional[Tensor] = None) -> None:
+                           grid: Grid, weight: Optional[Tensor] = None
+                           ) -> None:
         """Record how strongly each token pulls at the student (equation 3).
 
         The gradient of a (weighted) MSE with respect to the prediction of
@@ -388,15 +390,17 @@ class FeatureDistiller(BaseDistiller):
             layer (int): The teacher layer.
             pred (Tensor): What the MSE compares, (B, k, D).
             target (Tensor): With this, (B, k, D).
+            grid (tuple[int, int]): Of the patches among the k tokens.
             weight (Tensor, optional): Of each token, (B, k). Defaults to
                 None, all the same.
         """
         norms = torch.linalg.vector_norm(
-            pred.detach().float() - target.detach().float(), dim=-1)
+            pred.detach().float() - target.detach().float(), dim=-1,
+            keepdim=True)  # (B, k, 1)
         if weight is not None:
-            norms = weight * norms
+            norms = weight.unsqueeze(-1) * norms
         for record in self.records:
-            record.add(layer, kd_gradient=norms)
+            record.add(layer, kd_gradient=Tokens(norms, grid))
 
     # -- calibration -------------------------------------------------------
 
@@ -452,12 +456,28 @@ class FeatureDistiller(BaseDistiller):
                                 self.student_normalisation)
             for layer in layers:
                 tokens = taps.tokens(layer)
-                step = max(1, tokens.patches.shape[1] // tokens_per_image)
-                patches = tokens.patches[:, ::step].float()  # (B, n, D)
+                chosen = evenly_spaced(tokens.patches.shape[1],
+                                       tokens_per_image)
+                patches = tokens.patches[:, chosen].float()  # (B, n, D)
                 kept[layer].append(patches.flatten(0, 1) if padding is None
                                    else patches[padding.weigh(
-                                       tokens).patch_weight[:, ::step] > 0.99])
+                                       tokens).patch_weight[:, chosen] > 0.99])
         return {layer: torch.cat(parts) for layer, parts in kept.items()}
+
+
+def evenly_spaced(count: int, most: int) -> Tensor:
+    """Places in a row-major grid that come to all of its columns.
+
+    Args:
+        count (int): Cells of the grid.
+        most (int): The most places.
+
+    Returns:
+        Tensor: Indices, all if there are no more than ``most``; else from the
+        first to the last at distances that are no whole number, which would
+        come back to the same columns.
+    """
+    return torch.linspace(0, count - 1, min(count, most)).round().long()
 
 
 def build_steps(cfgs: StepConfigs, target_norm: Optional[str]
@@ -497,4 +517,11 @@ def build_steps(cfgs: StepConfigs, target_norm: Optional[str]
                 "target_norm='layernorm', which gives all targets the same "
                 "norm. Use target_norm='standardise' or None.")
         step.place = place
+        changing = [type(s).__name__ for s in steps[:-1]
+                    if not s.keeps_values]
+        if getattr(step, 'gate', None) is not None and changing:
+            raise ConfigError(
+                f'{place}.gate: its threshold is of the tokens of the teacher, '
+                f'and {changing[0]}, which stands before it, changes them. '
+                'Put the gated Refine first.')
     return steps

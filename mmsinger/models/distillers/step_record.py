@@ -26,7 +26,7 @@ class StepRecord:
             ``teacher`` (Tokens), F in the space that ``target_norm`` makes;
             ``refined`` (Tokens), F_hat, of methods with adapters;
             ``student`` (Tokens), its own tokens on its own grid;
-            ``kd_gradient``, shape (B, k), see
+            ``kd_gradient`` (Tokens), a norm a token, (B, k, 1), see
             :meth:`FeatureDistiller.record_kd_gradient`.
     """
 

@@ -8,7 +8,7 @@ from mmsinger.errors import ConfigError
 from mmsinger.models.distillers.feature import FeatureDistiller
 from mmsinger.models.distillers.layer_map import map_layers
 from mmsinger.models.features.anatomy import Layer
-from mmsinger.models.features.tokens import Tokens
+from mmsinger.models.features.tokens import Grid, Tokens
 from mmsinger.registry import MODELS
 from mmsinger.schema import NonNegative, Share
 
@@ -104,7 +104,7 @@ class ViTKDDistiller(FeatureDistiller):
     def _mimic(self, layer: int, student: Tokens, target: Tokens) -> Tensor:
         student, target = self.compare(layer, student, target)
         return self._error(layer, student.patches, target.patches,
-                           target.patch_weight)
+                           target.grid, target.patch_weight)
 
     def _generate(self, layer: int, student: Tokens, target: Tokens
                   ) -> Tensor:
@@ -120,14 +120,14 @@ class ViTKDDistiller(FeatureDistiller):
         if target.weight is not None:
             counts = counts * target.patch_weight
         error = self._error(layer, generated.flatten(2).transpose(1, 2),
-                            target.patches, counts)
+                            target.patches, target.grid, counts)
         return error / self.mask_ratio if self.reduction == 'sum' else error
 
-    def _error(self, layer: int, pred: Tensor, target: Tensor,
+    def _error(self, layer: int, pred: Tensor, target: Tensor, grid: Grid,
                weight: Optional[Tensor]) -> Tensor:
         """Squared error of tokens (B, P, D), weighted by (B, P)."""
         if self.records:
-            self.record_kd_gradient(layer, pred, target, weight)
+            self.record_kd_gradient(layer, pred, target, grid, weight)
         if self.reduction == 'mean':
             return self.loss_kd(pred, target, weight=weight)
         squares = (pred.float() - target.float()).square().sum(dim=-1)

@@ -1,4 +1,5 @@
 """Tokens of a backbone, with the layout that makes them an image."""
+from functools import lru_cache
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -86,11 +87,7 @@ class Padding(NamedTuple):
 
     def shares(self, grid: Grid) -> Tensor:
         """How much of each cell of a grid h x w is no padding, (B, h, w)."""
-        rows, columns = (torch.stack([
-            _covered(box[start], box[start + 1], length, cells)
-            for box in self.boxes])
-            for start, length, cells in zip((0, 2), self.size, grid))
-        return rows.unsqueeze(2) * columns.unsqueeze(1)
+        return _shares(tuple(self.boxes), self.size, tuple(grid))
 
 
 def find_padding(inputs: Tensor, data_samples: Optional[Sequence[Any]]
@@ -122,10 +119,24 @@ def find_padding(inputs: Tensor, data_samples: Optional[Sequence[Any]]
     return Padding(boxes, (height, width))
 
 
-def _covered(first: int, last: int, length: int, cells: int) -> Tensor:
-    """How much of each of some cells of equal length lies in a range."""
+@lru_cache(maxsize=8)  # a step asks for the same ones at each layer
+def _shares(boxes: Tuple[Tuple[int, int, int, int], ...], size: Grid,
+            grid: Grid) -> Tensor:
+    """See :meth:`Padding.shares`."""
+    ends = torch.tensor(boxes)  # (B, 4)
+    rows, columns = (
+        _covered(ends[:, start:start + 1], ends[:, start + 1:start + 2],
+                 length, cells)
+        for start, length, cells in zip((0, 2), size, grid))
+    return rows.unsqueeze(2) * columns.unsqueeze(1)
+
+
+def _covered(first: Tensor, last: Tensor, length: int, cells: int) -> Tensor:
+    """How much of each of some cells of equal length lies in some ranges,
+    (B, 1) each; (B, cells)."""
     edges = torch.linspace(0, length, cells + 1)
-    covered = edges[1:].clamp(max=last) - edges[:-1].clamp(min=first)
+    covered = torch.minimum(edges[1:], last) - torch.maximum(
+        edges[:-1], first)
     return covered.clamp(min=0) * cells / length
 
 
@@ -169,14 +180,16 @@ def align_tokens(student: Tokens, teacher: Tokens,
 
     Returns:
         tuple[Tokens, Tokens]: Student and teacher tokens of shapes
-        (B, k + P, C_S) and (B, k + P, C_T) that correspond. The teacher's
-        weights take in the student's.
+        (B, k + P, C_S) and (B, k + P, C_T) that correspond. The weights of
+        the comparison are the teacher's, or the student's where it has none;
+        what has no weight in the student has none.
     """
     ours, theirs = student.num_prefix, teacher.num_prefix
     if student.has_cls != teacher.has_cls:
         shared = 0
     else:
-        shared = theirs if ours == theirs else min(ours, theirs, 1)
+        shared = theirs if ours == theirs else min(
+            ours, theirs, int(student.has_cls))
     grid = teacher.grid if resample == 'student' else student.grid
     if shared != theirs or teacher.grid != grid:
         teacher = _rearranged(teacher, shared, grid)
@@ -185,7 +198,7 @@ def align_tokens(student: Tokens, teacher: Tokens,
     if student.weight is not None:
         teacher = teacher._replace(
             weight=student.weight if teacher.weight is None
-            else student.weight * teacher.weight)
+            else teacher.weight * (student.weight > 0))
     return student, teacher
 
 

@@ -37,7 +37,7 @@ class WeighByEntropy(TargetStep):
     The paper leaves open what to do about the long tail, where the student
     inherits the teacher's uncertainty. Here the tokens of an image weigh
     ``1 - strength * H / log K`` in L_KD and in the losses, means and
-    thresholds of later steps, with H the entropy of what the teacher's own
+    quantiles of later steps, with H the entropy of what the teacher's own
     head predicts for it. Put it before :class:`Refine` for L_outlier to know
     the weights. Not from the paper; figures in docs/evidence.md.
 
@@ -58,6 +58,9 @@ class WeighByEntropy(TargetStep):
         ConfigError: If a value is not valid, or the checkpoint has no such
             layer.
     """
+
+    start_only = ('head', 'norm')
+    keeps_values = True
 
     def __init__(self,
                  head: str,
@@ -139,5 +142,6 @@ class WeighByEntropy(TargetStep):
                 dim=1).clamp(min=1e-6)
         else:
             entropy = entropy.mean(dim=1)
-        return 1 - self.strength * entropy / math.log(self.num_classes)
+        certainty = 1 - self.strength * entropy / math.log(self.num_classes)
+        return certainty.clamp(min=0)  # by rounding it may be below
 

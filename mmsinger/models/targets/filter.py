@@ -69,7 +69,7 @@ class ClipNorms(FilterStep):
 @MODELS.register_module()
 class MaskTokens(FilterStep):
     """Leaves patch tokens of abnormal norm out of all that follows: losses,
-    means and thresholds.
+    means and quantiles.
 
     Args:
         mad (float, optional): Leave out norms above ``median + mad * 1.4826
@@ -81,6 +81,8 @@ class MaskTokens(FilterStep):
     Raises:
         ConfigError: If a value is not valid.
     """
+
+    keeps_values = True
 
     def __init__(self, mad: Optional[Positive] = None,
                  oracle: bool = False) -> None:
@@ -170,7 +172,9 @@ def clip_norms(patches: Tensor, norms: Tensor, limit: Tensor) -> Tensor:
     Returns:
         Tensor: Shape (B, P, D).
     """
-    scale = (limit / norms.clamp(min=1e-6)).clamp(max=1)
+    over = norms > limit
+    # No infinite limit in what is differentiated: its gradient would be NaN
+    scale = torch.where(over, limit, 1.) / torch.where(over, norms, 1.)
     return patches * scale.unsqueeze(-1).to(patches.dtype)
 
 

@@ -140,6 +140,7 @@ class RemoveOutlierSubspace(TargetStep):
         self.rank = rank
         self.ratio = ratio
         self.inside = inside
+        self.keeps_values = inside
         self._grid: Grid = (0, 0)
 
     def prepare(self, teacher: nn.Module, layers: List[int]) -> None:
@@ -189,6 +190,7 @@ class RemoveOutlierSubspace(TargetStep):
                 break
             found[block] = self._calibrate_layer(block, patches[block], wrong)
             self._teacher.forget_images()
+        self._teacher.forget_images()  # of all blocks, which no step asks for
         for layer, tokens in patches.items():
             if layer not in found:  # nothing there
                 self._calibrate_layer(layer, tokens, far[layer] & False)

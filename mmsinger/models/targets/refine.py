@@ -14,7 +14,8 @@ from mmsinger.metrics.subspaces import subspace_energy
 from mmsinger.models.adapters import (Init, Selection, SiNGERAdapter,
                                       left_singular_directions, linearised_ffn)
 from mmsinger.models.features.tokens import Tokens
-from mmsinger.models.losses import loss_behind_block, weighted_mean
+from mmsinger.models.losses import (OutlierSuppressionLoss, loss_behind_block,
+                                    weighted_mean)
 from mmsinger.models.targets.filter import NormThreshold, clip_norms
 from mmsinger.models.targets.step import Targets, TargetStep, TeacherOutputs
 from mmsinger.registry import MODELS, build_part
@@ -98,7 +99,8 @@ class Refine(TargetStep):
             :func:`linearised_ffn`. Defaults to the values in parentheses.
         loss_outlier (dict): Defaults to ``dict(
             type='mmsinger.OutlierSuppressionLoss', quantile=0.95,
-            loss_weight=0.01)``.
+            loss_weight=0.01)``. With a ``gate``, ``loss_weight`` alone is
+            read.
         loss_info (dict): Defaults to ``dict(
             type='mmsinger.GramInformationLoss', loss_weight=1.0)``.
         last_layer (str): Which distilled layer has no next block, so that its
@@ -106,9 +108,10 @@ class Refine(TargetStep):
             teacher's final block alone. ``'listed'``: the last of ``layers``
             whatever follows it (the official code). Defaults to ``'final'``.
         info_fraction (float): L_info is computed on this share of each
-            batch's images, drawn anew in every step, at least one. Its mean
-            is an unbiased estimate, with the teacher's block run again for
-            these images alone. Defaults to 1.0, all.
+            batch's images, drawn anew in every step, at least one. Where all
+            tokens weigh the same, its mean is an unbiased estimate, with the
+            teacher's block run again for these images alone. Defaults to
+            1.0, all.
         gate (dict, optional): ``dict(mad=k)``: refine tokens above tau alone;
             8.0 gates hardly any token of a clean teacher. Defaults to None,
             all patch tokens, the paper.
@@ -125,8 +128,9 @@ class Refine(TargetStep):
     """
 
     start_only = ('gate.mad', *(f'adapter.{name}' for name in (
-        'init', 'selection', 'threshold', 'seed', 'gain', 'fold_layer_scale',
+        'init', 'selection', 'threshold', 'seed', 'fold_layer_scale',
         'fold_norm')))
+    found_anew = ('gates', )
 
     def __init__(self,
                  adapter: Adapter = Adapter(),
@@ -150,6 +154,13 @@ class Refine(TargetStep):
             'loss_outlier', loss_outlier, 'mmsinger.OutlierSuppressionLoss')
         self.loss_info = build_part(
             'loss_info', loss_info, 'mmsinger.GramInformationLoss')
+        if gate is not None and (
+                type(self.loss_outlier) is not OutlierSuppressionLoss
+                or self.loss_outlier.of != 'refined'):
+            raise ConfigError(
+                f'loss_outlier={dict(loss_outlier)!r}: with a gate, L_outlier '
+                'is that of the gated tokens, and loss_weight alone is read. '
+                'Remove the other keys, or the gate.')
         self._last_layer = last_layer
         self.ffn_directions: Dict[int, FFNDirections] = {}
 
@@ -278,7 +289,7 @@ class Refine(TargetStep):
                    found: Dict[int, Refinement]) -> Tensor:
         """The mean of L_info over layers."""
         first = next(iter(targets.values()))
-        if self.loss_info.loss_weight == 0:
+        if getattr(self.loss_info, 'loss_weight', 1) == 0:
             return first.values.new_zeros(())
         num_prefix = first.num_prefix
         images = None if self.info_fraction == 1 else choose_images(
@@ -293,7 +304,8 @@ class Refine(TargetStep):
             is_last = layer == self.last_layer
             if not is_last:
                 reference = outputs.tokens(layer + 1)
-            elif self.loss_info.last == 'previous' and previous is not None:
+            elif getattr(self.loss_info, 'last', '') == 'previous' and \
+                    previous is not None:
                 reference = previous
             else:
                 reference = tokens
@@ -325,7 +337,8 @@ class Refine(TargetStep):
         return {
             layer: inlier_variance_ratio(
                 values['teacher'].patches, values['refined'].patches,
-                self.loss_outlier.quantile, values['refined'].patch_weight)
+                getattr(self.loss_outlier, 'quantile', 0.95),
+                values['refined'].patch_weight)
             for layer, values in layers.items()
         }
 

@@ -67,10 +67,16 @@ class TargetStep(nn.Module):
         place (str): Where its settings stand in the config, for messages.
         start_only (tuple[str]): Those that are read before a run's first step
             alone; what came of them is in its checkpoints.
+        found_anew (tuple[str]): Parts that a checkpoint may lack: they are
+            calibrated then.
+        keeps_values (bool): Whether targets keep their values, if not their
+            weights.
     """
 
     place = 'model.targets'
     start_only: Tuple[str, ...] = ()
+    found_anew: Tuple[str, ...] = ()
+    keeps_values = False
 
     def prepare(self, teacher: nn.Module, layers: List[int]) -> None:
         """Called once, when the teacher is built.

@@ -41,7 +41,8 @@ class FeatureCache:
             BlockTaps: As of a pass over the whole batch.
         """
         layers = sorted(set(layers))
-        # What tokens depend on, beside pixels and weights
+        # What tokens depend on, beside pixels and weights; under autocast
+        # those that calibration took in full precision are as good
         kind = (tuple(layers), tuple(images.shape[1:]), images.dtype,
                 images.device)
         keys = [_key(kind, image) for image in _as_arrays(images)]
