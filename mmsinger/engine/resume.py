@@ -182,6 +182,36 @@ def check_fit(runner: Any, checkpoint: Dict[str, Any], changed: List[str]
         'dir), or a checkpoint of this one.')
 
 
+def fit_epochs(runner: Any, checkpoint: Dict[str, Any]) -> None:
+    """Count iterations anew where an epoch has another number of them than in
+    the run so far: with other images, batches or processes.
+
+    Args:
+        runner (Runner): Resuming; its training loop is built.
+        checkpoint (dict): Its ``meta`` is changed in place.
+
+    Raises:
+        ConfigError: If the checkpoint was written within an epoch: which
+            images were seen does not say what to go on with.
+    """
+    before, loop = checkpoint.get('epoch_length'), runner.train_loop
+    if not isinstance(loop, EpochBasedTrainLoop) or \
+            before in (None, len(loop.dataloader)):
+        return
+    meta, now = checkpoint['meta'], len(loop.dataloader)
+    if meta['iter'] != meta['epoch'] * before:
+        raise ConfigError(
+            f'--resume {runner._load_from!r} was written within an epoch of '
+            f'{before} iterations, and an epoch has {now} now (other images, '
+            'batch_size or processes). Set them back, resume from an '
+            'epoch_*.pth, or begin anew from these weights with load_from.')
+    runner.logger.warning(
+        f'An epoch has {now} iterations, and had {before} in the run so far '
+        f'(other images, batch_size or processes): after {meta["epoch"]} '
+        f'epochs it goes on as iteration {meta["epoch"] * now + 1}.')
+    meta['iter'] = meta['epoch'] * now
+
+
 def changed_settings(checkpoint: Dict[str, Any], cfg: Config) -> List[str]:
     """How the config differs from the one that a checkpoint was made with.
 

@@ -66,15 +66,13 @@ def seed_samples(loader: DataLoader, seed: int) -> None:
     cls, rank, processes = type(sampler), get_rank(), get_world_size()
 
     class Seeding(cls):
-        seeds_of_epoch = passed_over = first = 0
+        seeds_of_epoch = first = 0
 
         def __iter__(self) -> Iterator[Draw]:
             epoch, first = self.seeds_of_epoch, self.first
-            indices = itertools.islice(cls.__iter__(self), self.passed_over,
-                                       None)
             self.seeds_of_epoch += 1  # for loops that do not name it
-            self.passed_over = self.first = 0
-            for place, index in enumerate(indices, first):
+            self.first = 0
+            for place, index in enumerate(cls.__iter__(self), first):
                 draw = Draw(index)
                 draw.seed = _hash(seed, epoch, place * processes + rank)
                 yield draw
@@ -86,6 +84,18 @@ def seed_samples(loader: DataLoader, seed: int) -> None:
                 self.first = count
 
     sampler.__class__ = functools.update_wrapper(Seeding, cls, updated=())
+    batches = type(loader.batch_sampler)
+
+    class PassingOver(batches):
+        passed_over = 0
+
+        def __iter__(self) -> Iterator[List[Draw]]:
+            # Read late: torch makes one more iterator than it uses
+            done, self.passed_over = self.passed_over, 0
+            yield from itertools.islice(batches.__iter__(self), done, None)
+
+    loader.batch_sampler.__class__ = functools.update_wrapper(
+        PassingOver, batches, updated=())
 
 
 def start_epoch(loader: DataLoader, epoch: int, done: int = 0) -> None:
@@ -94,12 +104,11 @@ def start_epoch(loader: DataLoader, epoch: int, done: int = 0) -> None:
     Args:
         loader (DataLoader): See :func:`seed_samples`.
         epoch (int): Counted from 0.
-        done (int): Samples of this process that are passed over without
+        done (int): Batches of this process that are passed over without
             being read. Defaults to 0.
     """
-    sampler = sampler_of(loader)
-    sampler.seeds_of_epoch = epoch
-    sampler.passed_over = sampler.first = done
+    sampler_of(loader).seeds_of_epoch = epoch
+    loader.batch_sampler.passed_over = done
 
 
 def sampler_of(loader: DataLoader) -> Any:

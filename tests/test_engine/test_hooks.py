@@ -7,6 +7,7 @@ import glob
 import logging
 import os
 import random
+import signal
 import uuid
 
 import numpy as np
@@ -62,7 +63,7 @@ def make(place, tiny_config, tmp_path, monkeypatch, caplog):
             {'train_cfg.max_iters': max_iters,
              'default_hooks.checkpoint.interval': 100,
              'default_hooks.checkpoint.save_last': False,
-             'work_dir': str(tmp_path)}, **options))
+             'work_dir': str(tmp_path)}, **copy.deepcopy(options)))
         cfg.experiment_name = uuid.uuid4().hex
         cfg.visualizer.name = cfg.experiment_name
         if not validate:
@@ -567,6 +568,51 @@ def test_weights_are_checked_at_the_end_of_an_epoch(make, tmp_path):
     with pytest.raises(TrainingError, match='projectors.3.weight'):
         runner.train()
     assert files(tmp_path) == ['epoch_1.pth', 'epoch_1_student.pth']
+
+
+EPOCHS = {
+    'train_cfg': dict(_delete_=True, type='EpochBasedTrainLoop',
+                      max_epochs=3, val_interval=9),
+    'train_dataloader.sampler': dict(
+        _delete_=True, type='DefaultSampler', shuffle=True),
+    'param_scheduler': [], 'default_hooks.checkpoint.by_epoch': True,
+    'default_hooks.checkpoint.interval': 1,
+    'default_hooks.checkpoint.max_keep_ckpts': -1}
+
+
+@pytest.mark.parametrize('batch_size', [1, 4])
+def test_an_epoch_of_another_length(make, tmp_path, batch_size, caplog):
+    """Iterations are counted anew, nothing is skipped or removed."""
+    first = dict(EPOCHS['train_cfg'], max_epochs=2)
+    make(**{**EPOCHS, 'train_dataloader.batch_size': 2,
+            'train_cfg': first}).train()
+    seen = []
+    runner = make(hooks=[Spy(
+        before_train_epoch=lambda runner: seen.append([]),
+        after_train_iter=lambda runner, *_, **__: seen[-1].append(
+            runner.iter))], **{
+        **EPOCHS, 'train_dataloader.batch_size': batch_size,
+        'resume': True, 'load_from': str(tmp_path / 'epoch_2.pth')})
+    runner.train()
+    length = len(runner.train_dataloader)
+    assert seen == [list(range(2 * length, 3 * length))]
+    assert f'An epoch has {length} iterations, and had' in caplog.text
+    assert [name for name in files(tmp_path) if 'student' not in name] == [
+        'epoch_1.pth', 'epoch_2.pth', 'epoch_3.pth']
+
+
+def test_an_epoch_of_another_length_within_one(make, tmp_path):
+    def stop(runner, batch_idx, *args, **kwargs):
+        if runner.iter == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        make(hooks=[Spy(after_train_iter=stop)], **{
+            **EPOCHS, 'train_dataloader.batch_size': 1}).train()
+    assert files(tmp_path, 'iter_?.pth') == ['iter_2.pth']
+    with pytest.raises(ConfigError, match='within an epoch of'):
+        make(**{**EPOCHS, 'train_dataloader.batch_size': 2, 'resume': True,
+                'load_from': str(tmp_path / 'iter_2.pth')}).train()
 
 
 def test_no_images(make, monkeypatch):

@@ -16,7 +16,8 @@ from mmengine.runner import BaseLoop, EpochBasedTrainLoop
 from mmsinger.checkpoint import safe_loading
 from mmsinger.engine.hooks.random_state_hook import RandomStateHook
 from mmsinger.engine.hooks.run_guard_hook import RunGuardHook
-from mmsinger.engine.resume import (changed_settings, check_fit, is_intact,
+from mmsinger.engine.resume import (changed_settings, check_fit, fit_epochs,
+                                    is_intact,
                                     optimizer_names, take_over_settings,
                                     warn_of_settings_of_the_start)
 from mmsinger.errors import TrainingError
@@ -125,6 +126,8 @@ class SafeCheckpointHook(Hook):
         names = optimizer_names(runner)
         if 'optimizer' in checkpoint and names:
             checkpoint['optimizer_names'] = names
+        if isinstance(runner.train_loop, EpochBasedTrainLoop):
+            checkpoint['epoch_length'] = len(runner.train_dataloader)
 
     def _save(self, runner, save: Callable, out_dir: str, filename: str,
               *args: Any, **kwargs: Any) -> None:
@@ -250,6 +253,7 @@ class SafeCheckpointHook(Hook):
         changed = changed_settings(checkpoint, runner.cfg)
         check_fit(runner, checkpoint, changed)
         if runner._resume:
+            fit_epochs(runner, checkpoint)
             take_over_settings(runner, checkpoint, changed)
         else:
             warn_of_settings_of_the_start(runner, checkpoint, changed)

@@ -77,8 +77,7 @@ class RandomStateHook(Hook):
         loop = runner.train_loop
         if isinstance(loop, EpochBasedTrainLoop):
             done = loop.iter - loop.epoch * len(loop.dataloader)
-            start_epoch(loop.dataloader, loop.epoch,
-                        done * (loop.dataloader.batch_size or 0))
+            start_epoch(loop.dataloader, loop.epoch, done)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         if self._resumed is not None:
