@@ -160,16 +160,13 @@ def readable_errors() -> Iterator[None]:
             "address in load_from, or in the student's pretrained or "
             'init_cfg.checkpoint (model.student.backbone.init_cfg). Download '
             'the file by other means and set that key to it, or to None.')
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
-                               errno.EROFS, errno.EIO):
-            raise
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (
+            errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
         said = TrainingError(
             f'{error.filename or "A file"} cannot be written: '
             f'{error.strerror}. Make room and start again; a training run '
-            'goes on with --resume.')
-    except Exception as error:
-        said = _as_config_error(error)
+            'goes on with --resume.') if full else _as_config_error(error)
         if said is None or os.environ.get(TRACEBACK):
             raise
     except KeyboardInterrupt:

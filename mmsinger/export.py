@@ -62,6 +62,11 @@ def student_config(cfg: Config) -> Config:
         wrapper.type = 'AmpOptimWrapper'  # which it stands in for
     if wrapper.get('constructor') == 'mmsinger.StudentFirstConstructor':
         wrapper.constructor = wrapper.paramwise_cfg.pop('student_constructor')
+    if _is_ours((plain.get('strategy') or {}).get('type', '')):
+        plain.pop('strategy')
+        plain.pop('runner_type', None)
+    if cfg.model.get('compile'):  # of the blocks alone
+        plain.compile = cfg.model.compile
     for key in ('teacher', 'student', 'distiller'):
         plain.pop(key, None)
     plain.load_from, plain.resume = None, False  # they are the distiller's

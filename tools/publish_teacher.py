@@ -7,19 +7,21 @@ their SHA-256 and a README. `make teacher` trains and then calls this.
 """
 import argparse
 import glob
-import hashlib
 import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
+from mmsinger.checkpoint import (load_checkpoint, load_strict, sha256,
+                                 weights_of)
 from mmsinger.engine.checks import check_data_folders
 from mmsinger.engine.prepare import load_config
-from mmsinger.errors import ConfigError, readable_errors
+from mmsinger.errors import (ConfigError, check_output_file,
+                             readable_errors)
 from mmsinger.files import atomic_save
 from mmsinger.schema import ToolParser
 
+OUT = 'mmsinger/assets/digits_teacher.pth'
 README = """\
 # The demo's teacher
 
@@ -48,13 +50,14 @@ def parse_args():
                         help='the recipe')
     parser.add_argument('--work-dir', default='work_dirs/digits_teacher',
                         help='where the recipe was trained')
-    parser.add_argument('--out', default='mmsinger/assets/digits_teacher.pth',
+    parser.add_argument('--out', default=OUT,
                         help='the file to write')
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
+    check_output_file(args.out)
     # The settings of the run, --cfg-options included.
     dumped = os.path.join(args.work_dir, os.path.basename(args.config))
     path = find_latest_checkpoint(args.work_dir) if glob.glob(
@@ -86,25 +89,25 @@ def main():
         iterations=cfg.train_cfg.max_iters,
         recipe=args.config)
     name = os.path.basename(args.out)
-    os.makedirs(os.path.dirname(args.out) or '.', exist_ok=True)
     atomic_save(dict(state_dict=weights, meta=meta), args.out)
-    with open(args.out, 'rb') as file:
-        sha256 = hashlib.sha256(file.read()).hexdigest()
+    digest = sha256(args.out)
     stem = os.path.splitext(args.out)[0]
     with open(stem + '.sha256', 'w') as file:
-        file.write(f'{sha256}  {name}\n')
+        file.write(f'{digest}  {name}\n')
     backbone = cfg.model.backbone
-    with open(os.path.join(os.path.dirname(args.out), 'README.md'),
-              'w') as file:
+    # Beside the file that ships; elsewhere it would take the place of another
+    page = os.path.join(os.path.dirname(args.out), 'README.md') \
+        if args.out == OUT else stem + '.md'
+    with open(page, 'w') as file:
         file.write(README.format(
-            name=name, sha256=sha256, size=os.path.getsize(args.out),
+            name=name, sha256=digest, size=os.path.getsize(args.out),
             miou=miou, num_val=len(dataset), recipe=args.config,
             seed=meta['seed'], iters=meta['iterations'],
             batch=cfg.train_dataloader.batch_size,
             dims=backbone.arch.embed_dims, layers=backbone.arch.num_layers,
             patch=backbone.patch_size))
     print(f'{args.out}: mIoU {miou:.2f} %, '
-          f'{os.path.getsize(args.out) / 1e6:.2f} MB, SHA-256 {sha256}')
+          f'{os.path.getsize(args.out) / 1e6:.2f} MB, SHA-256 {digest}')
 
 
 if __name__ == '__main__':

@@ -6,6 +6,8 @@ import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 
+from mmengine.dist import is_main_process
+
 from mmsinger.checkpoint import safe_loading
 from mmsinger.engine.dry_run import dry_run
 from mmsinger.engine.options import ConfigOptions
@@ -77,7 +79,9 @@ def main():
         cfg.load_from = None if args.resume == 'auto' else args.resume
 
     if args.dry_run:
-        print(dry_run(cfg))
+        report = dry_run(cfg)
+        if is_main_process():
+            print(report)
         return
     prepare_training(cfg)
     build_runner(cfg).train()

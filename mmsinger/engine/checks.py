@@ -5,10 +5,12 @@ import tempfile
 from typing import Any, Iterator, List, Tuple
 
 from mmengine.config import Config
+from mmengine.registry import DATASETS
 from torch import nn
 
 from mmsinger.checkpoint import load_checkpoint, weights_of
 from mmsinger.errors import ConfigError
+from mmsinger.registry import arguments_of, find_type
 
 
 def check_work_dir(work_dir: str, key: str) -> None:
@@ -42,10 +44,21 @@ def check_data_folders(cfg: Config, loaders: Tuple[str, ...]) -> None:
             continue
         for key, dataset in inner_datasets(loader['dataset'],
                                            f'{name}.dataset'):
+            if _downloads(dataset):
+                continue
             for path_key, path in _folders(dataset):
                 _check_folder(f'{key}.{path_key}', path)
                 if path_key == 'data_prefix.img_path':
                     _check_suffix(key, path, dataset)
+
+
+def _downloads(dataset: dict) -> bool:
+    """Whether a data set fetches what is missing itself (CIFAR)."""
+    with DATASETS.switch_scope_and_registry(None) as registry:
+        cls = find_type(dataset.get('type'), registry)
+    defaults = arguments_of(cls).defaults if cls else {}
+    return 'download' in defaults and bool(
+        dataset.get('download', defaults['download']))
 
 
 def inner_datasets(dataset: dict, key: str) -> Iterator[Tuple[str, dict]]:

@@ -55,9 +55,10 @@ def dry_run(cfg: Config) -> str:
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     cfg.train_cfg = dict(type='mmengine.IterBasedTrainLoop', max_iters=STEPS)
     cfg.param_scheduler = None
+    cfg.visualizer = dict(type='mmengine.Visualizer')  # a report is kept
     if cfg.get('default_hooks', {}).get('checkpoint'):
         cfg.default_hooks.checkpoint.update(interval=STEPS + 1,
-                                            save_last=False)
+                                            save_last=False, out_dir=None)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         cfg.work_dir = folder
         prepare_training(cfg)

@@ -124,6 +124,8 @@ def _wrong_labels(batch: Any, model: nn.Module, key: str) -> Optional[str]:
     ignored = getattr(head, 'ignore_index', None)
     if not isinstance(classes, int):
         return None
+    if getattr(head, 'out_channels', None) == 1:
+        classes = max(classes, 2)  # mmseg's binary heads, of one logit
     for sample in batch_samples(batch):
         for name, path in (('gt_sem_seg', 'seg_map_path'),
                            ('gt_label', 'img_path')):

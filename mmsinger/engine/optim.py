@@ -115,6 +115,9 @@ class StudentFirstConstructor(DefaultOptimWrapperConstructor):
         for name, part in model.named_children():
             if part is not model.student and name != 'data_preprocessor':
                 self.add_params(groups, part, prefix=name)
+        own = [p for p in model.parameters(recurse=False) if p.requires_grad]
+        if own:
+            groups.append(dict(params=own))
         for group in groups:
             # torch wants names in all groups or in none
             if 'param_names' in wrapper.optimizer.param_groups[0]:

@@ -30,17 +30,18 @@ class ConfigOptions(DictAction):
     def __call__(self, parser: ArgumentParser, namespace: Namespace,
                  values: Sequence[str], option_string: Optional[str] = None
                  ) -> None:
-        options: Dict[str, Any] = {}
+        options = dict(getattr(namespace, self.dest, None) or {})
         try:
             for pair in values:  # a later one may be inside an earlier one
-                key, _, text = pair.partition('=')
-                if 'dict(' in text or (
-                        '{' in text and text.lstrip()[0] in '{[('):
-                    options[key] = evaluate(
-                        ast.parse(text.strip(), mode='eval').body)
-                else:
-                    super().__call__(parser, namespace, [pair], option_string)
-                    options.update(getattr(namespace, self.dest))
+                key, equals, text = pair.partition('=')
+                options.pop(key, None)
+                if not equals:
+                    raise ValueError(f'{pair!r} has no =')
+                options[key] = evaluate(
+                    ast.parse(text.strip(), mode='eval').body) \
+                    if 'dict(' in text or (
+                        '{' in text and text.lstrip()[0] in '{[(') \
+                    else self._parse_iterable(text)
             setattr(namespace, self.dest, options)
         except (AssertionError, ValueError, SyntaxError) as error:
             parser.error(f'{option_string} {" ".join(values)}: expected '

@@ -339,6 +339,10 @@ def scale_learning_rate(cfg: Config) -> None:
             '--auto-scale-lr: the config has no auto_scale_lr = '
             'dict(base_batch_size=N), the batch size that its learning '
             'rate was chosen for. Add it.')
+    if cfg.auto_scale_lr.get('enable'):  # of a dumped config, which is done
+        print_log('--auto-scale-lr: the config has it already',
+                  logger='current')
+        return
     cfg.auto_scale_lr.enable = True
     accumulated = cfg.optim_wrapper.get('accumulative_counts', 1)
     if accumulated > 1:

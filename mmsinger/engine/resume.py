@@ -3,6 +3,7 @@ settings that the config has now."""
 import ast
 import contextlib
 import glob
+import itertools
 import os
 import re
 import warnings
@@ -40,9 +41,9 @@ def resume_from_intact_checkpoint(cfg: Config) -> None:
             'path; --resume alone takes the newest one in the work dir.')
     if not cfg.get('resume') or cfg.get('load_from'):
         return
-    found = [path for kind in ('iter_*.pth', 'epoch_*.pth')
-             for path in glob.glob(os.path.join(cfg.work_dir, kind))
-             if not path.endswith('_student.pth')]
+    found = [path for folder, kind in itertools.product(*_saved_where(cfg))
+             for path in glob.glob(os.path.join(folder, kind))
+             if not os.path.splitext(path)[0].endswith('_student')]
     pointer = os.path.join(cfg.work_dir, 'last_checkpoint')
     last = ''
     if os.path.isfile(pointer):
@@ -58,9 +59,23 @@ def resume_from_intact_checkpoint(cfg: Config) -> None:
                   'passed over', logger='current', level=30)
     if found:
         raise ConfigError(
-            f'--resume: none of the checkpoints in {cfg.work_dir!r} was '
+            f'--resume: none of the checkpoints of {cfg.work_dir!r} was '
             f'written to its end: {", ".join(map(os.path.basename, found))}. '
             'Remove them to begin anew.')
+
+
+def _saved_where(cfg: Config) -> Tuple[List[str], List[str]]:
+    """Folders and patterns of a run's checkpoints, as CheckpointHook names
+    them."""
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    folders, kinds = [cfg.work_dir], ['iter_*.pth', 'epoch_*.pth']
+    out_dir = hook.get('out_dir') or '://'
+    if '://' not in out_dir:
+        folders.append(os.path.join(out_dir, os.path.basename(
+            cfg.work_dir.rstrip(os.sep))))
+    if hook.get('filename_tmpl'):
+        kinds.append(re.sub(r'\{[^}]*\}', '*', hook.filename_tmpl))
+    return folders, kinds
 
 
 def is_intact(path: str) -> bool:

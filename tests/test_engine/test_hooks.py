@@ -28,6 +28,7 @@ from mmsinger.engine.prepare import (add_required_hooks, fit_workers,
                                      load_config, prepare_training)
 from mmsinger.errors import ConfigError, TrainingError
 from mmsinger.export import student_config
+from mmsinger.files import LOCK
 from mmsinger.models.distillers import SiNGERDistiller
 from mmsinger.registry import MODELS
 from tiny import SEG_CONFIG, workplace
@@ -613,6 +614,20 @@ def test_an_epoch_of_another_length_within_one(make, tmp_path):
     with pytest.raises(ConfigError, match='within an epoch of'):
         make(**{**EPOCHS, 'train_dataloader.batch_size': 2, 'resume': True,
                 'load_from': str(tmp_path / 'iter_2.pth')}).train()
+
+
+def test_a_run_that_fails_leaves_the_process_as_it_was(make, tmp_path):
+    before = signal.getsignal(signal.SIGTERM), torch.load
+    runner = make(2, hooks=[poison_loss(at=1)])
+    with pytest.raises(TrainingError):
+        runner.train()
+    assert (signal.getsignal(signal.SIGTERM), torch.load) == before
+    assert files(tmp_path, LOCK) == []
+    runner = make(2)
+    runner.load_or_resume = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        runner.train()
+    assert (signal.getsignal(signal.SIGTERM), torch.load) == before
 
 
 def test_no_images(make, monkeypatch):

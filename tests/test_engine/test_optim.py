@@ -173,6 +173,16 @@ def test_a_backbone_that_the_constructor_does_not_know(settings):
     assert scale['projectors.3.weight'] is None
 
 
+def test_parameters_of_the_distiller_itself(tmp_path):
+    cfg = stock(tmp_path, 'mae')
+    model = Distiller(MODELS.build(cfg.model))
+    model.temperature = nn.Parameter(torch.ones(()))
+    cfg.model = dict(type='mmsinger.SiNGERDistiller', student=cfg.model)
+    use_student_constructor(cfg)
+    groups = groups_of(model, cfg.optim_wrapper)
+    assert sum(names == ['temperature'] for names, *_ in groups) == 1
+
+
 @pytest.mark.parametrize('given, warned', [(2, False), (12, True)])
 def test_another_number_of_layers_than_the_student_has(given, warned,
                                                        monkeypatch):

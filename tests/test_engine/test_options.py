@@ -28,6 +28,15 @@ def test_values(text, value):
     assert parse('k=0', text) == {'k': 0, 'a.b': value}
 
 
+def test_options_given_twice():
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions)
+    found = parser.parse_args([
+        '--cfg-options', 'a=1', 'b=2', '--cfg-options', 'b=dict(x=1)', 'c=3'])
+    assert found.cfg_options == dict(a=1, b=dict(x=1), c=3)
+    assert parse('a=1', 'a=dict(x=1)', 'c=2') == dict(a=dict(x=1), c=2)
+
+
 @pytest.mark.parametrize('text', ['a.b', 'a=[(1]', 'a=dict(b=', 'a=dict(1)',
                                   'a=dict(b=f(1))'])
 def test_values_that_cannot_be_read(text, capsys):

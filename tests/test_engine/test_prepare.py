@@ -10,10 +10,12 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
-from mmsinger.engine.checks import check_pretrained
+from mmsinger.engine.checks import check_data_folders, check_pretrained
 from mmsinger.engine.prepare import (load_config, refuse_separate_wrapper,
+                                     scale_learning_rate,
                                      use_data_preprocessor)
 from mmsinger.errors import ConfigError
+from mmsinger.export import student_config
 from mmsinger.registry import MODELS
 
 
@@ -124,8 +126,10 @@ def test_a_run_of_the_toolboxes_own_says_what_it_lacks(
 
 def test_dry_run_leaves_nothing(place):
     before = sorted(os.listdir(place))
-    output = forked.run('train.py', tiny.SEG_CONFIG, '--dry-run',
-                        cwd=place).stdout
+    output = forked.run(
+        'train.py', tiny.SEG_CONFIG, '--dry-run', '--cfg-options',
+        'visualizer.save_dir=pictures', 'default_hooks.checkpoint.out_dir=out',
+        cwd=place).stdout
     assert [name for name in sorted(os.listdir(place)) if name not in before
             and not name.startswith('output_')] == []
     for pair in ('1 -> student layer 0', '3 -> student layer 1'):
@@ -134,6 +138,35 @@ def test_dry_run_leaves_nothing(place):
     assert 'A step: ' in output and 'GiB' in output
     assert 'The run: 6 steps, about ' in output
     assert 'Saving checkpoint' not in output
+
+
+def test_a_learning_rate_is_scaled_once():
+    cfg = Config(dict(auto_scale_lr=dict(base_batch_size=64),
+                      optim_wrapper=dict(accumulative_counts=4)))
+    for _ in range(2):  # the second time by the dumped config
+        scale_learning_rate(cfg)
+        assert cfg.auto_scale_lr == dict(base_batch_size=16, enable=True)
+
+
+def test_a_data_set_that_downloads_itself(tmp_path):
+    cfg = Config(dict(train_dataloader=dict(dataset=dict(
+        type='CIFAR10', data_root=str(tmp_path / 'nowhere'), split='train'))))
+    init_default_scope('mmpretrain')
+    check_data_folders(cfg, ('train_dataloader', ))
+    cfg.train_dataloader.dataset.download = False
+    with pytest.raises(ConfigError, match='nowhere'):
+        check_data_folders(cfg, ('train_dataloader', ))
+
+
+def test_the_students_config_has_no_strategy_of_ours():
+    cfg = recipe(strategy=dict(type='mmsinger.FSDPStrategy'),
+                 runner_type='FlexibleRunner')
+    cfg.model.compile = dict(mode='default')
+    plain = student_config(cfg)
+    assert 'strategy' not in plain and 'runner_type' not in plain
+    assert plain.compile == dict(mode='default')
+    other = dict(type='DDPStrategy')
+    assert student_config(recipe(strategy=other)).strategy == other
 
 
 def test_test_time_augmentation(place):

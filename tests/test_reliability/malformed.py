@@ -249,6 +249,8 @@ def by_hand() -> Iterator[Row]:
             ('train_dataloader.num_workers=-1', 'num_workers=-1'),
             ('train_dataloader.dataset.data_root=nowhere', 'nowhere'),
             ('train_dataloader.dataset.img_suffix=.jpg', 'img_suffix'),
+            ('train_dataloader.dataset.ann_file=nope.txt',
+             r'train_dataloader\.dataset.*nope\.txt'),
             ('model.loss_kd=None', r'model\.loss_kd=None'),
             ('model.loss_kd.loss_weight=-1', r'loss_kd\.loss_weight=-1'),
             ('model.loss_info.loss_weight=nan', 'loss_weight=nan'),

@@ -105,6 +105,24 @@ def test_every_flipped_byte_is_found_or_harmless(run, tmp_path):
 # -- other files --------------------------------------------------------------
 
 
+def test_checkpoints_under_other_names(place):
+    """Those of out_dir and filename_tmpl are found like any others."""
+    options = ('default_hooks.checkpoint.out_dir=elsewhere',
+               'default_hooks.checkpoint.filename_tmpl=step_{}.pth')
+    train(place, 'named', *options)
+    folder = os.path.join(place, 'elsewhere', 'named')
+    newest = max((name for name in os.listdir(folder)
+                  if re.fullmatch(r'step_\d+\.pth', name)),
+                 key=lambda name: int(name[5:-4]))
+    os.unlink(os.path.join(place, 'named', 'last_checkpoint'))
+    with open(os.path.join(folder, newest), 'r+b') as file:
+        file.truncate(1000)
+    result = train(place, 'named', *options, 'train_cfg.max_iters=8',
+                   args=('--resume', ))
+    assert 'was not written to its end, it is passed over' in result.stdout
+    assert re.search(r'resumed epoch: \d+, iter: [1-9]', result.stdout)
+
+
 def test_no_path(place):
     result = train(place, 'other', args=('--resume', ''), check=False)
     assert result.returncode == 2

@@ -17,8 +17,8 @@ from mmsinger.checkpoint import safe_loading
 from mmsinger.engine.hooks.random_state_hook import RandomStateHook
 from mmsinger.engine.hooks.run_guard_hook import RunGuardHook
 from mmsinger.engine.resume import (changed_settings, check_fit, fit_epochs,
-                                    is_intact,
-                                    optimizer_names, take_over_settings,
+                                    is_intact, optimizer_names,
+                                    take_over_settings,
                                     warn_of_settings_of_the_start)
 from mmsinger.errors import TrainingError
 from mmsinger.files import (atomic_write, lock_folder, remove_leftovers,
@@ -83,6 +83,10 @@ class SafeCheckpointHook(Hook):
         if not isinstance(runner._train_loop, BaseLoop):
             return  # validation or a test alone
         self._training = True
+        # A run that fails leaves the process as it was, too
+        for owner, name in ((runner, 'load_or_resume'),
+                            (runner._train_loop, 'run')):
+            setattr(owner, name, self._closing(getattr(owner, name)))
         if is_main_process():
             lock_folder(runner.work_dir)
             self._exit.callback(unlock_folder, runner.work_dir)
@@ -117,8 +121,20 @@ class SafeCheckpointHook(Hook):
         self._iterating = True
 
     def after_run(self, runner) -> None:
+        self._close()
+
+    def _close(self) -> None:
         self._training = self._iterating = False
         self._exit.close()
+
+    def _closing(self, call: Callable) -> Callable:
+        def closing(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return call(*args, **kwargs)
+            except BaseException:
+                self._close()
+                raise
+        return closing
 
     # -- writing -----------------------------------------------------------
 
