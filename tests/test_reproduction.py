@@ -661,12 +661,14 @@ def test_tuned_methods_are_what_they_are_called(method):
         assert refine.adapters['5'].gain == (-1 if method == 'removing' else 1)
     else:
         assert [type(step).__name__ for step in model.steps] == dict(
-            fitnet=[], mask=['MaskTokens'],
+            fitnet=[], smooth_l1=[], mask=['MaskTokens'],
             targets=['RemoveOutlierSubspace'],
             robust=['RemoveOutlierSubspace'])[method]
         assert [step.inside for step in model.steps
                 if hasattr(step, 'inside')] == dict(
             targets=[False], robust=[True]).get(method, [])
+        assert ('SmoothL1' in type(model.loss_kd).__name__) == (
+            method == 'smooth_l1')
 
 
 # -- the search, and what the comparison says ---------------------------------
