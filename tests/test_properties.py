@@ -14,6 +14,7 @@ from mmsinger.models import (ClipNorms, FeatureCosineLoss, FeatureMSELoss,
 from mmsinger.models.adapters import (SiNGERAdapter, left_nullspace,
                                       left_singular_directions, linearised_ffn)
 from mmsinger.models.features.tokens import Tokens
+from mmsinger.models.targets.filter import NormThreshold
 from mmsinger.models.targets.refine import Refine
 
 F64 = torch.float64
@@ -68,6 +69,9 @@ def refinement(seed=0, **kwargs):
     step = Refine(adapter=dict(rank=3), loss_outlier=dict(
         type='mmsinger.OutlierSuppressionLoss', quantile=0.7), **kwargs)
     step.adapters = nn.ModuleDict({'0': adapter(seed)})
+    if step.gate:
+        step.gates = nn.ModuleDict({'0': NormThreshold()})
+        step.calibrate({0: artifacts(seed)})
     return step
 
 
