@@ -84,6 +84,8 @@ def seed_samples(loader: DataLoader, seed: int) -> None:
                 self.first = count
 
     sampler.__class__ = functools.update_wrapper(Seeding, cls, updated=())
+    if loader.batch_sampler is None:  # batch_size=None: samples as they are
+        return
     batches = type(loader.batch_sampler)
 
     class PassingOver(batches):
@@ -108,7 +110,8 @@ def start_epoch(loader: DataLoader, epoch: int, done: int = 0) -> None:
             being read. Defaults to 0.
     """
     sampler_of(loader).seeds_of_epoch = epoch
-    loader.batch_sampler.passed_over = done
+    if loader.batch_sampler is not None:
+        loader.batch_sampler.passed_over = done
 
 
 def sampler_of(loader: DataLoader) -> Any:

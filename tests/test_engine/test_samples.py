@@ -76,6 +76,15 @@ def test_a_batch_sampler_that_regroups():
     assert torch.equal(epoch_of(loader, 1), expected)
 
 
+def test_samples_without_batches():
+    dataset = Noise()
+    loader = DataLoader(dataset, None,
+                        sampler=DefaultSampler(dataset, seed=5))
+    seed_samples(loader, 5)
+    start_epoch(loader, 1)
+    assert len(torch.stack(list(loader)).unique(dim=0)) == 10
+
+
 def test_epochs_seeds_and_repeated_samples_differ():
     found = [epoch_of(loader_of(seed=seed), epoch)[:, 1]
              for seed in (5, 6) for epoch in (0, 1)]

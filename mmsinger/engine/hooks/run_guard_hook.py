@@ -65,7 +65,8 @@ class RunGuardHook(Hook):
 
     def _advice(self, runner, data_batch) -> str:
         """What may be at fault, for a loss that is not finite."""
-        images = (data_batch or {}).get('inputs', ())
+        images = data_batch.get('inputs', ()) \
+            if isinstance(data_batch, dict) else ()
         images = [images] if torch.is_tensor(images) else images
         if any(torch.is_tensor(image) and image.is_floating_point()
                and not torch.isfinite(image).all() for image in images):
