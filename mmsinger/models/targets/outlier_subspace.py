@@ -190,7 +190,6 @@ class RemoveOutlierSubspace(TargetStep):
                 break
             found[block] = self._calibrate_layer(block, patches[block], wrong)
             self._teacher.forget_images()
-        self._teacher.forget_images()  # of all blocks, which no step asks for
         for layer, tokens in patches.items():
             if layer not in found:  # nothing there
                 self._calibrate_layer(layer, tokens, far[layer] & False)
