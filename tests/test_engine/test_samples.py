@@ -2,13 +2,16 @@
 import os
 import pickle
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
+from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
+from mmsinger.engine.faults import _check_labels
 from mmsinger.engine.samples import (DataError, guard_samples, seed_samples,
                                      start_epoch)
 
@@ -200,3 +203,22 @@ def test_iteration_ends_and_copies_are_guarded(files):
     copy.paths = ('gone', )
     with pytest.raises(DataError, match='^it: sample 0'):
         copy[0]
+
+
+@pytest.mark.parametrize('out_channels, label, refused', [
+    (1, 1, False), (1, 2, True), (None, 1, True)])
+def test_labels_of_a_binary_head(out_channels, label, refused):
+    """One logit tells two classes apart."""
+    head = nn.Module()
+    head.num_classes, head.ignore_index = 1, 255
+    if out_channels:
+        head.out_channels = out_channels
+    model = nn.Module()
+    model.decode_head = head
+    sample = SimpleNamespace(seg_map_path='map.png', gt_sem_seg=(
+        SimpleNamespace(data=torch.tensor([[0, label, 255]]))))
+    batch = dict(data_samples=[sample])
+    if not refused:
+        return _check_labels(batch, model, 'val_dataloader')
+    with pytest.raises(DataError, match=f'map.png.*the label {label}'):
+        _check_labels(batch, model, 'val_dataloader')

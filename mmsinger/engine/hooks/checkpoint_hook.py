@@ -330,7 +330,6 @@ class SafeCheckpointHook(Hook):
             + (f'--resume goes on from {saved}.' if saved else
                'No checkpoint had been written.'))
         barrier()  # torchrun ends the others when the first one ends
-        self._exit.close()
         sys.exit(128 + signal.SIGTERM)
 
     def _save_within_epoch(self, runner, hook: CheckpointHook, meta: dict

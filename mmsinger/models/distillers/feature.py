@@ -517,11 +517,10 @@ def build_steps(cfgs: StepConfigs, target_norm: Optional[str]
                 "target_norm='layernorm', which gives all targets the same "
                 "norm. Use target_norm='standardise' or None.")
         step.place = place
-        changing = [type(s).__name__ for s in steps[:-1]
-                    if not s.keeps_values]
-        if getattr(step, 'gate', None) is not None and changing:
+        if getattr(step, 'gate', None) is not None and not all(
+                before.keeps_values for before in steps[:-1]):
             raise ConfigError(
                 f'{place}.gate: its threshold is of the tokens of the teacher, '
-                f'and {changing[0]}, which stands before it, changes them. '
-                'Put the gated Refine first.')
+                'and a step that stands before it changes them. Put the gated '
+                'Refine first.')
     return steps
