@@ -199,11 +199,11 @@ def test_tool_with_all_fast_precisions(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark_step, 'fast_precisions',
                         lambda: ['fp32', 'bf16'])
     monkeypatch.setattr(benchmark_step, 'measure',
-                        lambda args, precision: dict(precision=precision))
+                        lambda args, bench: dict(precision=bench.precision))
     monkeypatch.setattr(benchmark_step, 'report', str)
     monkeypatch.setattr(sys, 'argv', [
-        'benchmark_step.py', '--precision', 'fast', '--out',
-        str(tmp_path / 'step.json')])
+        'benchmark_step.py', '--teacher', 'vit_t16', '--size', '32',
+        '--precision', 'fast', '--out', str(tmp_path / 'step.json')])
     benchmark_step.main()
     for precision in ('fp32', 'bf16'):
         result = json.loads((tmp_path / f'step_{precision}.json').read_text())

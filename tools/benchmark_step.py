@@ -88,8 +88,11 @@ def main():
     for out in filter(None, outs.values()):
         check_output_file(out)
     init_default_scope('mmpretrain')
+    bench = Steps(args.teacher, args.student, args.batch_size, args.size,
+                  precisions[0], args.rank, device=device())
     for precision, out in outs.items():
-        result = measure(args, precision)
+        bench.precision = precision
+        result = measure(args, bench)
         print(report(result))
         if out:
             with open(out, 'w') as file:
@@ -97,11 +100,13 @@ def main():
             print(f'\n{out}')
 
 
-def measure(args, precision):
+def device():
+    """Where steps run."""
+    return 'cuda' if torch.cuda.is_available() else 'cpu'
+
+
+def measure(args, bench):
     """All numbers of one precision, for JSON."""
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    bench = Steps(args.teacher, args.student, args.batch_size, args.size,
-                  precision, args.rank, device=device)
     pipeline = load_config(RECIPE).train_dataloader.dataset.pipeline
     with ImageLoading(pipeline, args.size) as loading:
         steps = chosen_steps(args, bench, loading)
@@ -109,14 +114,14 @@ def measure(args, precision):
         counted = {name: step for name, step in steps.items()
                    if name != 'data loading' and 'compiled' not in name}
         flops = {name: count_flops(step) for name, step in counted.items()}
-        memory = {name: peak_memory(step, device)
+        memory = {name: peak_memory(step, bench.device)
                   for name, step in counted.items()}
-        times = interleaved(steps, args.rounds, device)
+        times = interleaved(steps, args.rounds, bench.device)
     settings = {key: value for key, value in vars(args).items()
                 if key not in ('out', 'levers', 'compile', 'steps')}
     return dict(
-        machine=describe_machine(device),
-        settings=dict(settings, precision=precision),
+        machine=describe_machine(bench.device),
+        settings=dict(settings, precision=bench.precision),
         seconds={name: statistics.median(t) for name, t in times.items()},
         rounds=times, flops=flops, memory_bytes=memory,
         weight_bytes=bench.weight_bytes,

@@ -117,17 +117,17 @@ else
     TRAIN=(train_cfg.max_iters=200 train_cfg.val_interval=200)
     job tests 120 "${TEST[@]}"
     steps vitl_vitt_224 100 "${L_T[@]}" "${PX_224[@]}" --precision fast
-    job scenes 40 "${SCENES[@]}" 2000 --num-val 200
-    distil distil 60 --cfg-options "${TRAIN[@]}"
     steps vitl_vits_224 70 "${L_S[@]}" "${PX_224[@]}" --precision fast \
         --steps "${BESIDE[@]}"
-    steps vitl_vitt_224_compiled 120 "${L_T[@]}" "${PX_224[@]}" \
-        --precision bf16 --steps "robust preset" --compile
     steps vitl_vitt_512 70 "${L_T[@]}" "${PX_512[@]}" --precision fast \
         --steps "${BESIDE[@]}"
     steps vitl_vits_512 70 "${L_S[@]}" "${PX_512[@]}" --precision fast \
         --steps "${BESIDE[@]}"
-    distil distil_amp 45 --amp --cfg-options "${TRAIN[@]}"
+    job scenes 40 "${SCENES[@]}" 2000 --num-val 200
+    distil distil_amp 60 --amp --cfg-options "${TRAIN[@]}"
+    steps vitl_vitt_224_compiled 120 "${L_T[@]}" "${PX_224[@]}" \
+        --precision bf16 --steps "robust preset" --compile
+    distil distil 45 --cfg-options "${TRAIN[@]}"
     steps vitl_vits_512_compiled 120 "${L_S[@]}" "${PX_512[@]}" \
         --precision bf16 --steps "robust preset" --compile
     steps vitl_vitt_224_compiled_tf32 120 "${L_T[@]}" "${PX_224[@]}" \

@@ -82,14 +82,9 @@ class Steps:
                  precision: str = 'fp32', rank: int = 16,
                  layers: Optional[Sequence[int]] = None,
                  depth: Optional[int] = None, device: str = 'cpu') -> None:
-        check_choice('--precision', precision, PRECISIONS)
-        if precision == 'tf32' and device != 'cuda':
-            raise ConfigError('--precision tf32 needs a CUDA device.')
         torch.manual_seed(0)
-        self.precision = precision
         self.device = device
-        torch.backends.cuda.matmul.allow_tf32 = precision == 'tf32'
-        torch.backends.cudnn.allow_tf32 = precision == 'tf32'
+        self.precision = precision
         self.images = torch.randn(batch_size, 3, size, size, device=device)
         backbone = vision_transformer(teacher, size)
         arch = dict(VisionTransformer.arch_zoo[backbone['arch']])
@@ -109,6 +104,20 @@ class Steps:
         for model in (self.singer, self.fitnet):
             model.to(device).train()
         self.outliers = self._find_outliers()
+
+    @property
+    def precision(self) -> str:
+        """That of the steps, which may be set anew between two of them."""
+        return self._precision
+
+    @precision.setter
+    def precision(self, precision: str) -> None:
+        check_choice('--precision', precision, PRECISIONS)
+        if precision == 'tf32' and self.device != 'cuda':
+            raise ConfigError('--precision tf32 needs a CUDA device.')
+        self._precision = precision
+        torch.backends.cuda.matmul.allow_tf32 = precision == 'tf32'
+        torch.backends.cudnn.allow_tf32 = precision == 'tf32'
 
     @property
     def weight_bytes(self) -> Dict[str, int]:
