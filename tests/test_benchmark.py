@@ -1,6 +1,7 @@
 """The benchmarks measure what they say."""
 import json
 import sys
+from types import SimpleNamespace
 
 import benchmark_growth  # noqa: E402
 import benchmark_step  # noqa: E402
@@ -12,6 +13,7 @@ from mmengine.registry import init_default_scope
 from step_cost import (AllocatedMemory, ImageLoading, Step, Steps, count_flops,
                        interleaved, paired_ratio, peak_memory,
                        vision_transformer)
+from step_cost import cost
 from step_cost.steps import selected_quantile
 
 from mmsinger.engine.prepare import load_config
@@ -19,6 +21,11 @@ from mmsinger.errors import ConfigError
 from mmsinger.metrics.norms import outlier_threshold
 
 MIB = 2**18  # float32 numbers in a MiB
+
+
+@pytest.fixture(autouse=True)
+def no_repetition(monkeypatch):
+    monkeypatch.setattr(cost, 'SHORTEST', 0.)
 
 
 @pytest.fixture(scope='module')
@@ -81,13 +88,31 @@ def test_flops_of_attention_are_counted():
         2 * (2 * 8 * 8 * 4) * 2
 
 
-def test_rounds_are_interleaved_and_the_first_warms_up():
+def test_rounds_are_interleaved_and_the_first_two_warm_up():
     calls = []
     times = interleaved({'a': Step(lambda: calls.append('a')),
                          'b': Step(lambda: calls.append('b'))}, 2, 'cpu')
-    assert calls == ['a', 'b'] * 3
+    assert calls == ['a', 'b'] * 4
     assert {name: len(values) for name, values in times.items()} == \
         dict(a=2, b=2)
+
+
+def test_short_steps_are_timed_many_at_once(monkeypatch):
+    clock = [0.]
+    monkeypatch.setattr(cost, 'SHORTEST', 0.1)
+    monkeypatch.setattr(cost, 'time', SimpleNamespace(
+        perf_counter=lambda: clock[0]))
+
+    def step(seconds):
+        def run():
+            runs.append(seconds)
+            clock[0] += seconds
+        return Step(run)
+
+    runs = []
+    times = interleaved({'long': step(1.), 'short': step(0.03)}, 1, 'cpu')
+    assert runs == [1., 0.03] * 2 + [1.] + [0.03] * 4
+    assert times == dict(long=[1.], short=[pytest.approx(0.03)])
 
 
 def test_a_setting_is_left_again():
@@ -102,7 +127,7 @@ def test_a_setting_is_left_again():
             events.append('out')
 
     interleaved({'a': Step(lambda: events.append('run'), Setting)}, 1, 'cpu')
-    assert events == ['in', 'run', 'out'] * 2
+    assert events == ['in', 'run', 'out'] * 3
 
 
 def test_ratios_are_of_the_same_round():

@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import gc
+import math
 import statistics
 import time
 import weakref
@@ -14,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import (FlopCounterMode,
                                       sdpa_backward_flop_count,
                                       sdpa_flop_count)
+
+SHORTEST = 0.1  # s, what is timed at once
 
 
 class Step(NamedTuple):
@@ -30,31 +33,39 @@ class Step(NamedTuple):
 
 def interleaved(steps: Dict[str, Step], rounds: int, device: str
                 ) -> Dict[str, List[float]]:
-    """Time steps in turn, so that a busy machine slows all alike; on a GPU,
-    whose steps are short, three runs of each together.
+    """Time steps in turn, so that a busy machine slows all alike; a step that
+    is shorter than :data:`SHORTEST` is run as often as it takes to last so
+    long.
 
     Args:
         steps (dict[str, Step]): By name.
-        rounds (int): How often each is timed, after one more to warm up.
+        rounds (int): How often each is timed, after two to warm up.
         device (str): ``'cpu'`` or ``'cuda'``.
 
     Returns:
         dict[str, list[float]]: Seconds of a step, by name, round by round.
     """
     times: Dict[str, List[float]] = {name: [] for name in steps}
-    count = 3 if device == 'cuda' else 1
-    for number in range(rounds + 1):
+    for name, step in steps.items():  # to warm up, compilation included
+        _seconds(step, 1, device)
+    counts = {
+        name: max(1, math.ceil(SHORTEST / _seconds(step, 1, device)))
+        for name, step in steps.items()}
+    for _ in range(rounds):
         for name, step in steps.items():
-            with step.setting():
-                _wait(device)
-                start = time.perf_counter()
-                for _ in range(count):
-                    step.run()
-                _wait(device)
-                seconds = time.perf_counter() - start
-            if number:
-                times[name].append(seconds / count)
+            times[name].append(_seconds(step, counts[name], device))
     return times
+
+
+def _seconds(step: Step, count: int, device: str) -> float:
+    """Mean time of a step that is run so many times."""
+    with step.setting():
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(count):
+            step.run()
+        _wait(device)
+        return (time.perf_counter() - start) / count
 
 
 def paired_ratio(times: Dict[str, List[float]], name: str, base: str
