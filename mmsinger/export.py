@@ -36,8 +36,9 @@ def is_distiller(model_cfg: dict) -> bool:
 
 
 def student_config(cfg: Config) -> Config:
-    """The config of the plain student: the same data, schedule and metrics,
-    nothing of mmsinger.
+    """The config of the plain student: the same data, schedule and metrics.
+
+    Nothing of mmsinger is in it, unless its data are.
 
     Args:
         cfg (Config): A recipe. It is not changed.
@@ -57,6 +58,9 @@ def student_config(cfg: Config) -> Config:
         hook for hook in plain.get('custom_hooks') or []
         if not _is_ours(hook.get('type'))
     ]
+    for name, hook in list((plain.get('default_hooks') or {}).items()):
+        if _is_ours((hook or {}).get('type', '')):
+            plain.default_hooks.pop(name)
     wrapper = plain.get('optim_wrapper') or {}
     if wrapper.get('type') == 'mmsinger.CPUAmpOptimWrapper':
         wrapper.type = 'AmpOptimWrapper'  # which it stands in for
@@ -70,6 +74,12 @@ def student_config(cfg: Config) -> Config:
     for key in ('teacher', 'student', 'distiller'):
         plain.pop(key, None)
     plain.load_from, plain.resume = None, False  # they are the distiller's
+    imports = plain.get('custom_imports') or {}
+    if "'mmsinger." not in str(plain.to_dict()):  # as data sets of ours are
+        names = imports.get('imports', [])
+        imports['imports'] = [
+            name for name in ([names] if isinstance(names, str) else names)
+            if name != 'mmsinger']
     return plain
 
 

@@ -4,8 +4,10 @@ import contextlib
 import errno
 import os
 import re
+import secrets
+import shutil
 import socket
-import tempfile
+import stat
 import time
 from typing import Any, Dict, Iterator, List, Tuple
 
@@ -25,20 +27,26 @@ def atomic_write(path: str) -> Iterator[str]:
 
     Args:
         path (str): Where it shall be; its folder exists. A file that is
-            there is replaced at the end.
+            there, or that a link there leads to, is replaced at the end and
+            its permissions kept; a device or a pipe is written to.
 
     Yields:
         str: An empty file beside it, to write to instead.
     """
-    folder, name = os.path.split(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(
-        dir=folder, prefix=f'.{name}.', suffix='.tmp')
-    os.close(handle)
+    target = os.path.realpath(path)
+    if os.path.exists(target) and not os.path.isfile(target):
+        yield path
+        return
+    folder, name = os.path.split(target)
+    temporary = os.path.join(folder, f'.{name}.{secrets.token_hex(4)}.tmp')
     try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL,
+                         0o666))
+        with contextlib.suppress(FileNotFoundError):
+            os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode))
         yield temporary
-        os.chmod(temporary, 0o644)
         _sync(temporary)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
         _sync(folder)
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
@@ -69,6 +77,29 @@ def _sync(path: str) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def complete_folder(path: str) -> Iterator[str]:
+    """Make a folder that is there under its name only when it is complete.
+
+    Args:
+        path (str): Where it shall be; nothing is there, or an empty folder.
+
+    Yields:
+        str: A new folder beside it, to write to instead. Killed, a process
+        leaves it behind.
+    """
+    path = os.path.realpath(path)
+    partial = f'{path}.partial{os.getpid()}'
+    try:
+        os.makedirs(partial)
+        yield partial
+        if os.path.isdir(path):
+            os.rmdir(path)
+        os.rename(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove_leftovers(folder: str) -> List[str]:
@@ -116,10 +147,16 @@ def lock_folder(folder: str) -> None:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW,
                              0o644)
         except OSError as error:
-            if error.errno != errno.ELOOP:
-                raise
-            raise ConfigError(f'{path!r} is a link, which a lock must not '
-                              'be. Remove it.') from error
+            if error.errno == errno.ELOOP:
+                raise ConfigError(f'{path!r} is a link, which a lock must not '
+                                  'be. Remove it.') from error
+            if isinstance(error, PermissionError) and os.path.exists(path):
+                raise ConfigError(
+                    f'work_dir={folder!r} is in use by another user\'s run, '
+                    f'or was when that was killed: {LOCK} in it is theirs. '
+                    'Choose another folder with --work-dir, or remove that '
+                    'file if their run is over.') from error
+            raise
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -127,6 +127,44 @@ def read_image(path: str) -> Optional[np.ndarray]:
         return None
 
 
+def write_png(path: str, image: np.ndarray) -> None:
+    """Write a picture without loss.
+
+    Args:
+        path (str): Where; its folder exists.
+        image (np.ndarray): BGR or grey, uint8.
+
+    Raises:
+        OSError: If it cannot be written; ``cv2.imwrite`` returns False.
+    """
+    if not cv2.imwrite(path, image, [cv2.IMWRITE_PNG_COMPRESSION, 1]):
+        raise OSError(f'{path} could not be written; is the disk full?')
+
+
+def with_channels(images: Tensor, channels: int) -> Tensor:
+    """Colour images for a backbone that takes them, or a grey one.
+
+    Args:
+        images (Tensor): RGB, shape (..., 3, H, W).
+        channels (int): That it takes.
+
+    Returns:
+        Tensor: Shape (..., channels, H, W); grey as OpenCV weighs colours.
+
+    Raises:
+        ConfigError: If it takes neither 3 nor 1 channel.
+    """
+    if channels == 3:
+        return images
+    if channels != 1:
+        raise ConfigError(
+            f'The backbone takes images of {channels} channels. Photographs '
+            'have 3, or 1 where they are grey: it cannot be shown any.')
+    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)
+    grey = (images.float() * weights[:, None, None]).sum(-3, keepdim=True)
+    return grey if images.is_floating_point() else grey.round().to(images)
+
+
 def cover(image: np.ndarray, size: Sequence[int]) -> Tensor:
     """Scale an image until it covers a size, and crop the middle.
 

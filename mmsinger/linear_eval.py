@@ -97,9 +97,10 @@ def _teacher(source: Config, checkpoint: Optional[str]
         prefix=teacher.get('prefix', ''), **given)
     preprocessor = preprocessor_settings(source)
     if preprocessor is not None or teacher.get('mean') is not None:
-        preprocessor = dict(preprocessor or dict(to_rgb=True))
-        in_rgb = converts_to_rgb(preprocessor) != teacher.get(
-            'swap_channels', False)
+        # Without a student's, a teacher is fed in the order that it takes
+        in_rgb = preprocessor is None or converts_to_rgb(preprocessor) != \
+            teacher.get('swap_channels', False)
+        preprocessor = preprocessor or {}
         if teacher.get('mean') is not None:
             mean, std = teacher['mean'], teacher['std']
         else:  # the student's, which the teacher sees in its own order

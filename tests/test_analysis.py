@@ -23,7 +23,8 @@ import tiny
 from mmsinger import paths
 from mmsinger.analysis import (Evidence, ImageFolder, analyse, check_size,
                                load_subject, natural_size, render)
-from mmsinger.analysis.charts import block_chart, ridge_chart, spectrum_chart
+from mmsinger.analysis.charts import (block_chart, photo_uri, ridge_chart,
+                                      spectrum_chart)
 from mmsinger.analysis.collect import LayerRecord, collect
 from mmsinger.analysis.nullspace import (compare_with_jacobian,
                                          distilled_null_directions,
@@ -314,6 +315,24 @@ def analysed(config, scenes, **kwargs):
     subject = load_subject(load_config(config))
     folder = ImageFolder(scenes, natural_size(subject.teacher), (4, 4), 64)
     return analyse(subject, folder, config, num_samples=2, **kwargs)
+
+
+def test_a_teacher_of_grey_images(scenes, tmp_path):
+    config = tmp_path / 'grey.py'
+    config.write_text(f'teacher = dict(backbone={tiny.vit(in_channels=1)})')
+    found = analysed(str(config), scenes)
+    assert len(found.collection.layers) == 4
+
+
+def test_a_teacher_of_other_channels_is_refused(scenes, tmp_path):
+    config = tmp_path / 'five.py'
+    config.write_text(f'teacher = dict(backbone={tiny.vit(in_channels=5)})')
+    with pytest.raises(ConfigError, match='images of 5 channels'):
+        analysed(str(config), scenes)
+
+
+def test_an_extreme_photo_can_be_shown():
+    assert photo_uri(torch.zeros(3, 2, 1200, dtype=torch.uint8))
 
 
 @pytest.fixture(scope='module')

@@ -1,6 +1,12 @@
+import os
+
 import pytest
+import tiny
 import torch
-from explained_variance import explained
+from explained_variance import explained, features
+
+from mmsinger.engine.prepare import load_config
+from mmsinger.errors import ConfigError
 
 
 def draw(count, seed):
@@ -29,3 +35,26 @@ def test_scale_does_not_count():
     assert explained(torch.cat([train, constant[0]], 1), target,
                      torch.cat([test, constant[1]], 1), target_test) == \
         pytest.approx(expected)
+
+
+def test_channels_that_are_constant_in_training_do_not_count():
+    train, test = draw(200, 0), draw(100, 1)
+    dead, alive = torch.zeros(200, 1).double(), torch.zeros(100, 1).double()
+    alive[3] = 1e-3
+    assert explained(train, torch.cat([train[:, :5], dead], 1), test,
+                     torch.cat([test[:, :5], alive], 1)) == pytest.approx(
+        explained(train, train[:, :5], test, test[:, :5]))
+
+
+@pytest.mark.parametrize('train, test', [(1, 5), (5, 1)])
+def test_single_images_are_refused(train, test):
+    with pytest.raises(ConfigError, match=f'{train} training and {test} test'):
+        explained(draw(train, 0), draw(train, 0), draw(test, 1),
+                  draw(test, 1))
+
+
+@pytest.mark.parametrize('task', ['seg_digits', 'depth_digits', 'knn_digits'])
+def test_tasks_without_one_feature_an_image_are_refused(task):
+    with pytest.raises(ConfigError, match='Take a classification'):
+        features(load_config(os.path.join(
+            tiny.ROOT, 'configs', 'linear_eval', f'{task}.py')))

@@ -193,3 +193,7 @@ def test_report(tmp_path):
             'mIoU 12.5 %', '- tests: done, 9 s'):
         assert line in text.split('\n'), line
     assert 'test_c' not in text and 'torch 2.13, CUDA 13.0' in text
+    for cut in ('steps/cut.json', 'tests.xml'):  # jobs stopped while writing
+        (work / cut).write_text('<testsuites' if 'xml' in cut else '{"a": ')
+    again = gpu_report.collect(work)
+    assert again['steps'] == found['steps'] and again['tests'] is None

@@ -216,6 +216,17 @@ def test_depth_head_against_brute_force(seed, bins, grid):
     torch.testing.assert_close(predicted[:, 0], expected, rtol=1e-6, atol=1e-6)
 
 
+def test_depth_head_in_a_window():
+    """mmseg's slide inference gives its size as img_shape, a torch.Size."""
+    head = LinearDepthHead(4)
+    metas = dict(img_shape=torch.Size([8, 12]), pad_shape=(32, 32))
+    assert head.predict((torch.randn(1, 4, 2, 3), ), [metas]).shape == \
+        (1, 1, 8, 12)
+    metas['img_shape'] = (8, 12)
+    assert head.predict((torch.randn(1, 4, 2, 3), ), [metas]).shape == \
+        (1, 1, 32, 32)
+
+
 def test_depth_head_without_a_valid_pixel():
     head = LinearDepthHead(4)
     loss = head.loss((torch.randn(1, 4, 2, 2), ),
@@ -284,6 +295,8 @@ def test_errors_of_knn():
         model.fill_bank(torch.eye(2), torch.zeros(2).long())
     with pytest.raises(ConfigError, match='has a label 2'):
         model.fill_bank(torch.eye(3), torch.arange(3))
+    with pytest.raises(ConfigError, match='has a label -1'):
+        model.fill_bank(torch.eye(3), torch.tensor([0, 1, -1]))
     with pytest.raises(ConfigError, match='not trained'):
         model(torch.zeros(1, 3, 32, 32), [], mode='loss')
     with pytest.raises(ConfigError, match='is a map'):
@@ -341,6 +354,17 @@ def test_teacher_that_sees_the_students_channels_swapped():
     assert cfg.model.data_preprocessor.mean == [3., 2., 1.]
     assert cfg.model.data_preprocessor.std == [6., 5., 4.]
     assert cfg.model.data_preprocessor.to_rgb is False
+
+
+def test_teacher_that_swaps_channels_on_its_own():
+    """Fed as tools/analyze_teacher.py feeds it: RGB, where no student says
+    what its teacher gets."""
+    teacher = dict(backbone=tiny.vit(), mean=[1., 2., 3.], std=[4., 5., 6.],
+                   swap_channels=True)
+    cfg = evaluation_config(task('cls_digits'), Config(dict(teacher=teacher)),
+                            teacher=True)
+    assert cfg.model.data_preprocessor.mean == [1., 2., 3.]
+    assert cfg.model.data_preprocessor.to_rgb is True
 
 
 def test_a_prefix_of_the_tasks_own():

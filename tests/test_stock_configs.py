@@ -3,6 +3,7 @@ import os
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 
 import samples
@@ -167,3 +168,20 @@ def test_the_plain_student_config_is_the_stock_one(tmp_path, name):
     student = MODELS.build(model_cfg)
     model = samples.build(cfg)
     student.load_state_dict(model.student.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize('data, kept', [
+    ('mmsinger.NYUMatDataset', ['mmsinger', 'json']),
+    ('CustomDataset', ['json'])])
+def test_the_plain_student_config_keeps_what_its_data_need(data, kept):
+    cfg = Config(dict(
+        model=dict(type='mmsinger.FitNetDistiller',
+                   student=dict(type='ImageClassifier')),
+        train_dataloader=dict(dataset=dict(type=data)),
+        default_hooks=dict(
+            checkpoint=dict(type='mmsinger.SafeCheckpointHook'),
+            timer=dict(type='IterTimerHook')),
+        custom_imports=dict(imports=['mmsinger', 'json'])))
+    plain = student_config(cfg)
+    assert plain.custom_imports.imports == kept
+    assert list(plain.default_hooks) == ['timer']

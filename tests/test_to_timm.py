@@ -48,6 +48,7 @@ CASES = {
     'resnext50': dict(type='mmpretrain.ResNeXt', depth=50),
     'seresnet50': dict(type='mmpretrain.SEResNet', depth=50),
     'regnet': dict(type='mmpretrain.RegNet', arch='regnetx_400mf'),
+    'vit-grey': tiny.vit(in_channels=1),
     'densenet': dict(type='mmpretrain.DenseNet', arch='121'),
     'efficientnet': dict(type='mmpretrain.EfficientNet', arch='b0'),
     'mobilenet-v2': dict(type='mmpretrain.MobileNetV2', widen_factor=0.5),
@@ -75,7 +76,7 @@ def test_same_output(name):
     model = timm.create_model(found.model_name, **found.kwargs).eval()
     model.load_state_dict(found.state_dict, strict=True)
     size = found.kwargs.get('img_size', (64, 64))
-    images = torch.randn(2, 3, *size)
+    images = torch.randn(2, found.kwargs.get('in_chans', 3), *size)
     with torch.no_grad():
         ours = last(student(images))
         theirs = model.forward_features(images)

@@ -17,6 +17,8 @@ import numpy as np
 from mmengine.utils import scandir
 
 from mmsinger.errors import ConfigError, readable_errors
+from mmsinger.files import complete_folder
+from mmsinger.images import write_png
 from mmsinger.schema import Count, ToolParser, reader
 
 SHORT_SIDE = 720  # px, to which larger pictures are brought first
@@ -93,7 +95,7 @@ def cut(image: np.ndarray, count: int, size: int, folder: str,
     for i in range(count):
         side = random.integers(CROP[0], min(CROP[1], height, width) + 1)
         y, x = random.integers((height - side + 1, width - side + 1))
-        cv2.imwrite(f'{folder}/{i:03d}.png', cv2.resize(
+        write_png(f'{folder}/{i:03d}.png', cv2.resize(
             image[y:y + side, x:x + side], (size, size),
             interpolation=cv2.INTER_AREA))
 
@@ -114,11 +116,12 @@ def main():
             f'and at least {CROP[0]} x {5 * CROP[0]} px. Ask for fewer, or '
             'add pictures.')
     random = np.random.default_rng(0)
-    for i in range(args.classes):
-        image = load(found[i * len(found) // args.classes])
-        for part, (start, end) in PARTS.items():
-            cut(part_of(image, start, end), getattr(args, part), args.size,
-                f'{args.out}/{part}/p{i:03d}', random)
+    with complete_folder(args.out) as out:
+        for i in range(args.classes):
+            image = load(found[i * len(found) // args.classes])
+            for part, (start, end) in PARTS.items():
+                cut(part_of(image, start, end), getattr(args, part),
+                    args.size, f'{out}/{part}/p{i:03d}', random)
     print(f'{args.out}: {args.classes} classes, for each '
           + ', '.join(f'{getattr(args, part)} crops to {part}'
                       for part in PARTS))

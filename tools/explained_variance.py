@@ -2,14 +2,14 @@
 
     python tools/explained_variance.py TASK SOURCE CHECKPOINT TEACHER
 
-TASK is one of configs/linear_eval, whose training and test images and kind of
-feature (model.backbone.output) are used; SOURCE and CHECKPOINT are as of
-tools/linear_eval.py. TEACHER is a file of configs/_base_/teachers. A ridge
-regression from the student's features to the teacher's is fitted on the
-training images; printed is the share of the teacher's variance on the test
-images that it explains, over all channels, each scaled to unit variance.
-Needs no labels, and tells students apart that a classification of a few
-hundred images does not.
+TASK is a classification of configs/linear_eval, whose training and test
+images and kind of feature (model.backbone.output) are used; SOURCE and
+CHECKPOINT are as of tools/linear_eval.py. TEACHER is a file of
+configs/_base_/teachers. A ridge regression from the student's features to
+the teacher's is fitted on the training images; printed is the share of the
+teacher's variance on the test images that it explains, over all channels, each
+scaled to unit variance. Needs no labels, and tells students apart that a
+classification of a few hundred images does not.
 """
 from typing import List
 
@@ -22,19 +22,20 @@ from torch import Tensor
 from mmsinger.checkpoint import safe_loading
 from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import load_config
-from mmsinger.errors import readable_errors
+from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.images import dataset_batches
 from mmsinger.linear_eval import evaluation_config
 from mmsinger.registry import MODELS
 from mmsinger.schema import ToolParser
 
 RIDGE = 0.05  # penalty for each training image, of standardised features
+CONSTANT = 1e-6  # a channel's standard deviation
 
 
 def parse_args():
     parser = ToolParser(description=__doc__.splitlines()[0])
     parser.add_argument('task', metavar='TASK',
-                        help='one of configs/linear_eval')
+                        help='a classification of configs/linear_eval')
     parser.add_argument('source', metavar='SOURCE',
                         help='a distillation recipe or a plain config')
     parser.add_argument('checkpoint', metavar='CHECKPOINT',
@@ -57,7 +58,18 @@ def features(cfg: Config) -> List[Tensor]:
 
     Returns:
         list[Tensor]: Shapes (N, C) and (M, C), float64.
+
+    Raises:
+        ConfigError: If it has no training or test images, or its features
+            are maps.
     """
+    if not (cfg.get('train_dataloader') and cfg.get('val_dataloader')) or \
+            cfg.model.backbone.get('output') not in ('cls_token',
+                                                     'mean_patch'):
+        raise ConfigError(
+            f'{cfg.filename!r}: a regression needs one feature for each of '
+            'some training and test images. Take a classification, such as '
+            'configs/linear_eval/cls_mean_digits.py.')
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)
     model.backbone.init_weights()
@@ -85,9 +97,22 @@ def explained(source: Tensor, target: Tensor, source_test: Tensor,
 
     Returns:
         float: 1 for a perfect prediction, 0 for the mean, less for worse.
+        Channels of the target that are constant on the training images do
+        not count.
+
+    Raises:
+        ConfigError: If there are fewer than two images of either kind.
     """
+    if min(len(source), len(source_test)) < 2:
+        raise ConfigError(
+            f'{len(source)} training and {len(source_test)} test images: at '
+            'least two of each are needed. Name other data with '
+            '--cfg-options.')
+    varied = target.std(dim=0) > CONSTANT
+    target, target_test = target[:, varied], target_test[:, varied]
+
     def scaled(values: Tensor, of: Tensor) -> Tensor:
-        return (values - of.mean(dim=0)) / of.std(dim=0).clamp(min=1e-6)
+        return (values - of.mean(dim=0)) / of.std(dim=0).clamp(min=CONSTANT)
 
     x, y = scaled(source, source), scaled(target, target)
     penalty = RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)

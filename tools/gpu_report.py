@@ -7,6 +7,7 @@ gpu_check.md. Needs nothing beside the standard library, so that writing it
 after each job costs no time.
 """
 import argparse
+import contextlib
 import glob
 import json
 import os
@@ -36,7 +37,7 @@ def collect(work: str) -> Dict[str, Any]:
         jobs = [line.rstrip('\n').split('\t') for line in file]
     steps = {}
     for path in glob.glob(os.path.join(work, 'steps', '*.json')):
-        with open(path) as file:
+        with open(path) as file, contextlib.suppress(ValueError):  # cut off
             steps[os.path.splitext(os.path.basename(path))[0]] = \
                 json.load(file)
     runs = {name: _distillation(os.path.join(work, name)) for name, *_ in jobs}
@@ -53,7 +54,11 @@ def _tests(path: str) -> Optional[Dict[str, Any]]:
     if not os.path.isfile(path):  # pytest writes it at its end
         return None
     cases = []
-    for case in ElementTree.parse(path).iter('testcase'):
+    try:
+        tree = ElementTree.parse(path)
+    except ElementTree.ParseError:  # cut off
+        return None
+    for case in tree.iter('testcase'):
         outcomes = {child.tag for child in case} & {
             'failure', 'error', 'skipped'}
         cases.append(dict(

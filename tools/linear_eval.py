@@ -41,7 +41,7 @@ def parse_args():
         'head of an earlier linear evaluation on other data')
     parser.add_argument(
         '--work-dir', help='where logs and the head go '
-        '(default: work_dirs/linear_eval/SOURCE/TASK)')
+        '(default: work_dirs/linear_eval/SOURCE/CHECKPOINT/TASK)')
     parser.add_argument(
         '--resume', action='store_true',
         help='go on from the latest checkpoint in the work dir')
@@ -113,9 +113,10 @@ def main():
     cfg.launcher = args.launcher
     evaluated = stem(args.source) + ('_teacher' if args.teacher else '')
     cfg.work_dir = args.work_dir or os.path.join(
-        'work_dirs', 'linear_eval', evaluated, stem(args.task))
+        'work_dirs', 'linear_eval', evaluated, stem(args.checkpoint or ''),
+        stem(args.task))
     if args.seed is not None:
-        cfg.randomness = dict(seed=args.seed)
+        cfg.setdefault('randomness', {})['seed'] = args.seed
     if args.head:
         for key in ('train_dataloader', 'train_cfg', 'optim_wrapper',
                     'param_scheduler'):

@@ -23,7 +23,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import time
 from itertools import combinations
 from typing import Dict, List, Tuple
@@ -32,7 +31,8 @@ import numpy as np
 from mmengine.logging import print_log
 
 from mmsinger.errors import ConfigError, readable_errors
-from mmsinger.files import atomic_write
+from mmsinger.files import atomic_write, complete_folder
+from mmsinger.images import write_png
 from mmsinger.schema import (Count, Natural, Positive, Quantile, ToolParser,
                              reader)
 
@@ -67,7 +67,7 @@ def make_digit_scenes(root: str,
     The digits are split before composing: none is in both splits. Scene i of
     a split depends on the seed and i alone, so a smaller set is the beginning
     of a larger one. The folder appears under its name only when it is
-    complete; what an interrupted run left is removed by the next one.
+    complete.
 
     Args:
         root (str): The folder to make.
@@ -104,28 +104,22 @@ def make_digit_scenes(root: str,
 
     images, labels = _load_digits()
     pools = dict(zip(SPLITS, split_digits(val_fraction, seed)))
-    partial = f'{root}.partial{os.getpid()}'
     try:
-        os.makedirs(partial)
-        used = {}
-        for number, (split, name) in enumerate(SPLITS.items()):
-            total = num_train if split == 'training' else num_val
-            used[split] = _write_split(
-                partial, split, name, total, images, labels, pools[split],
-                settings, [seed, number])
-        _write_longtails(os.path.join(partial, 'meta'))
-        with open(os.path.join(partial, MARKER), 'w') as file:
-            json.dump(dict(settings=settings, digits=used), file)
+        with complete_folder(root) as partial:
+            used = {}
+            for number, (split, name) in enumerate(SPLITS.items()):
+                total = num_train if split == 'training' else num_val
+                used[split] = _write_split(
+                    partial, split, name, total, images, labels,
+                    pools[split], settings, [seed, number])
+            _write_longtails(os.path.join(partial, 'meta'))
+            with open(os.path.join(partial, MARKER), 'w') as file:
+                json.dump(dict(settings=settings, digits=used), file)
+    except OSError as error:
         if _is_complete(root, settings):
             return False  # another process was faster
-        if os.path.isdir(root):
-            os.rmdir(root)  # empty, or _is_complete would have refused it
-        os.rename(partial, root)
-    except OSError as error:
         raise ConfigError(f'root={root!r} cannot be written: {error}. Choose '
                           'another root, or mend what is wrong.') from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return True
 
 
@@ -244,7 +238,7 @@ def _write_split(root: str, split: str, name: str, total: int,
         for folder, picture in zip(folders, (
                 colours, classes.astype(np.uint8),
                 np.round(depth * 1000).astype(np.uint16))):
-            _write_png(os.path.join(folder, file), picture)
+            write_png(os.path.join(folder, file), picture)
         used.update(digits.tolist())
         lines.append(f'{file} {labels[digits[nearest]]}\n')
         if (index + 1) % 2000 == 0 or index + 1 == total:
@@ -274,12 +268,6 @@ def _write_longtails(folder: str) -> None:
                 kept.append(line)
         with atomic_write(path) as whole, open(whole, 'w') as file:
             file.writelines(kept)
-
-
-def _write_png(path: str, picture: np.ndarray) -> None:
-    import cv2
-    if not cv2.imwrite(path, picture, [cv2.IMWRITE_PNG_COMPRESSION, 1]):
-        raise OSError(f'{path} could not be written; is the disk full?')
 
 
 def _load_digits() -> Tuple[np.ndarray, np.ndarray]:

@@ -32,9 +32,10 @@ from mmsinger.figures import (draw_curves, draw_maps, extract_features,
                               pictures_of, read_curves, save_figure)
 from mmsinger.figures.curves import Curve
 from mmsinger.figures.style import check_output
-from mmsinger.images import Size, check_patch, cover, read_image
+from mmsinger.images import (Size, check_patch, cover, read_image,
+                             with_channels)
 from mmsinger.models import FeatureDistiller
-from mmsinger.models.features.anatomy import find_blocks
+from mmsinger.models.features.anatomy import find_blocks, image_channels
 from mmsinger.schema import Count, Range, ToolParser, reader
 from reproduction.figures import draw_radar, draw_sweep, read_table
 
@@ -208,7 +209,8 @@ def read_images(paths: Sequence[str], distiller: FeatureDistiller,
                 'Leave it out, or save it as PNG or JPEG.')
         check_patch(f'image {path!r} of {image.shape[0]}x{image.shape[1]} '
                     'pixels', image.shape, patch)
-        images.append(cover(image, size).flip(0))  # BGR, as pipelines give
+        images.append(with_channels(cover(image, size), image_channels(
+            student)).flip(0))  # BGR, as pipelines give
     preprocessor = distiller.data_preprocessor
     # mmseg's asks for samples where it pads pictures
     samples = [BaseDataElement() for _ in images] if getattr(

@@ -500,8 +500,8 @@ def main():
     parser.add_argument('--gigabytes', type=reader(Count), default=10,
                         help='memory limit of a config')
     parser.add_argument('--results', default='work_dirs/sweep_stock.jsonl')
-    parser.add_argument('--page', default=os.path.join(
-        ROOT, 'docs', 'coverage.md'))
+    parser.add_argument('--page', metavar='FILE', help='what to write '
+                        '(default: docs/coverage.md, once all are done)')
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.makedirs(os.path.dirname(args.results) or '.', exist_ok=True)
@@ -522,7 +522,14 @@ def main():
             print(f'{result["result"]:14}{result["name"]}  '
                   f'{result.get("message", "")[:100]}', flush=True)
     names = [group[0] for group in groups if group[0] in done]
-    write_page([done[name] for name in sorted(names)], groups, args.page)
+    page = args.page
+    if page is None and len(names) == len(groups):
+        page = os.path.join(ROOT, 'docs', 'coverage.md')
+    if page is None:
+        print(f'{len(groups) - len(names)} are left: no page is written. '
+              '--page FILE writes one of those that are done.')
+        return
+    write_page([done[name] for name in sorted(names)], groups, page)
 
 
 if __name__ == '__main__':

@@ -145,7 +145,9 @@ def photo_uri(image: Tensor, longest: int = 256) -> str:
     pixels = image.permute(1, 2, 0).numpy()
     scale = longest / max(pixels.shape)
     if scale < 1:
-        pixels = cv2.resize(pixels, None, fx=scale, fy=scale,
+        height, width = (max(1, round(scale * length))
+                         for length in pixels.shape[:2])
+        pixels = cv2.resize(pixels, (width, height),
                             interpolation=cv2.INTER_AREA)
     return _png_uri(pixels)
 

@@ -301,6 +301,7 @@ def _vit(cfg: dict, model: nn.Module) -> Chosen:
     dims = model.patch_embed.projection.out_channels
     kwargs = dict(
         img_size=tuple(to_2tuple(model.img_size)),
+        in_chans=model.patch_embed.projection.in_channels,
         patch_size=model.patch_embed.projection.kernel_size[0],
         embed_dim=dims,
         depth=len(model.layers),

@@ -15,7 +15,7 @@ class RandomImages(Dataset):
 
     Args:
         pipeline (Sequence[dict]): The data set's; what loads files is left
-            out.
+            out, but says whether images are grey.
         size (tuple[int, int]): Height and width of an image before the
             pipeline, in pixels.
         length (int): How many images. Defaults to 1024.
@@ -27,6 +27,8 @@ class RandomImages(Dataset):
                  length: Count = 1024) -> None:
         self.shape = tuple(size)
         self.length = length
+        grey = any(step.get('color_type') == 'grayscale' for step in pipeline)
+        self.pixels = self.shape if grey else (*self.shape, 3)
         self.pipeline = Compose([
             step for step in pipeline
             if not str(step['type']).split('.')[-1].startswith('Load')])
@@ -37,7 +39,7 @@ class RandomImages(Dataset):
     def __getitem__(self, index: int) -> dict:
         random = np.random.default_rng(index)
         return self.pipeline(dict(
-            img=random.integers(0, 256, (*self.shape, 3), dtype=np.uint8),
+            img=random.integers(0, 256, self.pixels, dtype=np.uint8),
             img_shape=self.shape, ori_shape=self.shape, scale_factor=1.0,
             img_path=f'random image {index}', sample_idx=index, gt_label=0,
             gt_seg_map=np.zeros(self.shape, dtype=np.uint8),

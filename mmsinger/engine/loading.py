@@ -1,6 +1,7 @@
 """Teachers and distillers that are looked at, not trained: from a config."""
 import itertools
 import math
+from statistics import fmean
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from mmengine.config import Config
@@ -12,7 +13,9 @@ from mmsinger.engine.images import ImageBatches
 from mmsinger.engine.resume import check_checkpoint_files
 from mmsinger.errors import ConfigError
 from mmsinger.export import is_distiller
+from mmsinger.images import with_channels
 from mmsinger.models.distillers import FeatureDistiller
+from mmsinger.models.features.anatomy import image_channels
 from mmsinger.models.teachers.frozen import (FrozenTeacher, Normalisation,
                                              feature_settings)
 from mmsinger.registry import MODELS, check_arguments, find_type
@@ -104,9 +107,11 @@ class Subject(NamedTuple):
             images (Tensor): RGB, 0 to 255, shape (B, 3, H, W).
 
         Returns:
-            Tensor: Shape (B, 3, H, W), float32.
+            Tensor: Shape (B, 3, H, W), float32; (B, 1, H, W) for a teacher
+            of grey images.
         """
-        images = images.float()
+        images = with_channels(images.float(), image_channels(
+            self.teacher.backbone))
         if self.channels == 'bgr':
             images = images.flip(1)
         return self.normalisation.apply(images)
@@ -157,6 +162,9 @@ def load_subject(cfg: Config, checkpoint: Optional[str] = None,
         if mean is not None else _feeding(cfg, source, teacher)
     if normalisation.mean is None and teacher.normalisation is None:
         normalisation = IMAGENET
+        if image_channels(teacher.backbone) == 1:
+            normalisation = Normalisation(*(
+                (fmean(values), ) for values in IMAGENET))
         notes.append(
             'The config does not say how images are normalised: ImageNet\'s '
             'mean and std were taken. Set them with --mean and --std, or '

@@ -90,7 +90,12 @@ def linear_cka(a: Tensor, b: Tensor) -> Tensor:
     norms = [torch.linalg.matrix_norm(kernel) for kernel in kernels]
     inner = (kernels[0] * kernels[1]).sum(dim=(1, 2))
     product = norms[0] * norms[1]
-    return inner / product.clamp(min=torch.finfo(product.dtype).tiny)
+    ratio = inner / product.clamp(min=torch.finfo(product.dtype).tiny)
+    equal = torch.stack([
+        norm <= (8 * torch.finfo(norm.dtype).eps)**2
+        * _precise(tokens).square().sum(dim=(1, 2))
+        for norm, tokens in zip(norms, (a, b))]).any(dim=0)
+    return ratio.clamp(0, 1).masked_fill(equal, 0)
 
 
 def _centred_kernel(tokens: Tensor) -> Tensor:

@@ -70,3 +70,10 @@ def test_what_is_written(cut):
 def test_what_cannot_be_done_is_said(cut, out, options, words):
     with pytest.raises(ConfigError, match=words):
         cut(out, *options)
+
+
+def test_a_full_disk_leaves_nothing(cut, tmp_path, monkeypatch):
+    monkeypatch.setattr(cv2, 'imwrite', lambda *_: False)
+    with pytest.raises(OSError, match='is the disk full'):
+        cut('out', '--classes', '1')
+    assert not list(tmp_path.glob('out*'))

@@ -10,6 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
+from mmsinger.datasets.random_images import RandomImages
 from mmsinger.engine.checks import check_data_folders, check_pretrained
 from mmsinger.engine.prepare import (load_config, refuse_separate_wrapper,
                                      scale_learning_rate,
@@ -122,6 +123,14 @@ def test_a_run_of_the_toolboxes_own_says_what_it_lacks(
     for hook in runner.model.required_hooks:
         assert hook in line
     assert 'prepare_training(cfg)' in line
+
+
+def test_random_images_are_of_the_pipelines_channels():
+    for color, channels in (('color', 3), ('grayscale', 1)):
+        images = RandomImages([
+            dict(type='mmcv.LoadImageFromFile', color_type=color),
+            dict(type='mmpretrain.PackInputs')], size=(8, 12))
+        assert images[0]['inputs'].shape == (channels, 8, 12)
 
 
 def test_dry_run_leaves_nothing(place):

@@ -118,6 +118,10 @@ def test_cka_sees_other_linear_maps():
 
 def test_cka_of_equal_tokens_is_zero():
     assert linear_cka(torch.ones(1, 4, 3), tokens(0, 4, 3, 1)).item() == 0
+    uneven = torch.full((1, 7, 3), 0.1)  # whose mean is rounded
+    assert linear_cka(uneven, uneven).item() == 0
+    nearly = uneven + 1e-4 * tokens(0, 7, 3, 1)
+    assert linear_cka(nearly, nearly).item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize('function', [

@@ -1,7 +1,9 @@
 """What a run may go on from, and what it takes over."""
+import errno
 import os
 import re
 import shutil
+import stat
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import forked
 import tiny
 from mmsinger.errors import ConfigError
 from mmsinger.export import export_student
-from mmsinger.files import LOCK, lock_folder, unlock_folder
+from mmsinger.files import LOCK, atomic_write, lock_folder, unlock_folder
 
 ADAPTERS = 'optim_wrapper.paramwise_cfg.custom_keys.adapters.lr_mult'
 
@@ -328,6 +330,49 @@ def test_a_lock_follows_no_link(tmp_path):
     with pytest.raises(ConfigError, match='is a link'):
         lock_folder(str(tmp_path))
     assert (tmp_path / 'precious').read_text() == 'kept'
+
+
+def test_the_lock_of_another_user(tmp_path, monkeypatch):
+    (tmp_path / LOCK).write_text('process 1')
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, 'Permission denied')
+
+    monkeypatch.setattr(os, 'open', refuse)
+    with pytest.raises(ConfigError, match="another user's run.*--work-dir"):
+        lock_folder(str(tmp_path))
+
+
+def test_a_file_behind_a_link_is_written_and_keeps_its_permissions(tmp_path):
+    (tmp_path / 'file').write_text('old')
+    (tmp_path / 'file').chmod(0o640)
+    (tmp_path / 'link').symlink_to('file')
+    with atomic_write(str(tmp_path / 'link')) as temporary:
+        with open(temporary, 'w') as file:
+            file.write('new')
+    assert (tmp_path / 'link').is_symlink()
+    assert (tmp_path / 'file').read_text() == 'new'
+    assert (tmp_path / 'file').stat().st_mode & 0o777 == 0o640
+
+
+def test_a_new_file_has_the_permissions_that_others_get(tmp_path):
+    (tmp_path / 'plain').touch()
+    with atomic_write(str(tmp_path / 'file')):
+        pass
+    assert (tmp_path / 'file').stat().st_mode == \
+        (tmp_path / 'plain').stat().st_mode
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path):
+    path = str(tmp_path / 'pipe')
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with atomic_write(path) as name, open(name, 'w') as file:
+        file.write('new')
+    assert os.read(reader, 10) == b'new'
+    os.close(reader)
+    assert stat.S_ISFIFO(os.stat(path).st_mode)
+    assert os.listdir(tmp_path) == ['pipe']
 
 
 def test_a_student_does_not_overwrite_its_source(place, run):

@@ -67,10 +67,11 @@ class KNNClassifier(BaseModel):
             raise ConfigError(
                 f'model.k={self.k}, but the bank has only {len(features)} '
                 'images. Lower k, or check the dataloader of KNNBankHook.')
-        if int(labels.max()) >= self.num_classes:
+        outside = labels[(labels < 0) | (labels >= self.num_classes)]
+        if len(outside):
             raise ConfigError(
                 f'model.num_classes={self.num_classes}, but the bank has a '
-                f'label {int(labels.max())}. Labels count from 0.')
+                f'label {int(outside[0])}. Labels count from 0.')
         self.bank, self.labels = features, labels
 
     def features(self, inputs: Tensor) -> Tensor:

@@ -86,7 +86,8 @@ class LinearDepthHead(BaseModule):
 
     def predict(self, inputs: Tuple[Tensor], batch_img_metas: List[dict],
                 test_cfg: Optional[dict] = None) -> Tensor:
-        """Depth of shape (B, 1, H, W) at the size of the padded images.
+        """Depth of shape (B, 1, H, W) at the size of the padded images, or of
+        the window that slides over them.
 
         Args:
             inputs (tuple[Tensor]): Feature maps, the last (B, C, h, w).
@@ -94,7 +95,9 @@ class LinearDepthHead(BaseModule):
             test_cfg (dict, optional): Not used.
         """
         metas = batch_img_metas[0]
-        size = metas.get('pad_shape', metas['img_shape'])[:2]
+        size = metas['img_shape']
+        if not isinstance(size, torch.Size):  # else of a slide, by mmseg
+            size = metas.get('pad_shape', size)[:2]
         return self.depth(self._upsample(self(inputs), size))
 
     def binned(self, depth: Tensor) -> Tensor:
