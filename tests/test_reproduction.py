@@ -21,6 +21,7 @@ from make_digit_scenes import make_digit_scenes
 from mmengine.config import DictAction
 from mmengine.registry import init_default_scope
 from reproduction import evidence, flow, published
+from reproduction import workspace as workspaces
 from reproduction.flow import Resources, run_jobs
 from reproduction.job import command_of, reserved
 from reproduction.plan import (WORK_DIR, Cell, Column, Job, Source, Table,
@@ -355,6 +356,35 @@ def test_what_changed_is_made_anew_with_what_was_made_of_it(place):
     assert workspace.states()['other'] == 'outdated'
     (place / 'root/other/job.json').write_text('{"status": "fini')
     assert workspace.states()['other'] == 'new'
+    # nobody knows what it was made of, so that it is not gone on with
+    workspace.metrics['other'] = []
+    run_jobs(workspace, Resources(1))
+    assert runs(place, 'other.old1') == runs(place, 'other') == ['']
+
+
+@needs_snakemake
+def test_figures_that_could_not_be_made_anew_are_no_results(
+        place, monkeypatch):
+    jobs = chain(place, a=[], b=[])
+    workspace = Workspace('root', dict(a=jobs['a']))
+    run_jobs(workspace, Resources(1))
+    (place / 'base.py').write_text('value = 2\n')
+    monkeypatch.setattr(flow, '_run', lambda *_: 1)
+    records = run_jobs(Workspace('root', jobs), Resources(1))
+    assert {record.status for record in records.values()} == {'failed'}
+
+
+def test_a_config_is_read_once_for_many_jobs(place, monkeypatch):
+    read = []
+    monkeypatch.setattr(workspaces, '_config_content',
+                        lambda path: read.append(path) or path)
+    jobs = chain(place, a=[], b=[], c=[])
+    workspace = Workspace(str(place / 'root'), jobs)
+    for name in jobs:
+        os.makedirs(workspace.work_dir(name))
+        workspace.save(name, record())
+    workspace.states()
+    assert read == ['a.py']
 
 
 def test_root_that_is_no_folder(place):

@@ -98,11 +98,13 @@ def run_jobs(workspace: Workspace, resources: Resources) -> Dict[str, Record]:
         print(f'{len(states)} jobs: {len(states) - len(todo)} are finished, '
               f'{len(todo)} to run', flush=True)
         code = _run(workspace, resources, todo, lock) if todo else 0
+    states = workspace.states() if code else states
     records: Dict[str, Record] = {}
     for name, job in workspace.jobs.items():
         record = workspace.record(name)
         broken = [n for n in job.needs if records[n].status == 'failed']
-        if broken or record is None or record.status == 'running':
+        if broken or record is None or record.status == 'running' or \
+                code and states[name] == 'outdated' and not record.error:
             record = Record('failed', job.config, job.seed, error=(
                 f'not run: {broken[0]} failed' if broken else
                 'it did not run to its end; see what Snakemake said'))
@@ -124,12 +126,13 @@ def _run(workspace: Workspace, resources: Resources, todo: Sequence[str],
                 "the jobs: pip install 'mmsinger[reproduce]' "
                 '(mmsinger[slurm] for --slurm), with Python 3.11 or newer.')
     path = os.path.abspath(os.path.join(workspace.root, 'plan.json'))
+    contents: Dict[str, str] = {}
     with open(path, 'w') as file:
         json.dump(dict(
             root=workspace.root, directory=os.getcwd(), gpus=resources.gpus,
             share=resources.share, slurm=resources.slurm is not None,
             jobs={name: dict(
-                job=asdict(job), fingerprint=fingerprint(job),
+                job=asdict(job), fingerprint=fingerprint(job, contents),
                 waits_for=[n for n in job.needs if n in todo],
                 metrics=workspace.metrics.get(name, []),
                 gpus=min(1, resources.gpus_per_job) if job.tool in SINGLE

@@ -40,10 +40,12 @@ def run(plan: dict, name: str) -> str:
     work_dir = workspace.work_dir(name)
     made_of = workspace.made_of(job, planned['fingerprint'])
     before = workspace.record(name)
-    if before is not None and (
-            before.status == 'finished' or before.made_of != made_of):
-        set_aside(work_dir)
     os.makedirs(work_dir, exist_ok=True)
+    if os.listdir(work_dir) and (
+            before is None or before.status == 'finished'
+            or before.made_of != made_of):
+        set_aside(work_dir)
+        os.makedirs(work_dir)
     with reserved(plan['gpus'], planned['gpus'], plan['share']) as gpus:
         command = command_of(os.path.join(TOOLS, job.tool),
                              workspace.arguments(name), planned['gpus'])

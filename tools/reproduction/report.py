@@ -143,10 +143,11 @@ class Report:
             for source in cell.all_sources:
                 record = self.records.get(source.job)
                 if record is not None:
+                    nowhere = 'no repository' if record.command else 'not run'
                     lines.append(
                         f'| {label} | {column.title} | `{source.job}` | '
                         f'`{record.config}` | {record.seed} | '
-                        f'{record.commit or "not run"} | `{record.log}` |')
+                        f'{record.commit or nowhere} | `{record.log}` |')
         return '\n'.join(lines) + '\n'
 
     def write_csv(self, path: str) -> None:

@@ -86,12 +86,14 @@ class Workspace:
             jobs changed since, or it lacks a metric) or ``'new'``.
         """
         found: Dict[str, str] = {}
+        contents: Dict[str, str] = {}
         for name, job in self.jobs.items():
             record = self.record(name)
             if record is None:
                 found[name] = 'new'
             elif any(found[needed] != 'finished' for needed in job.needs) \
-                    or record.made_of != self.made_of(job, fingerprint(job)) \
+                    or record.made_of != self.made_of(
+                        job, fingerprint(job, contents)) \
                     or record.status == 'finished' and \
                     self.lacking(name, record):
                 found[name] = 'outdated'
@@ -130,15 +132,19 @@ class Workspace:
         return os.path.join(work_dir, last.replace('.pth', suffix))
 
 
-def fingerprint(job: Job) -> str:
+def fingerprint(job: Job, contents: Optional[Dict[str, str]] = None) -> str:
     """Changes with a job's command and what is in its configs, not with
-    where these are."""
+    where these are; ``contents`` keeps what was read for the next one."""
+    contents = {} if contents is None else contents
     configs = dict.fromkeys([job.config, *(
         arg for arg in job.args if arg.endswith('.py'))])
     args = [os.path.basename(arg) if arg in configs else arg
             for arg in job.args]
+    for path in configs:
+        if path not in contents:
+            contents[path] = _config_content(path)
     return _digest(job.tool, *args, '--', *job.options,
-                   *map(_config_content, configs))
+                   *map(contents.get, configs))
 
 
 def read_metrics(work_dir: str) -> Dict[str, float]:
