@@ -310,7 +310,9 @@ def test_a_whole_model_is_refused(tmp_path):
 
 
 def test_the_checkpoint_itself_is_the_default_key(tmp_path):
-    message_of(str(tmp_path / 'missing.pth'), key='checkpoint')
+    path = str(tmp_path / 'missing.pth')
+    with pytest.raises(ConfigError, match=f"checkpoint='{path}'"):
+        load_checkpoint(path)
 
 
 # -- safetensors --------------------------------------------------------------

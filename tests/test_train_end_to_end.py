@@ -470,6 +470,18 @@ def test_scripts_without_arguments_say_what_they_need(script, arguments):
     assert '[options of tools/train.py]' in result.stderr
 
 
+@pytest.mark.parametrize('script, arguments, words', [
+    ('slurm_train.sh', ['gpus', 'job', tiny.SEG_CONFIG], 'GPUS=two'),
+    ('dist_train.sh', [tiny.SEG_CONFIG, 'two'], 'GPUS=two'),
+    ('dist_train.sh', ['nowhere.py', '1'], 'CONFIG=nowhere.py')])
+def test_scripts_refuse_what_no_job_can_use(script, arguments, words):
+    result = subprocess.run(
+        ['bash', os.path.join(tiny.ROOT, 'tools', script), *arguments],
+        text=True, capture_output=True, env=dict(os.environ, GPUS='two'))
+    assert result.returncode == 2 and words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_dist_train_script(place):
     """Two processes on the CPU; DDP with all parameters used."""
     with socket.socket() as probe:

@@ -10,6 +10,13 @@ if [ $# -lt 2 ]; then
 fi
 CONFIG=$1
 GPUS=$2
+if ! [[ $GPUS =~ ^([1-9][0-9]*|gpu|auto)$ ]]; then
+    echo "GPUS=$GPUS: how many GPUs of this machine, for instance 8." >&2
+    exit 2
+elif [ ! -f "$CONFIG" ]; then
+    echo "CONFIG=$CONFIG: there is no such file (working directory $PWD)." >&2
+    exit 2
+fi
 TOOLS=$(cd "$(dirname "$0")" && pwd)
 export PYTHONPATH="$TOOLS/..${PYTHONPATH:+:$PYTHONPATH}"
 exec "${PYTHON:-python}" -m torch.distributed.run \

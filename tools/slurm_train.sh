@@ -12,6 +12,10 @@ PARTITION=$1
 JOB_NAME=$2
 CONFIG=$3
 GPUS=${GPUS:-8}
+if ! [[ $GPUS =~ ^[1-9][0-9]*$ ]]; then
+    echo "GPUS=$GPUS: how many GPUs in all, for instance 8." >&2
+    exit 2
+fi
 GPUS_PER_NODE=${GPUS_PER_NODE:-$((GPUS < 8 ? GPUS : 8))}
 TOOLS=$(cd "$(dirname "$0")" && pwd)
 export PYTHONPATH="$TOOLS/..${PYTHONPATH:+:$PYTHONPATH}"

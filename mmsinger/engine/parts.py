@@ -114,8 +114,11 @@ def check_parts(cfg: Config) -> None:
             does not have, or a value that cannot be meant.
     """
     for key in cfg:
-        near = key not in READ and difflib.get_close_matches(
-            key, READ - set(cfg), 1, 0.88)
+        # The right one is there too where it is inherited; then the two must
+        # be nearer, as a variable's name may be close by chance (`models`)
+        near = key not in READ and (
+            difflib.get_close_matches(key, READ - set(cfg), 1, 0.88)
+            or difflib.get_close_matches(key, READ, 1, 0.92))
         if near:
             raise ConfigError(f'{key}: nothing reads it. Did you mean '
                               f'{near[0]!r}? A variable needs another name.')
@@ -239,10 +242,12 @@ def _find(place: str, kind: Any, slot: Slot) -> Optional[Callable]:
         for found in registry.module_dict:
             names.setdefault(found, found if own and not scope
                              else f'{registry.scope}.{found}')
-    near = difflib.get_close_matches(name, names, 3, 0.6)
-    if not slot.strict and not difflib.get_close_matches(name, near, 1, 0.8):
+    lower = {found.lower(): names[found] for found in reversed(names)}
+    near = difflib.get_close_matches(name.lower(), lower, 3, 0.6)
+    if not (slot.strict or scope in expected.children
+            or difflib.get_close_matches(name.lower(), near, 1, 0.8)):
         return None
-    hint = f' Did you mean {", ".join(repr(names[n]) for n in near)}?' \
+    hint = f' Did you mean {", ".join(repr(lower[n]) for n in near)}?' \
         if near else ''
     raise ConfigError(f'{place}.type={kind!r}: there is no such '
                       f'{expected.name}.{hint}')

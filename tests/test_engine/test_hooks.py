@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import uuid
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,13 +18,15 @@ from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
+from torch.utils.data import default_collate
 from yapf.yapflib import yapf_api
 
 from mmsinger.checkpoint import load_checkpoint
 from mmsinger.engine.hooks import (DiagnosticsHook, RandomStateHook,
                                    RunGuardHook, SafeCheckpointHook,
                                    SiNGERAdapterHook, StudentCheckpointHook,
-                                   CalibrationHook, calibration_hook)
+                                   CalibrationHook, calibration_hook,
+                                   knn_bank_hook)
 from mmsinger.engine.prepare import (add_required_hooks, fit_workers,
                                      load_config, prepare_training)
 from mmsinger.errors import ConfigError, TrainingError
@@ -772,3 +775,36 @@ def test_samples_that_were_read_too_early(make, workers):
         runner.train_loop.dataloader_iterator)))
     assert [paths for paths, _ in found] == [paths for paths, _ in expected]
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(found, expected))
+
+
+@pytest.mark.parametrize('spoil', [
+    lambda model: model.weight.data.fill_(float('nan')),
+    lambda model: model.running_var.fill_(float('inf'))])
+def test_weights_and_buffers_that_are_not_finite(spoil):
+    model = torch.nn.BatchNorm1d(2)
+    runner = SimpleNamespace(model=model, message_hub=SimpleNamespace(
+        runtime_info={}), work_dir='.')
+    RunGuardHook().check_weights(runner, 7)
+    spoil(model)
+    with pytest.raises(TrainingError, match='Iteration 7: .*not finite'):
+        RunGuardHook().check_weights(runner, 7)
+
+
+def test_calibration_looks_at_evenly_spaced_images():
+    model = torch.nn.Module()
+    model.data_preprocessor = lambda batch, training: batch
+    loader = SimpleNamespace(
+        dataset=[dict(inputs=torch.full((3, 4, 4), i)) for i in range(10)],
+        collate_fn=default_collate)
+    batches = calibration_hook.training_batches(
+        SimpleNamespace(model=model, train_dataloader=loader), 5, 2)
+    assert [int(image[0, 0, 0]) for batch in batches
+            for image in batch['inputs']] == [0, 2, 4, 6, 8]
+
+
+def test_the_bank_is_in_the_data_sets_order(monkeypatch):
+    """Process 0 reads images 0, 2 and 4, the other 1, 3 and 0 again."""
+    monkeypatch.setattr(knn_bank_hook, 'all_gather', lambda share: [
+        torch.tensor([[0], [2], [4]]), torch.tensor([[1], [3], [0]])])
+    assert knn_bank_hook._all(torch.tensor([[0], [2], [4]]), 5).tolist() == \
+        [[0], [1], [2], [3], [4]]

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from mmsinger.engine.options import ConfigOptions
+from mmsinger.engine.parts import check_parts
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError
 from tiny import ROOT, SEG_CONFIG
@@ -93,6 +94,15 @@ def test_overrides_that_nothing_would_read(option, text):
     with pytest.raises(ConfigError, match='--cfg-options') as error:
         load_config(SEG_CONFIG, {option: 1})
     assert text in str(error.value)
+
+
+@pytest.mark.parametrize('key', ['optim_wraper', 'param_schedulers',
+                                 'log_processr', 'custom_hook'])
+def test_a_misspelt_key_beside_the_inherited_one(tmp_path, key):
+    config = tmp_path / 'config.py'
+    config.write_text(f'_base_ = [{SEG_CONFIG!r}]\n{key} = dict()\n')
+    with pytest.raises(ConfigError, match=f'{key}: nothing reads it'):
+        check_parts(load_config(str(config)))
 
 
 def test_a_base_alone_is_what_its_overrides_are_for():

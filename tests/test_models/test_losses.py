@@ -85,6 +85,12 @@ def test_outlier_loss_by_hand(batch, count, dim, quantile, seed, scale):
         grad.double() / scale, expected_grad / scale, rtol=1e-3, atol=1e-5)
 
 
+def test_a_token_on_the_quantile_is_not_above_it():
+    """Of norms 1 to 21 the quantile is the 20th: one token exceeds it."""
+    norms = torch.arange(1., 22.).view(1, 21, 1)
+    assert OutlierSuppressionLoss(0.95, loss_weight=1.)(norms) == 1
+
+
 @given(batches, st.integers(1, 40), st.floats(0.01, 0.99), seeds)
 def test_outlier_threshold_is_the_quantile(batch, count, quantile, seed):
     norms = randn(batch, count, seed=seed).abs().requires_grad_()

@@ -8,7 +8,8 @@ from torch import nn
 from mmsinger.errors import ConfigError
 from mmsinger.metrics import robust_threshold
 from mmsinger.models import FitNetDistiller, OutlierSuppressionLoss
-from mmsinger.models.targets.outlier_subspace import OutlierSubspace
+from mmsinger.models.targets.outlier_subspace import (OutlierSubspace,
+                                                      _are_those)
 from test_models.test_targets import batch, build
 from tiny import vit
 
@@ -45,6 +46,39 @@ def test_outliers_that_do_not_show_in_the_norm():
     assert part.rank == 3
     component = part(hidden[None])[0] @ basis.T
     assert component[far].norm(dim=1).mean() < 1.5
+
+
+def test_hidden_outliers_do_not_move_the_centre():
+    """What the known ones lead to is left out of the others' mean too."""
+    clean, far, basis = features(share=0.)
+    far = torch.rand(len(clean), generator=torch.Generator().manual_seed(
+        2)) < 0.1
+    known = far & (torch.arange(len(far)) % 5 == 0)
+    part = OutlierSubspace(D, 8)
+    part.calibrate(clean + far.unsqueeze(-1) * 40. * basis[0], known, 6., 4.)
+    assert (part.centre - clean[~far].mean(dim=0)).norm() < 0.05
+
+
+def test_directions_are_those_in_which_outliers_exceed_the_others():
+    """Not those in which they are longest."""
+    tokens, _, _ = features(share=0.)
+    tokens[:, 0] *= 10
+    far = torch.arange(len(tokens)) % 10 < 2
+    tokens[::10, 0] += 100.
+    tokens[1::10, 1] += 40.
+    part = OutlierSubspace(D, 1)
+    part.calibrate(tokens, far, 6., 4.)
+    assert part.rank == 1 and part.basis[0, 1].abs() > 0.9
+
+
+@pytest.mark.parametrize('far, wrong, both, expected', [
+    (10, 20, 6, True), (10, 20, 5, False),  # more than half of what stands out
+    (10, 100, 10, True), (9, 100, 9, False),  # a tenth of the targets' own
+    (0, 0, 0, False), (0, 20, 0, False), (10, 0, 0, False)])
+def test_which_block_outliers_arise_in(far, wrong, both, expected):
+    place = torch.arange(200)
+    assert _are_those(place < far, (place >= far - both)
+                      & (place < far - both + wrong)) is expected
 
 
 def test_a_clean_teacher_keeps_its_tokens_to_the_bit():
@@ -238,12 +272,25 @@ def test_two_places_where_outliers_arise():
     assert first in third._forward_hooks
 
 
+def test_a_large_mean_hides_no_outliers():
+    """Norms are taken about the median token."""
+    cured = planted(targets=inside())
+    mean = 3000 * nn.functional.normalize(torch.randn(
+        32, generator=torch.Generator().manual_seed(5)), dim=0)
+    cured.teacher.blocks.modules[1].register_forward_pre_hook(
+        lambda _, args: (args[0] + mean, *args[1:]))
+    uncalibrate(cured)
+    cured.calibrate(images(64, seed=1).split(16))
+    assert cured.steps[0].subspaces['0'].rank == 3
+
+
 def test_it_goes_on_from_a_checkpoint():
     cured = planted(targets=inside())
     expected = patches(cured, 3)
     fresh = planted(targets=inside())
     uncalibrate(fresh)
     assert fresh.needs_calibration
+    assert not any(part.rank for part in fresh.steps[0].subspaces.values())
     assert not torch.equal(patches(fresh, 3), expected)
     fresh.load_state_dict(cured.state_dict())
     assert not fresh.needs_calibration
@@ -256,6 +303,8 @@ def test_cached_tokens_are_those_of_the_changed_teacher():
     for _ in range(2):
         assert torch.allclose(patches(cached, 3), patches(cured, 3),
                               atol=1e-5)
+    assert [part.rank for part in cached.steps[0].subspaces.values()] == \
+        [part.rank for part in cured.steps[0].subspaces.values()]
     raw = planted(feature_cache=1000)
     assert not torch.allclose(patches(raw, 3), patches(cured, 3), atol=1.)
 

@@ -155,6 +155,13 @@ def test_what_is_logged(init, values, num_random):
         [float(v) for v in expected])
 
 
+def initialised_up(threshold, seed):
+    adapter = SiNGERAdapter(12, 4)
+    adapter.initialise(decomposition(12), selection='threshold',
+                       threshold=float(threshold), seed=seed)
+    return adapter.up
+
+
 def test_threshold_selection_reaches_the_adapter():
     adapter = SiNGERAdapter(12, 4)
     with pytest.warns(UserWarning, match='2 of 4'):
@@ -164,6 +171,10 @@ def test_threshold_selection_reaches_the_adapter():
             threshold=float(values[-3]), seed=5)
     assert info['num_random'] == 2
     assert info['singular_values'] == pytest.approx(values[-2:].tolist())
+    with pytest.warns(UserWarning):
+        ups = [initialised_up(values[-3], seed) for seed in (5, 5, 6)]
+    assert torch.equal(ups[0], ups[1]) and torch.equal(ups[0], adapter.up)
+    assert not torch.equal(ups[0], ups[2])
 
 
 def test_energy_of_an_initialised_adapter():

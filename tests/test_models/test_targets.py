@@ -203,3 +203,20 @@ def test_checkpoints_of_before_target_steps_load(name):
                for key, value in old.items())
     assert not model.needs_calibration
     assert all(torch.isfinite(v) for v in model.loss(**batch()).values())
+
+
+@pytest.mark.parametrize('norm', [None, 'standardise'])
+def test_the_next_block_of_a_layers_own_tokens_is_the_next_layer(norm):
+    """Normalised tokens go back to what the block takes."""
+    model = build(dict(type='mmsinger.SiNGERDistiller',
+                       adapter=dict(rank=4)), [], target_norm=norm)
+    outputs = model.run_teacher(batch()['inputs'])
+    torch.testing.assert_close(
+        outputs.next_block(1, outputs.tokens(1)).values,
+        outputs.tokens(2).values, rtol=0, atol=1e-4)
+
+
+def test_looking_at_a_student_leaves_it_in_training():
+    model = build(*[dict(type='mmsinger.FitNetDistiller'), []])
+    model.student_tokens(batch()['inputs'])
+    assert model.training and model.student.training

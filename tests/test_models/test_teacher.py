@@ -167,6 +167,14 @@ def test_input_size(size, shape):
     assert tokens.grid == (shape[0] // 8, shape[1] // 8)
 
 
+def test_images_are_made_smaller_without_aliasing():
+    teacher = FrozenTeacher(backbone=vit(), input_size=32)
+    stripes = torch.zeros(1, 3, 128, 128)
+    stripes[..., ::4] = 1.  # what a plain bilinear look-up would miss or hit
+    prepared = teacher.prepare(stripes, PLAIN)[..., 4:-4]
+    assert prepared.min() > 0.15 and prepared.max() < 0.35
+
+
 @pytest.mark.parametrize('pixels, patch, rounded', [
     (224, 14, 224), (512, 14, 518), (32, 14, 28), (36, 14, 42), (4, 8, 8)])
 def test_sizes_are_rounded_to_whole_patches(pixels, patch, rounded):

@@ -272,8 +272,9 @@ def spoilt(tokens, keep):
 
 @pytest.mark.parametrize('step', [
     ClipNorms(quantile=0.9), ClipNorms(mad=3.), MaskTokens(mad=3.)], ids=str)
-def test_filters(step):
-    tokens, alone, keep = weighted_tokens()
+@pytest.mark.parametrize('kept', [12, 8])
+def test_filters(step, kept):
+    tokens, alone, keep = weighted_tokens(kept=kept)
     expected = step.filter(alone)
     for given_tokens in (tokens, spoilt(tokens, keep)):
         found = step.filter(given_tokens)

@@ -320,6 +320,9 @@ def by_hand() -> Iterator[Row]:
             ('default_scope=mmsegg', 'mmsegg|there is no such'),
             ('load_from=nowhere.pth', 'nowhere.pth'),
             ('strategy.type=FSDPStrategie', "Did you mean"),
+            ('model.type=mmsinger.SingerDistiller',
+             "Did you mean 'mmsinger.SiNGERDistiller'"),
+            ('model.type=mmsinger.Singer', 'there is no such model'),
     ):
         yield train('by hand', *reversed_pair(option, text))
     config = tiny.SEG_CONFIG

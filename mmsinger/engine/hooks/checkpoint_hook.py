@@ -248,6 +248,11 @@ class SafeCheckpointHook(Hook):
         by_epoch = isinstance(loop, EpochBasedTrainLoop)
         now, last = (loop.epoch, loop.max_epochs) if by_epoch else \
             (loop.iter, loop.max_iters)
+        if now >= last:
+            runner.logger.info(
+                f'Nothing is left to train: the checkpoint is of '
+                f'{"epoch" if by_epoch else "iteration"} {now}, and train_cfg '
+                f'ends at {last}.')
         if val_loop is None or _done_of_epoch(runner) or \
                 now < max(loop.val_begin, 1) or \
                 (now % loop.val_interval and now != last):
@@ -259,8 +264,8 @@ class SafeCheckpointHook(Hook):
                     missing = [int(file.read()) != runner.iter]
         broadcast_object_list(missing)
         if missing[0]:
-            runner.logger.info('Validation of the resumed weights, which was '
-                               'not recorded')
+            runner.logger.info('Validation of the resumed weights' + (
+                '' if now == last else ', which was not recorded'))
             val_loop.run()
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
