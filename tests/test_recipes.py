@@ -334,7 +334,7 @@ def test_recipe_takes_a_step(path):
         assert rates[id(parameter)] == pytest.approx(base * factor)
 
 
-def test_ade20k_recipe_is_the_papers():
+def test_ade20k_recipe_has_the_papers_method():
     model = load(SHORT).model
     assert model.teacher.layers == (17, 23)
     assert (model.adapter.rank, model.adapter.init) == (16, 'nullspace')
@@ -435,3 +435,15 @@ def test_classifier_base_builds_and_runs(path):
     assert logits.shape == (2, 1000)
     assert not logits.requires_grad
     assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_both_planted_digit_teachers_are_one():
+    """To distil from, and with the head whose own predictions are tested."""
+    distilled = load_config(os.path.join(
+        CONFIGS, '_base_', 'teachers', 'digits_planted.py'))
+    tested = load_config(os.path.join(CONFIGS, 'digits', 'planted_teacher.py'))
+    ours, theirs = (dict(cfg) for cfg in (
+        distilled.teacher.backbone, tested.model.backbone))
+    for backbone in (ours, theirs):
+        backbone.pop('backbone')
+    assert ours == theirs

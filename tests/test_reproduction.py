@@ -620,7 +620,8 @@ def test_markdown(report_table):
 def test_markdown_without_published_figures():
     table = Table('t', 'T', 'C', [Column('x')])
     table.add_row('r', [cell('a')])
-    assert 'published' not in Report(table, RECORDS).markdown()
+    text = Report(table, RECORDS).markdown()
+    assert 'published' not in text and '| r | 1.00 |' in text
 
 
 def test_files(report_table, tmp_path):

@@ -70,7 +70,7 @@ def main():
         init_default_scope(cfg.get('default_scope') or 'mmengine')
     if args.onnx:
         path, shape = export_onnx(args.checkpoint, cfg, args.out, args.size)
-        print(f'{path}: images (N, {", ".join(map(str, shape))}), normalised '
+        print(f'{path}: image (N, {", ".join(map(str, shape))}), normalised '
               "as the config's data_preprocessor does it")
     elif args.layout == 'timm':
         path, found = export_timm(args.checkpoint, cfg, args.out,

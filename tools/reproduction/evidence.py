@@ -198,6 +198,11 @@ def demo(profile: Profile, seeds: Sequence[int], quick: bool = False
     """A teacher with artifacts, and students with and without it."""
     table = _compare('demo', DEMO, TASKS[:2], profile, seeds, quick,
                      own=False)
+    table.title = 'Students of a teacher with artifacts'
+    table.caption = (
+        'A trained teacher on the built-in digit scenes, into whose tokens '
+        'artifacts are planted after block 1; linear evaluation on scenes of '
+        'digits that neither it nor a student has seen; rates by `search`.')
     table.rows = [(label.split(': ')[1], cells)
                   for label, cells in table.rows]
     planner = Planner(table, profile, seeds, quick)

@@ -124,11 +124,13 @@ class Report:
         from."""
         table = self.table
         lines = [f'# {table.title}', '', table.caption, '']
+        bold = ''
         if any(cell.published is not None for _, cell, *_ in self.cells()):
+            bold = '**'  # of two figures
             lines += ['Each cell: published / **measured** (difference).', '']
         lines += ['| | ' + ' | '.join(map(_heading, table.columns)) + ' |',
                   '|---' * (len(table.columns) + 1) + '|']
-        lines += [f'| {" | ".join(row)} |' for row in self.texts('**')]
+        lines += [f'| {" | ".join(row)} |' for row in self.texts(bold)]
         if table.conclude is not None:
             lines += ['', *table.conclude(self.by_place())]
         failed = [f'- `{name}`: {" ".join(record.error.split())}'

@@ -1,4 +1,4 @@
-# ImageNet-1K at 224 px, 64 images a GPU; labels are not used
+# ImageNet-1K at 224 px, 64 images a GPU; distillation does not use labels
 train_dataloader = dict(
     batch_size=64,
     num_workers=8,

@@ -1,5 +1,5 @@
-# 300 iterations of 16 images: a minute (ViT) or two (ResNet-18) on one core. The
-# rate is the best for both by docs/evidence.md
+# 300 iterations of 16 images: one minute (ViT) to four (ResNet-18) on one
+# core. The rate is the best for both by docs/evidence.md
 _base_ = ['./adamw_digits_distil.py']
 optim_wrapper = dict(optimizer=dict(lr=3e-3))
 train_cfg = dict(max_iters=300)

@@ -97,6 +97,10 @@ class FrozenBackbone(FrozenTeacher, BaseModule):
             return weights
         return student_state_dict(weights) or weights
 
+    def _loading_hint(self, found: dict) -> str:
+        return ('To tools/linear_eval.py, give the SOURCE_CONFIG that the '
+                f'checkpoint was made with. {super()._loading_hint(found)}')
+
     def forward(self, inputs: Union[Tensor, Tuple[Tensor]]) -> Tuple[Tensor]:
         """What the head gets, without gradients.
 
