@@ -153,7 +153,8 @@ def draw_columns(images: np.ndarray, columns: List[Column], label: str,
                 orientation='horizontal')
             bar.set_label(label, fontsize=8)
             bar.ax.tick_params(labelsize=7)
-            bar.ax.locator_params(nbins=3)
+            ticks = np.linspace(*column.limits, 3)
+            bar.set_ticks(ticks, labels=[f'{tick:.2g}' for tick in ticks])
         if last:
             start = number + 1
     add_caption(figure, caption.strip())
