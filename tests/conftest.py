@@ -13,6 +13,8 @@ import torch  # noqa: E402
 from mmengine.registry import DefaultScope  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+import tiny  # noqa: E402
+
 TORCH_LOAD = torch.load
 
 # The same examples in every run, and no time limit on a busy machine.
@@ -28,6 +30,12 @@ def pytest_addoption(parser):
     parser.addoption(
         '--kept-run', action='append', default=[], metavar='DIR',
         help='read the checkpoints that tests/keep_run.py left there too')
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    """A folder in which tests/configs/tiny_seg.py can be run, for a file."""
+    return tiny.workplace(tmp_path_factory.mktemp('place'))
 
 
 @pytest.fixture(autouse=True)

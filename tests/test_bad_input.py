@@ -27,11 +27,6 @@ from mmsinger.models.features.compiled import compile_blocks
 from mmsinger.registry import MODELS
 
 
-@pytest.fixture(scope='module')
-def place(tmp_path_factory):
-    return tiny.workplace(tmp_path_factory.mktemp('place'))
-
-
 @pytest.fixture
 def here(place, monkeypatch):
     monkeypatch.chdir(place)

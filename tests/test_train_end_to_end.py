@@ -81,11 +81,6 @@ def metric(folder):
 
 
 @pytest.fixture(scope='module')
-def place(tmp_path_factory):
-    return tiny.workplace(tmp_path_factory.mktemp('place'))
-
-
-@pytest.fixture(scope='module')
 def long_run(place):
     """An uninterrupted run, through a real command line."""
     result = tiny.run_tool('train.py', tiny.SEG_CONFIG, '--work-dir', 'long',

@@ -49,6 +49,10 @@ def workplace(folder):
     return str(folder)
 
 
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 def command(tool, *args):
     return [sys.executable, os.path.join(ROOT, 'tools', tool),
             *map(str, args)]

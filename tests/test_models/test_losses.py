@@ -22,14 +22,11 @@ from mmsinger.models.losses import (FeatureCosineLoss, FeatureMSELoss,
                                     FeatureSmoothL1Loss, GramInformationLoss,
                                     OutlierSuppressionLoss, gram_difference,
                                     loss_behind_block)
+from tiny import randn
 
 seeds = st.integers(0, 2**31 - 1)
 batches = st.integers(1, 3)
 dims = st.integers(1, 8)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def rotation(dim, seed=0):

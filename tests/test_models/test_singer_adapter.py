@@ -9,12 +9,9 @@ from mmsinger.metrics import subspace_energy
 from mmsinger.models.adapters import (SiNGERAdapter, left_nullspace,
                                       left_singular_directions)
 from mmsinger.models.targets.refine import inlier_variance_ratio
+from tiny import randn
 
 seeds = st.integers(0, 2**31 - 1)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def decomposition(dim, seed=0):

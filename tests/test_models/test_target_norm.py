@@ -9,13 +9,10 @@ from torch import nn
 
 from mmsinger.errors import ConfigError
 from mmsinger.models.targets.normalise import TargetNorm
+from tiny import randn
 
 seeds = st.integers(0, 2**31 - 1)
 D = 16
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def features(count=2000, dim=D, scale=7.0, seed=0):

@@ -7,13 +7,10 @@ from hypothesis import strategies as st
 from mmsinger.models.distillers.feature import evenly_spaced
 from mmsinger.models.features.tokens import (Padding, Tokens, align_tokens,
                                              resample_patches)
+from tiny import randn
 
 sizes = st.integers(1, 9)
 grids = st.tuples(sizes, sizes)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def tokens(num_prefix, grid, channels=5, seed=0):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import vit
+from tiny import randn, vit
 from torch.autograd import gradcheck
 
 from mmsinger.metrics import outlier_threshold, robust_threshold
@@ -30,10 +30,6 @@ from mmsinger.models.targets.refine import inlier_variance_ratio
 
 BATCH, COUNT, KEPT, DIM = 3, 20, 12, 6
 WILD = 1e6
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def counting(seed=0, batch=BATCH, count=COUNT, kept=KEPT):

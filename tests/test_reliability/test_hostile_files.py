@@ -128,11 +128,6 @@ def test_whoever_trusts_a_file_says_so(tmp_path, canary, monkeypatch):
     assert not os.path.exists(canary)
 
 
-@pytest.fixture(scope='module')
-def place(tmp_path_factory):
-    return tiny.workplace(tmp_path_factory.mktemp('place'))
-
-
 BACKBONE = 'model.student.backbone.init_cfg'
 
 

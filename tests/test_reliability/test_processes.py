@@ -30,11 +30,6 @@ def start(place, work_dir, *options, actions=('pass', 'pass'), args=()):
         ACTION=actions[rank]) for rank in (0, 1)]
 
 
-@pytest.fixture(scope='module')
-def place(tmp_path_factory):
-    return tiny.workplace(tmp_path_factory.mktemp('place'))
-
-
 @pytest.mark.parametrize('number, words', [
     (signal.SIGSTOP, ['nothing came within 4 s', 'dist_cfg.timeout']),
     # its data worker may keep its connections open for a while

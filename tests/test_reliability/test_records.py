@@ -18,11 +18,6 @@ KILL = dict(ACTION='os.kill(os.getpid(), signal.SIGKILL)', POINT='evaluate')
 
 
 @pytest.fixture(scope='module')
-def place(tmp_path_factory):
-    return tiny.workplace(tmp_path_factory.mktemp('place'))
-
-
-@pytest.fixture(scope='module')
 def run(place):
     """A training that was not interrupted; its folder."""
     forked.run('train.py', tiny.SEG_CONFIG, '--work-dir', 'run', cwd=place)

@@ -18,11 +18,6 @@ ADAPTERS = 'optim_wrapper.paramwise_cfg.custom_keys.adapters.lr_mult'
 
 
 @pytest.fixture(scope='module')
-def place(tmp_path_factory):
-    return tiny.workplace(tmp_path_factory.mktemp('place'))
-
-
-@pytest.fixture(scope='module')
 def run(place):
     """A finished run of 6 iterations; its folder."""
     train(place, 'run')
