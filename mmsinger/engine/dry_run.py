@@ -11,6 +11,7 @@ from mmengine.runner import Runner
 from mmengine.utils import to_2tuple
 
 from mmsinger.engine.checks import check_data_folders, inner_datasets
+from mmsinger.engine.logs import parameter_groups
 from mmsinger.engine.prepare import build_runner, prepare_training
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError
@@ -43,8 +44,8 @@ def dry_run(cfg: Config) -> str:
         cfg (Config): A recipe or a plain config; changed in place.
 
     Returns:
-        str: What is distilled into what, seconds a step, memory, and how long
-        the whole run would take.
+        str: What is distilled into what, what trains at which rate, seconds a
+        step, memory, and how long the whole run would take.
 
     Raises:
         ConfigError: As a run would; without a validation.
@@ -56,6 +57,8 @@ def dry_run(cfg: Config) -> str:
     cfg.train_cfg = dict(type='mmengine.IterBasedTrainLoop', max_iters=STEPS)
     cfg.param_scheduler = None
     cfg.visualizer = dict(type='mmengine.Visualizer')  # a report is kept
+    if cfg.get('log_level') in (None, 'INFO'):
+        cfg.log_level = 'WARNING'  # what matters is in the report
     if cfg.get('default_hooks', {}).get('checkpoint'):
         cfg.default_hooks.checkpoint.update(interval=STEPS + 1,
                                             save_last=False, out_dir=None)
@@ -69,7 +72,7 @@ def dry_run(cfg: Config) -> str:
     steps = length.get('max_iters')
     if steps is None and not missing:
         steps = length['max_epochs'] * len(runner.train_dataloader)
-    return '\n'.join(['', *missing, *_taps(runner),
+    return '\n'.join(['', *missing, *_taps(runner), parameter_groups(runner),
                       *_costs(times.seconds, steps)])
 
 

@@ -67,13 +67,16 @@ class ParameterGroupsHook(Hook):
     priority = 'VERY_LOW'
 
     def before_train(self, runner) -> None:
-        wrapper = runner.optim_wrapper
-        wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) \
-            else [wrapper]
-        groups = [group for each in wrappers
-                  for group in each.optimizer.param_groups]
-        model = unwrap(runner.model)
-        runner.logger.info(describe_groups(model, groups))
+        runner.logger.info(parameter_groups(runner))
+
+
+def parameter_groups(runner) -> str:
+    """What :func:`describe_groups` says of a runner's model."""
+    wrapper = runner.optim_wrapper
+    wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) \
+        else [wrapper]
+    return describe_groups(unwrap(runner.model), [
+        group for each in wrappers for group in each.optimizer.param_groups])
 
 
 def describe_groups(model: nn.Module, groups: List[dict]) -> str:
