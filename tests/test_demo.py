@@ -66,6 +66,6 @@ def test_the_picture_shows_runs_of_all_methods(demo):
     assert list(runs) == ['fitnet', 'singer', 'robust']
     figure = demo['draw'](runs)
     titles = [axis.get_title() for axis in figure.axes]
-    for title in ('teacher', 'target of the\nrobust preset',
-                  'student,\nFitNet', 'student,\nSiNGER'):
+    for title in ('norms, teacher', 'norms, target of\nthe robust preset',
+                  'colours, teacher', 'colours, student,\nFitNet'):
         assert title in titles

@@ -16,6 +16,7 @@ import sys
 import time
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
+from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.runner import find_latest_checkpoint
 
@@ -114,6 +115,8 @@ def draw(runs, scenes=range(4)):
         matplotlib.figure.Figure: A row a scene.
     """
     views, pictures = {}, None
+    # Initialisation logs a paragraph for each parameter.
+    MMLogger.get_current_instance().setLevel('WARNING')
     for method, (config, checkpoint) in runs.items():
         cfg = load_config(config)
         init_default_scope(cfg.default_scope)
@@ -122,16 +125,16 @@ def draw(runs, scenes=range(4)):
             [os.path.join(IMAGES, f'scene_{scene:06d}.png')
              for scene in scenes], distiller)
         pictures = pictures_of(distiller, inputs)
-        views[method] = extract_features(distiller, inputs)[
-            distiller.layers[-1]]
+        layer = distiller.layers[-1]
+        views[method] = extract_features(distiller, inputs)[layer]
     teacher, target = views['fitnet'].teacher, views['robust'].target
-    norms = {'teacher': norm_map(teacher), 'target of the\nrobust preset':
-             norm_map(target)}
+    norms = {'norms, teacher': norm_map(teacher),
+             'norms, target of\nthe robust preset': norm_map(target)}
     top = max(float(values.max()) for values in norms.values())
     columns = [Column(title, values.numpy(), (0., top))
                for title, values in norms.items()]
-    colours = {'teacher': teacher, **{
-        f'student,\n{METHODS[method].title.replace(", ", chr(10), 1)}':
+    colours = {'colours, teacher': teacher, **{
+        f'colours, student,\n{METHODS[method].title.replace(", ", chr(10), 1)}':
         view.student for method, view in views.items()}}
     columns += [
         Column(title, pca_map(tokens, principal_components(tokens)).numpy())
@@ -139,8 +142,9 @@ def draw(runs, scenes=range(4)):
     return draw_columns(
         pictures, columns, 'norm',
         'A teacher with planted artifacts on scenes that nothing was trained '
-        'on. Norms of its patch tokens, as it is and under the robust preset; '
-        'then the three main directions of patch tokens as colours.')
+        f'on. Norms of its patch tokens after block {layer}, as it is and '
+        'under the robust preset; then the three main directions of patch '
+        'tokens, of it and of students, as colours.')
 
 
 if __name__ == '__main__':
