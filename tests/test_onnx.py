@@ -29,7 +29,7 @@ def test_tool(tmp_path):
     result = forked.run(
         'export_student.py', KEPT, '--config', keep_run.CONFIG, '--onnx',
         '--out', 'student.onnx', cwd=tmp_path)
-    assert 'student.onnx: images (N, 3, 32, 32)' in result.stdout
+    assert 'student.onnx: image (N, 3, 32, 32)' in result.stdout
     expected = torch.from_numpy(
         keep_run.outputs(KEPT.replace('.pth', '_student.pth')))
     images = keep_run.images()
