@@ -74,8 +74,8 @@ def student_config(cfg: Config) -> Config:
     for key in ('teacher', 'student', 'distiller'):
         plain.pop(key, None)
     plain.load_from, plain.resume = None, False  # they are the distiller's
-    imports = plain.get('custom_imports') or {}
-    if "'mmsinger." not in str(plain.to_dict()):  # as data sets of ours are
+    imports = plain.get('custom_imports')
+    if imports and "'mmsinger." not in str(plain.to_dict()):  # data of ours
         names = imports.get('imports', [])
         imports['imports'] = [
             name for name in ([names] if isinstance(names, str) else names)

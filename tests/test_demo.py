@@ -67,5 +67,6 @@ def test_the_picture_shows_runs_of_all_methods(demo):
     figure = demo['draw'](runs)
     titles = [axis.get_title() for axis in figure.axes]
     for title in ('norms, teacher', 'norms, target of\nthe robust preset',
-                  'colours, teacher', 'colours, student,\nFitNet'):
+                  'colours, teacher', 'colours, student,\nFitNet',
+                  'colours, student,\nSiNGER'):
         assert title in titles

@@ -89,7 +89,8 @@ def main():
         check_output_file(out)
     init_default_scope('mmpretrain')
     bench = Steps(args.teacher, args.student, args.batch_size, args.size,
-                  precisions[0], args.rank, device=device())
+                  precisions[0], args.rank,
+                  device='cuda' if torch.cuda.is_available() else 'cpu')
     for precision, out in outs.items():
         bench.precision = precision
         result = measure(args, bench)
@@ -98,11 +99,6 @@ def main():
             with open(out, 'w') as file:
                 json.dump(result, file, indent=1)
             print(f'\n{out}')
-
-
-def device():
-    """Where steps run."""
-    return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
 def measure(args, bench):

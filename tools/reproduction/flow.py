@@ -98,13 +98,15 @@ def run_jobs(workspace: Workspace, resources: Resources) -> Dict[str, Record]:
         print(f'{len(states)} jobs: {len(states) - len(todo)} are finished, '
               f'{len(todo)} to run', flush=True)
         code = _run(workspace, resources, todo, lock) if todo else 0
-    states = workspace.states() if code else states
+    # Figures of before, where jobs could not start
+    stale = [name for name, state in workspace.states().items()
+             if state == 'outdated'] if code else []
     records: Dict[str, Record] = {}
     for name, job in workspace.jobs.items():
         record = workspace.record(name)
         broken = [n for n in job.needs if records[n].status == 'failed']
         if broken or record is None or record.status == 'running' or \
-                code and states[name] == 'outdated' and not record.error:
+                name in stale and not record.error:
             record = Record('failed', job.config, job.seed, error=(
                 f'not run: {broken[0]} failed' if broken else
                 'it did not run to its end; see what Snakemake said'))
