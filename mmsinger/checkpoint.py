@@ -5,7 +5,7 @@ import io
 import os
 import pickle
 import re
-from typing import Any, Dict, Iterable, Iterator, Union
+from typing import Any, Dict, Iterable, Iterator, Set, Union
 from urllib.parse import urlparse
 
 import torch
@@ -17,6 +17,7 @@ SHIPPED = 'mmsinger://'
 STUDENT = 'student.'  # what a student's keys begin with in a distiller
 TRUSTED = 'MMSINGER_TRUST_CHECKPOINT'
 _torch_load = torch.load
+_open_contexts: Set[object] = set()  # of safe_loading
 
 
 def load_checkpoint(path: str, key: str = 'checkpoint') -> Dict[str, Any]:
@@ -56,9 +57,9 @@ def safe_loading() -> Iterator[None]:
     plain values alone, whoever calls it.
 
     mmengine, timm and torch.hub all end there, with local files and
-    downloads, and unpickle anything where the safe way fails. The first
-    context puts the safe function in place of ``torch.load`` and takes it
-    away again; further ones inside it change nothing.
+    downloads, and unpickle anything where the safe way fails. The safe
+    function is in place of ``torch.load`` for as long as any such context is
+    open, in whichever order they end.
 
     Raises:
         ConfigError: By ``torch.load``, for a file that is damaged or holds
@@ -66,14 +67,15 @@ def safe_loading() -> Iterator[None]:
             ``MMSINGER_TRUST_CHECKPOINT`` names, by their SHA-256, files that
             may hold more.
     """
-    if torch.load is not _torch_load:
-        yield
-        return
+    context = object()
+    _open_contexts.add(context)
     torch.load = torch.serialization.load = _guarded_load
     try:
         yield
     finally:
-        torch.load = torch.serialization.load = _torch_load
+        _open_contexts.remove(context)
+        if not _open_contexts:
+            torch.load = torch.serialization.load = _torch_load
 
 
 def _guarded_load(f: Any, map_location: Any = None, pickle_module: Any = None,

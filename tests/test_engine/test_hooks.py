@@ -31,7 +31,7 @@ from mmsinger.engine.prepare import (add_required_hooks, fit_workers,
                                      load_config, prepare_training)
 from mmsinger.errors import ConfigError, TrainingError
 from mmsinger.export import student_config
-from mmsinger.files import LOCK
+from mmsinger.files import LOCK, unlock_folder
 from mmsinger.models.distillers import SiNGERDistiller
 from mmsinger.registry import MODELS
 from tiny import SEG_CONFIG, workplace
@@ -626,9 +626,25 @@ def test_a_run_that_fails_leaves_the_process_as_it_was(make, tmp_path):
         runner.train()
     assert (signal.getsignal(signal.SIGTERM), torch.load) == before
     assert files(tmp_path, LOCK) == []
-    runner = make(2)
-    runner.load_or_resume = lambda: 1 / 0
+    for method, place in (('train', '_init_model_weights'),
+                          ('train', 'load_or_resume'),
+                          ('val', 'load_or_resume')):
+        runner = make(2, validate=True)
+        setattr(runner, place, lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            getattr(runner, method)()
+        assert (signal.getsignal(signal.SIGTERM), torch.load) == before
+        assert method == 'val' or files(tmp_path, LOCK) == []
+    runner = make(2, hooks=[Spy(before_val_iter=lambda *_, **__: 1 / 0)],
+                  validate=True)
     with pytest.raises(ZeroDivisionError):
+        runner.val()
+    assert torch.load is before[1]
+    unlock_folder(str(tmp_path))
+    runner = make(2)
+    unlock_folder(str(tmp_path))
+    (tmp_path / LOCK).symlink_to('elsewhere')
+    with pytest.raises(ConfigError, match='is a link'):
         runner.train()
     assert (signal.getsignal(signal.SIGTERM), torch.load) == before
 

@@ -110,6 +110,17 @@ def test_torch_load_is_put_back():
     assert torch.load is torch.serialization.load is before
 
 
+def test_a_context_that_ends_late_opens_no_other():
+    before = torch.load
+    first, second = safe_loading(), safe_loading()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.load is not before
+    second.__exit__(None, None, None)
+    assert torch.load is before
+
+
 def test_whoever_trusts_a_file_says_so(tmp_path, canary, monkeypatch):
     path = write(tmp_path, canary)
     with pytest.raises(ConfigError) as caught:

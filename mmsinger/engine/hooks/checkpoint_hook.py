@@ -73,6 +73,9 @@ class SafeCheckpointHook(Hook):
     # -- set up and down ---------------------------------------------------
 
     def before_run(self, runner) -> None:
+        self._closing(self._set_up)(runner)
+
+    def _set_up(self, runner) -> None:
         self._exit.enter_context(safe_loading())
         missing = [kind() for kind in (RunGuardHook, RandomStateHook) if not
                    any(isinstance(hook, kind) for hook in runner.hooks)]
@@ -80,13 +83,18 @@ class SafeCheckpointHook(Hook):
         runner._hooks = [*missing, *runner.hooks]
         for hook in missing:
             hook.before_run(runner)
+        # A run that fails leaves the process as it was, too
+        loops = [loop for loop in (runner._train_loop, runner._val_loop,
+                                   runner._test_loop)
+                 if isinstance(loop, BaseLoop)]
+        for owner, name in (*((loop, 'run') for loop in loops),
+                            (runner, '_init_model_weights'),
+                            (runner, 'load_or_resume')):
+            if hasattr(owner, name):  # a FlexibleRunner has not all
+                setattr(owner, name, self._closing(getattr(owner, name)))
         if not isinstance(runner._train_loop, BaseLoop):
             return  # validation or a test alone
         self._training = True
-        # A run that fails leaves the process as it was, too
-        for owner, name in ((runner, 'load_or_resume'),
-                            (runner._train_loop, 'run')):
-            setattr(owner, name, self._closing(getattr(owner, name)))
         if is_main_process():
             lock_folder(runner.work_dir)
             self._exit.callback(unlock_folder, runner.work_dir)
