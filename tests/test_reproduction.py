@@ -529,9 +529,11 @@ def test_metrics_of_logs(tmp_path):
         'loss': 1., 'step': 4., 'time': .1, 'mIoU': 30.5,
         'accuracy/top1': 50., 'aAcc': 90.}
     (tmp_path / 'metrics.json').write_text(
-        '{"gram": {"5": {"mean": 2, "median": null}}, "mIoU": 31}')
+        '{"gram": {"5": {"mean": 2, "median": null}}, "mIoU": 31, '
+        '"recall": [90.5, 0]}')
     found = read_metrics(str(tmp_path))
     assert found['gram/5/mean'] == 2. and found['mIoU'] == 31.
+    assert (found['recall/0'], found['recall/1']) == (90.5, 0.)
     assert 'gram/5/median' not in found
     assert read_metrics(str(tmp_path / 'nowhere')) == {}
 
@@ -693,7 +695,7 @@ def test_tuned_methods_are_what_they_are_called(method):
     else:
         assert [type(step).__name__ for step in model.steps] == dict(
             fitnet=[], smooth_l1=[], mask=['MaskTokens'],
-            targets=['RemoveOutlierSubspace'],
+            entropy=['WeighByEntropy'], targets=['RemoveOutlierSubspace'],
             robust=['RemoveOutlierSubspace'])[method]
         assert [step.inside for step in model.steps
                 if hasattr(step, 'inside')] == dict(
@@ -713,12 +715,11 @@ def result(*values):
 
 
 def searched(scores):
-    """Results of a search from ``{(case, method, multiplier, rate): score}``;
-    the others are not there."""
+    """Results of a search from ``{(case, method, value, rate): score}``; the
+    others are not there."""
     found = collections.defaultdict(lambda: result(None))
-    for (case, method, multiplier, rate), score in scores.items():
-        found[evidence.row(method, case, multiplier), f'{rate:g}'] = \
-            result(score)
+    for (case, method, value, rate), score in scores.items():
+        found[evidence.row(method, case, value), f'{rate:g}'] = result(score)
     return found
 
 
@@ -727,7 +728,7 @@ def test_the_best_rate_is_chosen():
               in zip(evidence.RATES, (18, 35, 60.5, 61.5, 40))}
     best = evidence.chosen(searched(scores))
     assert best == {'clean/fitnet': dict(
-        rate=0.03, multiplier=None, score=61.5, edge=False)}
+        rate=0.03, setting=None, score=61.5, edge=False)}
     # the best at the edge, and a search that is not finished, are marked
     scores['clean', 'fitnet', None, 0.1] = 70
     assert evidence.chosen(searched(scores))['clean/fitnet']['edge']
@@ -739,14 +740,45 @@ def test_the_best_rate_is_chosen():
     ((1, 2), False), ((0, 2), True), ((2, 1), False), ((3, 1), True),
     ((1, 0), True), ((1, 4), True)])
 def test_adapters_rates_have_edges_too(place, edge):
-    scores = {('direction', 'singer', multiplier, rate):
+    values = evidence.METHODS['singer'].values
+    scores = {('direction', 'singer', value, rate):
               10. + 9. * ((i, j) == place)
-              for i, multiplier in enumerate(evidence.MULTIPLIERS)
+              for i, value in enumerate(values)
               for j, rate in enumerate(evidence.RATES)}
     best = evidence.chosen(searched(scores))['direction/singer']
-    assert best == dict(
-        rate=evidence.RATES[place[1]], score=19., edge=edge,
-        multiplier=evidence.MULTIPLIERS[place[0]])
+    assert best == dict(rate=evidence.RATES[place[1]], score=19., edge=edge,
+                        setting=values[place[0]])
+
+
+@pytest.mark.parametrize('place, edge', [
+    ((0, 2), False), ((1, 2), False), ((1, 0), True), ((0, 4), True)])
+def test_a_setting_may_end_where_nothing_is_beyond(place, edge):
+    """No weight is below FitNet's or above all of the entropy's."""
+    values = evidence.METHODS['entropy'].values
+    scores = {('imbalance50', 'entropy', value, rate): float((i, j) == place)
+              for i, value in enumerate(values)
+              for j, rate in enumerate(evidence.RATES)}
+    best, = evidence.chosen(searched(scores), evidence.LONGTAIL).values()
+    assert best == dict(rate=evidence.RATES[place[1]], score=1., edge=edge,
+                        setting=values[place[0]])
+
+
+def test_long_tails_distil_probe_and_tune_on_their_own_scenes():
+    search = evidence.longtail_search(DIGITS, [0])
+    assert len(search.jobs) == 3 * 3 * 5 * 2
+    table = evidence.longtail(DIGITS, [0, 1])
+    for job in (*search.jobs.values(), *table.jobs.values()):
+        ratio, = {int(n) for n in re.findall(r'imbalance(\d+)', job.name)}
+        assert 'train_dataloader.dataset.indices=None' in job.options
+        assert f'train_dataloader.dataset.ann_file=meta/train_imbalance' \
+            f'{ratio}.txt' in job.options
+    assert {os.path.basename(name) for name in search.jobs} == {
+        'distil', 'cls_digits_tuning'}
+    assert {os.path.basename(name) for name in table.jobs} == {
+        'distil', 'cls_digits_longtail'}
+    classes = [{source.metric[-1] for source in cell.all_sources}
+               for cell in table.rows[1][1][1:]]
+    assert classes == [set('012'), set('3456'), set('789')]
 
 
 def test_the_committed_rates_are_in_the_grid():
@@ -756,7 +788,7 @@ def test_the_committed_rates_are_in_the_grid():
         case, method = key.split('/')
         assert case in evidence.CASES
         assert best['rate'] in evidence.RATES
-        assert best['multiplier'] in evidence.METHODS[method].multipliers
+        assert best['setting'] in evidence.METHODS[method].values
     assert {f'{case}/{method}' for case, _ in evidence.QUICK
             for method in ('fitnet', 'robust')} <= set(tuned)
 

@@ -11,12 +11,12 @@ gets darker with distance. The stock datasets read what is written::
     ├── images/{training,validation}/scene_000000.png       8-bit colour
     ├── annotations/{training,validation}/scene_000000.png  8-bit classes
     ├── depth/{training,validation}/scene_000000.png        16-bit millimetres
-    └── meta/{train,val,train_longtail*}.txt                "file label"
+    └── meta/{train,val,train_longtail,train_imbalance*}.txt "file label"
 
 Of the long-tailed lists digit c keeps the share r^c of its training scenes:
-r is 0.6 in train_longtail.txt, where the rarest is a hundredth of the
-commonest, and in train_longtail10.txt and train_longtail50.txt such that it
-is a tenth and a fiftieth.
+0.6^c of all in train_longtail.txt, and in train_imbalance{10,50,100}.txt such
+that the rarest digit is a tenth, a fiftieth and a hundredth of the commonest,
+without the last sixth of the scenes, on which settings are tuned.
 """
 import argparse
 import contextlib
@@ -45,8 +45,11 @@ DIGIT_SCENES_PALETTE = [[40, 40, 40], [230, 25, 75], [60, 180, 75],
 
 MARKER = 'digit_scenes.json'
 SPLITS = {'training': 'train', 'validation': 'val'}  # folder, list in meta/
-LONGTAILS = dict(longtail=0.6, longtail10=10**(-1 / 9),
-                 longtail50=50**(-1 / 9))
+# By name: what a digit keeps of the share of the one before, and the scenes
+# that are left out
+LONGTAILS = {'longtail': (0.6, 0.),
+             **{f'imbalance{ratio}': (ratio**(-1 / 9), 1 / 6)
+                for ratio in (10, 50, 100)}}
 FORMAT = 3  # raise it when the same settings give other scenes
 
 PIXEL_METRES = 48.  # size of a digit [px] = 48 / its distance [m]
@@ -253,13 +256,14 @@ def _write_longtails(folder: str) -> None:
     """The beginning of each digit's scenes, in the order of the whole; lists
     that are there stay."""
     with open(os.path.join(folder, 'train.txt')) as file:
-        lines = file.readlines()
-    digits = [int(line.split()[1]) for line in lines]
-    for name, ratio in LONGTAILS.items():
+        scenes = file.readlines()
+    for name, (ratio, left_out) in LONGTAILS.items():
         path = os.path.join(folder, f'train_{name}.txt')
         if os.path.exists(path):
             continue
-        left = {digit: math.ceil(digits.count(digit) * ratio**digit)
+        lines = scenes[:len(scenes) - int(len(scenes) * left_out)]
+        digits = [int(line.split()[1]) for line in lines]
+        left = {digit: math.ceil(round(digits.count(digit) * ratio**digit, 6))
                 for digit in set(digits)}
         kept = []
         for digit, line in zip(digits, lines):

@@ -20,8 +20,8 @@ from make_digit_scenes import MARKER, make_digit_scenes
 from mmsinger.errors import (ConfigError, check_choice, near_paths,
                              readable_errors)
 from mmsinger.schema import Count, ToolParser, reader
-from reproduction.evidence import (demo, evidence, evidence_quick,
-                                   search)
+from reproduction.evidence import (demo, evidence, evidence_quick, longtail,
+                                   longtail_search, search)
 from reproduction.flow import Resources, run_jobs
 from reproduction.plan import all_jobs, wanted_metrics
 from reproduction.profiles import PROFILES
@@ -33,7 +33,8 @@ from reproduction.workspace import Workspace
 TABLES = {'1': table1, '3': table3, '4': table4, '5a': table5a,
           '5b': table5b, '7': table7, '8': table8, 'sweep': sweep}
 OURS = {'search': search, 'evidence': evidence,
-        'evidence_quick': evidence_quick, 'demo': demo}
+        'evidence_quick': evidence_quick, 'longtail_search': longtail_search,
+        'longtail': longtail, 'demo': demo}
 
 
 def parse_args():

@@ -1,4 +1,5 @@
 import builtins
+import collections
 import hashlib
 import json
 import os
@@ -207,6 +208,21 @@ def test_of_two_at_once_one_makes_them(tmp_path, monkeypatch):
     monkeypatch.setattr(digit_scenes, '_write_longtails', slower)
     assert not make_digit_scenes(path, **SIZES)
     assert os.listdir(tmp_path) == ['scenes']
+
+
+def test_long_tails(tmp_path):
+    """As many times rarer as their name says, and none of what tunes."""
+    scenes = [f'scene_{i:06d}.png {i % 10}\n' for i in range(12000)]
+    (tmp_path / 'train.txt').write_text(''.join(scenes))
+    digit_scenes._write_longtails(str(tmp_path))
+    for name, rarest, last in (
+            ('longtail', 13, 12000), ('imbalance10', 100, 10000),
+            ('imbalance50', 20, 10000), ('imbalance100', 10, 10000)):
+        lines = (tmp_path / f'train_{name}.txt').read_text().splitlines(True)
+        assert lines == sorted(lines) and set(lines) <= set(scenes[:last])
+        counts = collections.Counter(line.split()[1] for line in lines)
+        assert counts['0'] == last // 10 and counts['9'] == rarest
+        assert list(counts.values()) == sorted(counts.values(), reverse=True)
 
 
 def test_without_scikit_learn(tmp_path, monkeypatch):

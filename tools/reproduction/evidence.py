@@ -2,11 +2,12 @@
 
 Two tables: ``search`` looks for each method's learning rates on scenes that
 neither distil nor test; ``evidence`` trains with those that were found, seed
-by seed, and compares by pairs on the test scenes.
+by seed, and compares by pairs on the test scenes. ``longtail_search`` and
+``longtail`` do the same where a few digits are seldom seen.
 """
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import mean, stdev
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -18,31 +19,83 @@ from reproduction.tables import Planner
 
 PAIR = 'vitl_to_vits'
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-MULTIPLIERS = (0.003, 0.03, 0.3, 1.)
 ADAPTERS = 'optim_wrapper.paramwise_cfg.custom_keys.adapters'
 #: The chosen rates, written by ``search`` into its own folder
 TUNED = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'tuned.json')
 
+# What a column shows: the mean of these
+Tasks = Sequence[Tuple[Column, Tuple[Task, ...]]]
+
 SCORE = Column('CLS probe %')
 TUNING = Task('linear_eval/cls_digits_tuning.py', 'accuracy/top1')
-TASKS = (
-    (SCORE, Task('linear_eval/cls_digits.py', 'accuracy/top1')),
-    (Column('mean-patch probe %'), Task('linear_eval/cls_mean_digits.py',
-                                        'accuracy/top1')),
-    (Column('mIoU %'), Task('linear_eval/seg_digits.py', 'mIoU')),
+TASKS: Tasks = (
+    (SCORE, (Task('linear_eval/cls_digits.py', 'accuracy/top1'), )),
+    (Column('mean-patch probe %'), (Task('linear_eval/cls_mean_digits.py',
+                                         'accuracy/top1'), )),
+    (Column('mIoU %'), (Task('linear_eval/seg_digits.py', 'mIoU'), )),
 )
 OWN = Column('teacher\'s own mIoU %')
+LONGTAIL_TASKS: Tasks = (
+    (SCORE, (Task('linear_eval/cls_digits_longtail.py', 'accuracy/top1'), )),
+    *((Column(f'{name} %'), tuple(
+        Task('linear_eval/cls_digits_longtail.py',
+             f'single-label/recall_classwise/{digit}') for digit in digits))
+      for name, digits in (('head (0 to 2)', range(3)),
+                           ('medium (3 to 6)', range(3, 7)),
+                           ('tail (7 to 9)', range(7, 10)))),
+)
 
-# Settings of mmsinger.PlantedArtifacts, where they differ from those of
-# configs/_base_/teachers/digits_planted.py
-CASES: Dict[str, Tuple[str, Dict[str, object]]] = {
-    'clean': ('clean', dict(share=0.)),
-    'direction': ('3 %, one direction', {}),
-    'subspace': ('30 %, 8 dimensions', dict(
+
+@dataclass(frozen=True)
+class Case:
+    """A teacher, and scenes.
+
+    Attributes:
+        title (str): What it is called.
+        planted (dict): Settings of ``mmsinger.PlantedArtifacts`` that differ
+            from those of configs/_base_/teachers/digits_planted.py.
+        scenes (str, optional): List of the scenes that distil and that train
+            the probe. Defaults to None: those of the recipes.
+    """
+    title: str
+    planted: Dict[str, object] = field(default_factory=dict)
+    scenes: Optional[str] = None
+
+
+CASES = {
+    'clean': Case('clean', dict(share=0.)),
+    'direction': Case('3 %, one direction'),
+    'subspace': Case('30 %, 8 dimensions', dict(
         share=0.3, norm=(6., 10.), dims=8)),
-    'content': ('30 %, 8 dimensions, on content', dict(
+    'content': Case('30 %, 8 dimensions, on content', dict(
         share=0.3, norm=(6., 10.), dims=8, on='content')),
+    **{f'imbalance{ratio}': Case(
+        f'imbalance {ratio}', dict(share=0.),
+        f'meta/train_imbalance{ratio}.txt') for ratio in (10, 50, 100)},
 }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is searched beside the student's learning rate.
+
+    Attributes:
+        key (str): In the recipe.
+        title (str): What it is called, before its value.
+        values (tuple[float]): What is tried.
+        open (bool): There are other values beyond these. Defaults to True.
+    """
+    key: str
+    title: str
+    values: Tuple[float, ...]
+    open: bool = True
+
+
+MULTIPLIER = Setting(f'{ADAPTERS}.lr_mult', 'adapters x',
+                     (0.003, 0.03, 0.3, 1.))
+# Without it, or with 0, it is FitNet
+STRENGTH = Setting('model.targets.step.strength', 'strength', (0.5, 1.),
+                   open=False)
 
 
 @dataclass(frozen=True)
@@ -54,20 +107,21 @@ class Method:
         recipe (str): ``'fitnet'``, ``'robust'`` or ``'singer'``, of
             configs/digits.
         options (tuple[str]): What is changed in the recipe.
+        setting (Setting, optional): What is searched beside the student's
+            learning rate. Defaults to None.
         settled (bool): The adapters are trained before the student, by
             L_outlier and L_info alone, and then stay. Defaults to False.
     """
     title: str
     recipe: str
     options: Tuple[str, ...] = ()
+    setting: Optional[Setting] = None
     settled: bool = False
 
     @property
-    def multipliers(self) -> Tuple[Optional[float], ...]:
-        """What to try for the adapters' learning rate; None: none that is
-        tied to the student's."""
-        return MULTIPLIERS if self.recipe == 'singer' and not self.settled \
-            else (None, )
+    def values(self) -> Tuple[Optional[float], ...]:
+        """What to try for the setting; None where there is none."""
+        return (None, ) if self.setting is None else self.setting.values
 
 
 def _step(kind: str, **settings: object) -> Tuple[str, ...]:
@@ -86,25 +140,33 @@ METHODS: Dict[str, Method] = {
         'FitNet, outlier subspace removed from targets alone', 'fitnet',
         _step('RemoveOutlierSubspace', mad=6.0)),
     'robust': Method('Robust preset', 'robust'),
-    'singer': Method('SiNGER', 'singer'),
+    'entropy': Method(
+        'FitNet, weighed by the teacher\'s entropy', 'fitnet',
+        _step('WeighByEntropy', tokens='patches',
+              head='decode_head.conv_seg', num_classes=11), STRENGTH),
+    'singer': Method('SiNGER', 'singer', setting=MULTIPLIER),
     'removing': Method('SiNGER, gain -1', 'singer',
-                       ('model.adapter.gain=-1', )),
+                       ('model.adapter.gain=-1', ), MULTIPLIER),
     'settled': Method('SiNGER, adapters trained first, then frozen', 'singer',
                       settled=True),
     'settled_gated': Method(
         'SiNGER, gated, adapters trained first, then frozen', 'singer',
         ('model.gate.mad=6.0', ), settled=True),
     'detached': Method('SiNGER, adapters without L_KD', 'singer',
-                       ('model.kd_gradient=False', )),
+                       ('model.kd_gradient=False', ), MULTIPLIER),
     'gated': Method('SiNGER, gated and capped, adapters without L_KD',
                     'singer', ('model.gate.mad=6.0', 'model.cap=True',
-                               'model.kd_gradient=False')),
+                               'model.kd_gradient=False'), MULTIPLIER),
 }
 SIMPLE = ('mask', 'smooth_l1', 'targets')
 DEMO = (('subspace', ('fitnet', 'singer', 'robust')), )
 QUICK = (('clean', ('fitnet', 'singer')),  # the preset is FitNet there
          ('subspace', ('fitnet', 'singer', 'robust')))
-WHOLE = tuple((case, tuple(METHODS)) for case in CASES)
+LONGTAIL = tuple((case, ('fitnet', 'entropy')) for case in CASES
+                 if CASES[case].scenes)
+WHOLE = tuple(
+    (case, tuple(name for name in METHODS if name != 'entropy'))
+    for case in CASES if not CASES[case].scenes)
 
 LEAST_LOSS = 3.  # points below which a planting decides nothing
 LEAST_RECOVERY = 0.8
@@ -112,69 +174,86 @@ LEAST_RECOVERY_OF_A_SEED = 0.6
 MOST_LOSS = 1.  # points against FitNet, clean; against the best simple filter
 
 
+Plan = Sequence[Tuple[str, Sequence[str]]]  # methods by case
+
+
 def search(profile: Profile, seeds: Sequence[int], quick: bool = False
            ) -> Table:
-    """Learning rates of every method in every case, seed 0."""
+    """Learning rates of every method with every teacher, seed 0."""
+    return _search('search', WHOLE, profile, quick)
+
+
+def longtail_search(profile: Profile, seeds: Sequence[int],
+                    quick: bool = False) -> Table:
+    """Learning rates where a few digits are seldom seen, seed 0."""
+    return _search('longtail_search', LONGTAIL, profile, quick)
+
+
+def _search(name: str, plan: Plan, profile: Profile, quick: bool) -> Table:
     table = Table(
-        'search', 'Search of learning rates',
+        name, 'Search of learning rates',
         f'{SCORE.title} on training scenes that are neither distilled from '
         'nor probed with; seed 0. In each row the rate of the student; the '
-        'rows of a method differ in the multiplier of the adapters\' rate.',
+        'rows of a method differ in what else is searched.',
         [Column(f'{rate:g}') for rate in RATES])
     planner = Planner(table, profile, [0], quick)
-    for case, methods in WHOLE:
+    for case, methods in plan:
+        tuning = _of_case(TUNING, case)
         for method in methods:
-            for multiplier in METHODS[method].multipliers:
-                table.add_row(row(method, case, multiplier), [
+            for value in METHODS[method].values:
+                table.add_row(row(method, case, value), [
                     Cell(((Source(planner.evaluate_student(_distil(
-                        planner, method, case, 0, rate, multiplier),
-                        TUNING, 0), TUNING.metric), ), ))
+                        planner, method, case, 0, rate, value),
+                        tuning, 0), tuning.metric), ), ))
                     for rate in RATES])
-    table.conclude = _say_chosen
-    table.data = chosen
+    table.conclude = lambda results: _say_chosen(chosen(results, plan))
+    table.data = lambda results: chosen(results, plan)
     return table
 
 
-def chosen(results: Dict[Tuple[str, str], Result]) -> Dict[str, Any]:
+def chosen(results: Dict[Tuple[str, str], Result], plan: Plan = WHOLE
+           ) -> Dict[str, Any]:
     """The best rates of each method in each case.
 
     Args:
-        results (dict): ``{(row, column): Result}`` of ``search``.
+        results (dict): ``{(row, column): Result}`` of a search.
+        plan (Sequence): What was searched, methods by case.
 
     Returns:
-        dict: ``{'case/method': dict(rate, multiplier, score, edge)}``, where
+        dict: ``{'case/method': dict(rate, setting, score, edge)}``, where
         ``edge`` tells that the best is at the edge of what was tried, or
         that not all of it was; empty of methods without a result.
     """
     found = {}
-    for case, methods in WHOLE:
+    for case, methods in plan:
         for method in methods:
-            multipliers = METHODS[method].multipliers
+            setting, values = METHODS[method].setting, METHODS[method].values
             scores = {
-                (i, j): results[row(method, case, multiplier),
-                                f'{rate:g}'].mean
-                for i, multiplier in enumerate(multipliers)
+                (i, j): results[row(method, case, value), f'{rate:g}'].mean
+                for i, value in enumerate(values)
                 for j, rate in enumerate(RATES)}
             known = {place: score for place, score in scores.items()
                      if score is not None}
             if not known:
                 continue
             i, j = max(known, key=known.get)
-            neighbours = [(i, j - 1), (i, j + 1)] + (
-                [(i - 1, j), (i + 1, j)] if len(multipliers) > 1 else [])
+            neighbours = [(i, j - 1), (i, j + 1)]
+            if setting is not None:
+                neighbours += [
+                    (k, j) for k in (i - 1, i + 1)
+                    if setting.open or 0 <= k < len(values)]
             found[f'{case}/{method}'] = dict(
-                rate=RATES[j], multiplier=multipliers[i], score=known[i, j],
+                rate=RATES[j], setting=values[i], score=known[i, j],
                 edge=any(place not in known for place in neighbours))
     return found
 
 
-def _say_chosen(results: Dict[Tuple[str, str], Result]) -> List[str]:
-    lines = ['| | rate | of adapters | |', '|---|---|---|---|']
-    for key, best in chosen(results).items():
+def _say_chosen(found: Dict[str, Any]) -> List[str]:
+    lines = ['| | rate | |', '|---|---|---|']
+    for key, best in found.items():
         case, method = key.split('/')
         lines.append(
-            f'| {row(method, case)} | {best["rate"]:g} | '
-            f'{best["multiplier"] or "-"} | '
+            f'| {row(method, case, best["setting"])} | {best["rate"]:g} | '
             + ('**at the edge of what was tried**' if best['edge'] else '')
             + ' |')
     return ['## Chosen', '', *lines]
@@ -182,7 +261,7 @@ def _say_chosen(results: Dict[Tuple[str, str], Result]) -> List[str]:
 
 def evidence(profile: Profile, seeds: Sequence[int], quick: bool = False
              ) -> Table:
-    """All cases and methods, tuned."""
+    """Every method with every teacher, tuned."""
     return _compare('evidence', WHOLE, TASKS, profile, seeds, quick)
 
 
@@ -191,6 +270,20 @@ def evidence_quick(profile: Profile, seeds: Sequence[int],
     """The clean teacher and one planting, three methods."""
     return _compare('evidence_quick', QUICK, TASKS[:1], profile, seeds,
                     quick, own=False)
+
+
+def longtail(profile: Profile, seeds: Sequence[int], quick: bool = False
+             ) -> Table:
+    """Where a few digits are seldom seen: by how often they are."""
+    table = _compare('longtail', LONGTAIL, LONGTAIL_TASKS, profile, seeds,
+                     quick, own=False)
+    table.title = 'Tuned methods on long-tailed scenes'
+    table.caption = (
+        'Distilled from the clean teacher, and probed, on scenes of which '
+        'digit 0 is as many times as frequent as digit 9; accuracy and '
+        'recall on balanced scenes. Mean ± std over seeds. Rates by '
+        '`longtail_search`; a * marks those at the edge of what was tried.')
+    return table
 
 
 def demo(profile: Profile, seeds: Sequence[int], quick: bool = False
@@ -213,15 +306,14 @@ def demo(profile: Profile, seeds: Sequence[int], quick: bool = False
     return table
 
 
-def _cells(planner: Planner, tasks: Sequence[Tuple[Column, Task]],
+def _cells(planner: Planner, tasks: Tasks,
            evaluate: Callable[[Task, int], str]) -> List[Cell]:
-    """One cell for each task, over all seeds."""
-    by_column = {column.title: (task, ) for column, task in tasks}
+    """One cell for each column, over all seeds."""
+    by_column = {column.title: members for column, members in tasks}
     return planner.cells(list(by_column), None, evaluate, by_column)
 
 
-def _compare(name: str, plan: Sequence[Tuple[str, Sequence[str]]],
-             tasks: Sequence[Tuple[Column, Task]], profile: Profile,
+def _compare(name: str, plan: Plan, tasks: Tasks, profile: Profile,
              seeds: Sequence[int], quick: bool, own: bool = True) -> Table:
     with open(TUNED) as file:
         tuned = json.load(file)
@@ -236,9 +328,12 @@ def _compare(name: str, plan: Sequence[Tuple[str, Sequence[str]]],
     planner = Planner(table, profile, seeds, quick)
     shown: List[Tuple[str, str]] = []
     for case, methods in plan:
+        of_case = [(column, tuple(_of_case(task, case) for task in members))
+                   for column, members in tasks]
         table.add_row(row('teacher', case), [
-            *(Cell(((Source(_teacher_probe(planner, case, task),
-                            task.metric), ), )) for _, task in tasks),
+            *(Cell((tuple(Source(_teacher_probe(planner, case, task),
+                                 task.metric) for task in members), ))
+              for _, members in of_case),
             *([Cell(((Source(_own(planner, case), 'mIoU'), ), ))]
               if own else [])])
         for method in methods:
@@ -247,10 +342,10 @@ def _compare(name: str, plan: Sequence[Tuple[str, Sequence[str]]],
                 continue
             shown.append((case, method))
             students = {seed: _distil(planner, method, case, seed,
-                                      best['rate'], best['multiplier'])
+                                      best['rate'], best['setting'])
                         for seed in seeds}
             table.add_row(row(method, case) + ' *' * best['edge'], [
-                *_cells(planner, tasks,
+                *_cells(planner, of_case,
                         lambda task, seed: planner.evaluate_student(
                             students[seed], task, seed)),
                 *[Cell(())] * own])
@@ -260,17 +355,30 @@ def _compare(name: str, plan: Sequence[Tuple[str, Sequence[str]]],
     return table
 
 
-def row(method: str, case: str, multiplier: Optional[float] = None) -> str:
-    """Label of a row."""
-    title = METHODS[method].title if method in METHODS else method
-    return f'{CASES[case][0]}: {title}' + (
-        '' if multiplier is None else f', adapters x {multiplier:g}')
+def row(method: str, case: str, value: Optional[float] = None) -> str:
+    """Label of a row; with the value of the method's setting, if given."""
+    label = METHODS[method].title if method in METHODS else method
+    setting = None if value is None else METHODS[method].setting
+    return f'{CASES[case].title}: {label}' + (
+        '' if setting is None else f', {setting.title} {value:g}')
 
 
-def _options(case: str, key: str) -> Tuple[str, ...]:
+def _planted(case: str, key: str) -> Tuple[str, ...]:
     return tuple(
         f'{key}.{name}={_plain(value)}'
-        for name, value in CASES[case][1].items())
+        for name, value in CASES[case].planted.items())
+
+
+def _scenes(case: str) -> Tuple[str, ...]:
+    scenes = CASES[case].scenes
+    return () if scenes is None else (
+        f'train_dataloader.dataset.ann_file={scenes}',
+        'train_dataloader.dataset.indices=None')
+
+
+def _of_case(task: Task, case: str) -> Task:
+    """The evaluation with a case's scenes to train the probe."""
+    return replace(task, options=_scenes(case))
 
 
 def _plain(value: object) -> str:
@@ -279,7 +387,7 @@ def _plain(value: object) -> str:
 
 
 def _distil(planner: Planner, method: str, case: str, seed: int, rate: float,
-            multiplier: Optional[float]) -> str:
+            value: Optional[float]) -> str:
     chosen_method = METHODS[method]
 
     def distil(name: str, rate: float, *options: str) -> str:
@@ -287,7 +395,7 @@ def _distil(planner: Planner, method: str, case: str, seed: int, rate: float,
             planner.profile.recipe, seed, chosen_method.recipe, PAIR,
             f'{case}-{method}-{name}',
             (f'optim_wrapper.optimizer.lr={rate:g}', *options,
-             *_options(case, 'model.teacher.backbone'),
+             *_planted(case, 'model.teacher.backbone'), *_scenes(case),
              *chosen_method.options))
 
     name, options = f'{rate:g}', []
@@ -298,9 +406,9 @@ def _distil(planner: Planner, method: str, case: str, seed: int, rate: float,
                           'param_scheduler.1.end=300')
         options = [f'{ADAPTERS}.lr_mult=0',
                    f'load_from={checkpoint(adapters)}']
-    elif multiplier is not None:
-        options = [f'{ADAPTERS}.lr_mult={multiplier:g}']
-        name += f'-x{multiplier:g}'
+    elif chosen_method.setting is not None:
+        options = [f'{chosen_method.setting.key}={value:g}']
+        name += f'-x{value:g}'
     return distil(name, rate, *options)
 
 
@@ -308,7 +416,7 @@ def _teacher_probe(planner: Planner, case: str, task: Task) -> str:
     """Linear evaluation of the teacher itself."""
     source = planner.profile.path(planner.profile.recipe, method='fitnet',
                                   pair=PAIR)
-    options = _options(case, 'model.teacher.backbone')
+    options = _planted(case, 'model.teacher.backbone')
     return planner.evaluate(
         f'teacher-{case}', source,
         ('--teacher', *(('--source-options', *options) if options else ())),
@@ -322,7 +430,7 @@ def _own(planner: Planner, case: str) -> str:
     return planner.table.add_job(Job(
         f'teacher-{case}/own', 'test.py',
         (config, 'mmsinger://digits_teacher.pth', '--work-dir', WORK_DIR),
-        config, 0, _options(case, 'model.backbone')))
+        config, 0, _planted(case, 'model.backbone')))
 
 
 # -- what it says -------------------------------------------------------------

@@ -16,10 +16,13 @@ class Task:
         metric (str): Name among the logged metrics.
         head (str, optional): Another task whose trained head is tested
             instead of training one (distribution shift). Defaults to None.
+        options (tuple[str]): What is changed in the config. Defaults to
+            none.
     """
     config: str
     metric: str
     head: Optional[str] = None
+    options: Tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,8 @@ class Planner:
             args.append('--resume')
         return self.table.add_job(Job(
             f'{folder}/{name}', 'linear_eval.py', tuple(args), config, seed,
-            self.profile.quick_task if self.quick else ()))
+            (*task.options, *(self.profile.quick_task if self.quick else ()))
+        ))
 
     def measure(self, distilled: str, *metrics: str) -> str:
         """Tables 3 to 8 on a distilled pair; returns the job's name."""

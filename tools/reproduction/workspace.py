@@ -173,9 +173,12 @@ def read_metrics(work_dir: str) -> Dict[str, float]:
 
 
 def flat(values: dict, prefix: str = '') -> Dict[str, float]:
-    """Numbers of nested dictionaries, keys joined by ``/``."""
+    """Numbers of nested dictionaries and lists, keys and places joined by
+    ``/``."""
     found = {}
     for key, value in values.items():
+        if isinstance(value, list):
+            value = dict(enumerate(value))
         if isinstance(value, dict):
             found.update(flat(value, f'{prefix}{key}/'))
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
