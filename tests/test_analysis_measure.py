@@ -2,15 +2,18 @@
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.registry import init_default_scope
 
 import forked
 import tiny
 from mmsinger.analysis.measure import (METRICS, applicable_metrics,
                                        check_metrics, measure)
 from mmsinger.analysis.nullspace import distilled_null_directions
+from mmsinger.engine.images import ImageBatches
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError
 from mmsinger.metrics.jacobian import random_signs
@@ -325,6 +328,22 @@ def place(tmp_path_factory):
 
 def run(place, *args, check=True):
     return forked.run('measure.py', *args, cwd=place, check=check)
+
+
+def test_the_choice_of_a_recipes_images_is_seeded(place, monkeypatch):
+    monkeypatch.chdir(place)
+    init_default_scope('mmseg')
+    cfg = load_config(tiny.SEG_CONFIG)
+    cfg.val_dataloader = None
+
+    def chosen(seed, count=4):
+        return ImageBatches(cfg, SimpleNamespace(data_preprocessor=None),
+                            count, seed).indices
+
+    everything = chosen(0, 1000)
+    assert chosen(1) == chosen(1) != chosen(2)
+    assert sorted(everything) == list(range(len(everything))) != everything
+    assert len(set(chosen(1))) == 4 < len(everything)
 
 
 @pytest.fixture(scope='module')

@@ -16,6 +16,7 @@ from torch import nn
 
 from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
 from mmsinger.errors import ConfigError
+from mmsinger.registry import MODELS
 
 
 def weights(seed=0):
@@ -549,6 +550,19 @@ def test_hooks_of_the_model_run():
     state['old'] = state.pop('0.bias')
     load_strict(target, state, 'x', 'y')
     assert torch.equal(target[0].bias, state['old'])
+
+
+def test_what_a_backbone_passes_over_is_not_missing():
+    """Swin V2 computes relative coordinates anew and loads none."""
+    swin = MODELS.build(dict(
+        type='mmpretrain.SwinTransformerV2', arch=dict(
+            embed_dims=8, depths=[1, 1], num_heads=[1, 1],
+            extra_norm_every_n_blocks=0), img_size=32, out_indices=(1, )))
+    state = swin.state_dict()
+    load_strict(swin, state, 'x', 'y')
+    del state['stages.0.blocks.0.attn.w_msa.qkv.weight']
+    with pytest.raises(ConfigError, match='1 missing keys:\n.*qkv.weight'):
+        load_strict(swin, state, 'x', 'y')
 
 
 def test_file_that_ships_with_the_package():

@@ -702,6 +702,22 @@ def test_a_plain_model_gets_what_every_run_needs(tiny_config):
         'mmsinger.RandomStateHook']
 
 
+@pytest.mark.parametrize('settings, resumed', [
+    ({}, 'first'), (dict(diff_rank_seed=True), None)])
+def test_a_process_that_is_new_on_resume(monkeypatch, settings, resumed):
+    """It goes on with the first one's random numbers, unless processes are
+    to draw numbers of their own."""
+    monkeypatch.setattr('mmsinger.engine.hooks.random_state_hook.get_rank',
+                        lambda: 1)
+    hook = RandomStateHook()
+    hook.after_load_checkpoint(SimpleNamespace(_randomness_cfg=settings), dict(
+        random_states=['first']))
+    assert hook._resumed == resumed
+    hook.after_load_checkpoint(SimpleNamespace(_randomness_cfg=settings), dict(
+        random_states=['first', 'second']))
+    assert hook._resumed == 'second'
+
+
 def test_hooks_of_a_pure_python_config(place, tiny_config, tmp_path):
     """Given as classes, they run once, and the student's config is free of
     mmsinger."""

@@ -376,7 +376,27 @@ def test_padding_changes_nothing(make, cls, norm, monkeypatch):
         assert value > 0
 
 
-def tokens_with(noise):
+def test_calibration_leaves_out_tokens_that_are_padding_in_part(monkeypatch):
+    """The images are 32 x 32 and 16 x 20: of the third column of tokens
+    half."""
+    batch = padded_batch(0)
+    batch['data_samples'][1].set_metainfo(dict(img_shape=(16, 20)))
+    if 'padding_size' in batch['data_samples'][1]:
+        batch['data_samples'][1].set_metainfo(dict(
+            padding_size=(0, 12, 0, 16)))
+    model = distiller(SEGMENTOR, FitNetDistiller, target_norm='standardise')
+    scales = []
+    for noise in (0., 1e3):
+        monkeypatch.setattr('mmsinger.models.features.taps.BlockTaps.tokens',
+                            tokens_with(noise, columns=2))
+        for target_norm in model.target_norms.values():
+            target_norm.scale.fill_(float('nan'))
+        model.calibrate([batch])
+        scales.append([n.scale.item() for n in model.target_norms.values()])
+    assert scales[0] == scales[1]
+
+
+def tokens_with(noise, columns=3):
     """Outputs of blocks of 8 x 8 pixels, with something added to the tokens
     of the second image that are padding."""
     from mmsinger.models.features.taps import BlockTaps
@@ -386,7 +406,7 @@ def tokens_with(noise):
     def tokens(self, layer):
         found = read(self, layer)
         padding = torch.ones(2, 4, 4)
-        padding[0], padding[1, :2, :3] = 0, 0
+        padding[0], padding[1, :2, :columns] = 0, 0
         return found.with_patches(
             found.patches + noise * padding.flatten(1).unsqueeze(-1))
 

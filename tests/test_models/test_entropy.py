@@ -90,6 +90,7 @@ def test_what_the_head_predicts_is_what_the_whole_teacher_does():
         ours = step.readout(outputs.taps.tokens(5).patches)
     torch.testing.assert_close(
         ours, logits.flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-4)
+    assert step.readout.norm.eps == whole.backbone.ln1.eps
     entropy = torch.distributions.Categorical(logits=ours).entropy().mean(1)
     torch.testing.assert_close(step.image_weights(outputs),
                                1 - entropy / math.log(11))

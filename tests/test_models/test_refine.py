@@ -160,6 +160,24 @@ def test_a_gate_comes_before_what_changes_values():
         distiller(FitNetDistiller, targets=[step, gate])
 
 
+def test_outliers_that_are_shorter_than_the_median_have_no_loss():
+    """L_outlier shortens tokens; it never makes one longer."""
+    model = distiller(gate=dict(mad=5.))
+    tokens = tokens_with_outliers()
+    model.refinement.calibrate({1: tokens.patches, 3: tokens.patches})
+    loss = {}
+    for count in (3, 2):  # so many keep their length, the others lose it
+        keep = torch.ones(2, 16, 1)
+        keep[0, count:3] = 0.
+        model.refinement.adapters['3'].forward = lambda x: x * keep
+        loss[count] = model.refinement.refine(3, tokens).excess
+    median = model.gates['3'].median
+    excess = (tokens.patches[0, :3].norm(dim=-1) - median).square() / 2
+    weight = model.loss_outlier.loss_weight
+    torch.testing.assert_close(loss[3], weight * excess.mean())
+    torch.testing.assert_close(loss[2], weight * excess[:2].mean())
+
+
 def test_a_checkpoint_without_the_gates_statistics():
     """They are found anew; all else has to be there."""
     model = distiller(gate=dict(mad=5.), ready=False)
