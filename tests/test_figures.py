@@ -286,6 +286,29 @@ def test_images_are_read_as_in_training(tmp_path):
     assert read_images([wide], model, (16, 48)).shape == (1, 3, 16, 48)
 
 
+def test_grey_students_and_teachers_have_maps(tmp_path):
+    backbone = tiny.vit(in_channels=1)
+    model = FitNetDistiller(
+        student=dict(PLAIN, backbone=backbone, data_preprocessor=dict(
+            type='mmpretrain.ClsDataPreprocessor', mean=[10.], std=[2.])),
+        teacher=dict(backbone=backbone), layers=(1, 3), task_loss_weight=0)
+    inputs = read_images([write_image(tmp_path / 'a.png')], model)
+    assert inputs.shape == (1, 1, 32, 32)
+    pictures = pictures_of(model, inputs)
+    assert pictures.shape == (1, 32, 32, 3)
+    assert (pictures == 2).all()  # 0.299 * 3 + 0.587 * 2 + 0.114 * 1
+    assert extract_features(model, inputs)[3].teacher.grid == (4, 4)
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_images_that_are_no_photographs_are_grey(channels):
+    model = SimpleNamespace(
+        student_normalisation=Normalisation((5., ), (2., )),
+        data_preprocessor=SimpleNamespace())
+    picture = pictures_of(model, torch.full((2, channels, 4, 4), 7.))
+    assert picture.shape == (2, 4, 4, 3) and (picture == 19).all()
+
+
 @pytest.mark.parametrize('name', ['to_rgb', '_channel_conversion',
                                   'channel_conversion'])
 def test_red_is_red_whatever_the_preprocessor_calls_it(name):

@@ -50,15 +50,18 @@ def pictures_of(distiller: FeatureDistiller, inputs: Tensor) -> np.ndarray:
 
     Args:
         distiller (FeatureDistiller): Whose data preprocessor made them.
-        inputs (Tensor): Shape (B, 3, H, W).
+        inputs (Tensor): Shape (B, C, H, W).
 
     Returns:
-        np.ndarray: RGB, (B, H, W, 3), uint8.
+        np.ndarray: RGB, (B, H, W, 3), uint8; grey, the mean over channels,
+            where C is not 3.
     """
     images = distiller.student_normalisation.undo(
         inputs.detach().float().cpu())
     if not _is_rgb(distiller.data_preprocessor):
         images = images.flip(1)
+    if images.shape[1] != 3:
+        images = images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
     return images.clamp(0, 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
