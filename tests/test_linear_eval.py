@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 
 import cv2
 import numpy as np
@@ -488,6 +489,18 @@ def test_tool_from_recipe_to_metrics(place, runs, name):
     assert losses[-1] < losses[0]
     cfg = load_config(os.path.join(place, name, f'{name}_digits.py'))
     assert cfg.model.data_preprocessor.mean == [10., 20., 30.]
+
+
+def test_each_checkpoint_has_a_folder_of_its_own(place, tmp_path):
+    for name in ('first.pth', 'second.pth'):
+        shutil.copy(os.path.join(place, 'student.pth'), tmp_path / name)
+        forked.run('linear_eval.py', os.path.join(CONFIGS, 'cls_digits.py'),
+                   'source.py', str(tmp_path / name), '--cfg-options', *SHORT,
+                   cwd=place)
+    for name in ('first', 'second'):
+        folder = os.path.join('work_dirs/linear_eval/source', name,
+                              'cls_digits')
+        assert METRICS['cls'] in logged(place, folder)[-1]
 
 
 def test_each_image_passes_the_backbone_once(runs):
