@@ -5,7 +5,8 @@ import io
 import os
 import pickle
 import re
-from typing import Any, Dict, Iterable, Iterator, Set, Union
+from typing import (Any, Callable, Dict, Iterable, Iterator, List, Set, Tuple,
+                    Union)
 from urllib.parse import urlparse
 
 import torch
@@ -18,6 +19,7 @@ STUDENT = 'student.'  # what a student's keys begin with in a distiller
 TRUSTED = 'MMSINGER_TRUST_CHECKPOINT'
 _torch_load = torch.load
 _open_contexts: Set[object] = set()  # of safe_loading
+_replaced: List[Tuple[Callable, Callable]] = []  # while one is open
 
 
 def load_checkpoint(path: str, key: str = 'checkpoint') -> Dict[str, Any]:
@@ -58,8 +60,8 @@ def safe_loading() -> Iterator[None]:
 
     mmengine, timm and torch.hub all end there, with local files and
     downloads, and unpickle anything where the safe way fails. The safe
-    function is in place of ``torch.load`` for as long as any such context is
-    open, in whichever order they end.
+    function is in place of ``torch.load``, or of what has replaced it, for as
+    long as any such context is open, in whichever order they end.
 
     Raises:
         ConfigError: By ``torch.load``, for a file that is damaged or holds
@@ -68,6 +70,8 @@ def safe_loading() -> Iterator[None]:
             may hold more.
     """
     context = object()
+    if not _open_contexts:
+        _replaced.append((torch.load, torch.serialization.load))
     _open_contexts.add(context)
     torch.load = torch.serialization.load = _guarded_load
     try:
@@ -75,7 +79,7 @@ def safe_loading() -> Iterator[None]:
     finally:
         _open_contexts.remove(context)
         if not _open_contexts:
-            torch.load = torch.serialization.load = _torch_load
+            torch.load, torch.serialization.load = _replaced.pop()
 
 
 def _guarded_load(f: Any, map_location: Any = None, pickle_module: Any = None,

@@ -110,6 +110,20 @@ def test_torch_load_is_put_back():
     assert torch.load is torch.serialization.load is before
 
 
+def test_what_replaces_torch_load_is_guarded_and_put_back(
+        tmp_path, canary, monkeypatch):
+    def careless(f, **kwargs):
+        return original(f, **{**kwargs, 'weights_only': False})
+
+    original = torch.load
+    monkeypatch.setattr(torch, 'load', careless)
+    with safe_loading(), pytest.raises(ConfigError):
+        torch.load(write(tmp_path, canary))
+    assert not os.path.exists(canary)
+    assert torch.load is careless
+    assert torch.serialization.load is original
+
+
 def test_a_context_that_ends_late_opens_no_other():
     before = torch.load
     first, second = safe_loading(), safe_loading()
