@@ -474,6 +474,8 @@ def runs(place):
 @pytest.mark.parametrize('name', METRICS)
 def test_tool_from_recipe_to_metrics(place, runs, name):
     value = logged(place, name)[-1][METRICS[name]]
+    with open(os.path.join(place, name, 'metrics.json')) as file:
+        assert json.load(file)[METRICS[name]] == pytest.approx(value)
     assert np.isfinite(value)
     assert f'source on {name}_digits: ' in runs[name]
     assert f'{METRICS[name]} {value:.4f}' in runs[name]
@@ -489,6 +491,18 @@ def test_tool_from_recipe_to_metrics(place, runs, name):
     assert losses[-1] < losses[0]
     cfg = load_config(os.path.join(place, name, f'{name}_digits.py'))
     assert cfg.model.data_preprocessor.mean == [10., 20., 30.]
+
+
+def test_metrics_of_each_class(place):
+    """Logs leave lists out, metrics.json does not."""
+    forked.run('linear_eval.py',
+               os.path.join(CONFIGS, 'cls_digits_longtail.py'), 'source.py',
+               'student.pth', '--work-dir', 'classwise', '--cfg-options',
+               *SHORT, 'train_dataloader.dataset.ann_file=meta/train.txt',
+               cwd=place)
+    with open(os.path.join(place, 'classwise', 'metrics.json')) as file:
+        recall = json.load(file)['single-label/recall_classwise']
+    assert len(recall) == 10 and all(0 <= r <= 100 for r in recall)
 
 
 def test_each_checkpoint_has_a_folder_of_its_own(place, tmp_path):

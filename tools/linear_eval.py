@@ -3,15 +3,17 @@
     python tools/linear_eval.py configs/linear_eval/seg_digits.py \\
         configs/demo/singer_digits.py work_dirs/NAME/iter_400_student.pth
 
-Trains the head of TASK_CONFIG on the backbone of SOURCE_CONFIG and prints the
-metrics. The config that this amounts to is in the work dir; tools/train.py
-repeats the run with it.
+Trains the head of TASK_CONFIG on the backbone of SOURCE_CONFIG, prints the
+metrics and writes them to metrics.json in the work dir. The config that this
+amounts to is there, too; tools/train.py repeats the run with it.
 """
+import json
 import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 import torch
 from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
 
 from mmsinger.checkpoint import (load_checkpoint, load_strict, safe_loading,
                                  weights_of)
@@ -20,6 +22,7 @@ from mmsinger.engine.prepare import (build_runner, load_config,
                                      prepare_training, world_size)
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError, readable_errors
+from mmsinger.files import atomic_write
 from mmsinger.linear_eval import evaluation_config
 from mmsinger.schema import Natural, ToolParser, reader
 
@@ -64,6 +67,15 @@ def parse_args():
 
 def stem(path):
     return os.path.splitext(os.path.basename(path))[0]
+
+
+class LastMetrics(Hook):
+    """Keeps what the last validation found: lists, too, which logs leave
+    out."""
+    metrics = {}
+
+    def after_val_epoch(self, runner, metrics=None):
+        self.metrics = metrics or {}
 
 
 def divide_batch(cfg):
@@ -133,17 +145,23 @@ def main():
     elif cfg.get('resume') and cfg.get('load_from'):
         load_head(unwrap(runner.model), cfg.load_from, '--resume', args.task,
                   'Leave --resume out, or choose another --work-dir.')
+    found = LastMetrics()
+    runner.register_hook(found)
     if cfg.get('train_cfg') is None:  # a trained head, or k-NN
-        metrics = runner.val()
+        runner.val()
     else:
         runner.train()
-        scalars = runner.message_hub.log_scalars
-        metrics = {name[len('val/'):]: scalars[name].current()
-                   for name in scalars if name.startswith('val/')
-                   and not name.endswith('time')}
     if is_main_process():
+        # What is not defined (the recall of a class without images) is null
+        text = json.dumps(json.loads(json.dumps(
+            found.metrics, default=float), parse_constant=lambda _: None),
+            indent=1)
+        with atomic_write(os.path.join(cfg.work_dir, 'metrics.json')) as path:
+            with open(path, 'w') as file:
+                file.write(text + '\n')
         print(f'{evaluated} on {stem(args.task)}: ' + ', '.join(
-            f'{name} {value:.4f}' for name, value in metrics.items()))
+            f'{name} {value:.4f}' for name, value in found.metrics.items()
+            if not isinstance(value, list)))
 
 
 if __name__ == '__main__':
