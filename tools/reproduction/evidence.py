@@ -468,7 +468,7 @@ def conclude(results: Dict[Tuple[str, str], Result],
     lines = [f'## Against FitNet, by {SCORE.title}, seed by seed', '',
              '| | difference, 95 % interval | recovered | bars |',
              '|---|---|---|---|']
-    clean = of('fitnet', 'clean')
+    clean, judged = of('fitnet', 'clean'), False
     for case, method in shown:
         ours, fitnet = of(method, case), of('fitnet', case)
         if method == 'fitnet' or ours is None or fitnet is None:
@@ -497,7 +497,8 @@ def conclude(results: Dict[Tuple[str, str], Result],
             bars.append(_met('simple', ours.mean >= best - MOST_LOSS))
         lines.append(f'| {row(method, case)} | {text} | {recovered} | '
                      f'{", ".join(bars)} |')
-    return lines + [
+        judged |= bool(recovered or bars)
+    return lines if not judged else lines + [
         '', f'Bars: *clean*, at most {MOST_LOSS:g} point below FitNet; '
         f'*recovery*, at least {100 * LEAST_RECOVERY:.0f} % of what the '
         'planting costs FitNet, and '
