@@ -763,6 +763,14 @@ def test_a_setting_may_end_where_nothing_is_beyond(place, edge):
                         setting=values[place[0]])
 
 
+def test_bars_are_explained_where_there_are_any():
+    """A long tail has no teacher with artifacts to recover from."""
+    said = verdict((40, 42), (41, 44), (None, None), 'entropy',
+                   'imbalance50')
+    assert '+1.5 ± ' in said and 'Bars:' not in said
+    assert 'Bars:' in verdict((20, 20), (60, 60), (60, 60))
+
+
 def test_long_tails_distil_probe_and_tune_on_their_own_scenes():
     search = evidence.longtail_search(DIGITS, [0])
     assert len(search.jobs) == 3 * 3 * 5 * 2
