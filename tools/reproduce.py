@@ -87,9 +87,8 @@ def chosen_tables(args):
                           'built in.')
     for name in args.table:
         if name in OURS and name not in known:
-            raise ConfigError(f'table {name!r} needs --profile digits: '
-                              'artifacts are planted in a teacher that ships '
-                              'with the package.')
+            raise ConfigError(f'table {name!r} needs --profile digits: it is '
+                              'of the teacher that ships with the package.')
         check_choice('table', name, (*known, 'all'))
     names = dict.fromkeys(
         each for name in args.table

@@ -279,10 +279,11 @@ def longtail(profile: Profile, seeds: Sequence[int], quick: bool = False
                      quick, own=False)
     table.title = 'Tuned methods on long-tailed scenes'
     table.caption = (
-        'Distilled from the clean teacher, and probed, on scenes of which '
-        'digit 0 is as many times as frequent as digit 9; accuracy and '
-        'recall on balanced scenes. Mean ± std over seeds. Rates by '
-        '`longtail_search`; a * marks those at the edge of what was tried.')
+        'Distilled from the clean teacher, and probed, on scenes in which '
+        'digit 0 is so many times (the imbalance) as frequent as digit 9; '
+        'accuracy and recall on balanced scenes. Mean ± std over seeds. '
+        'Rates by `longtail_search`; a * marks those at the edge of what was '
+        'tried.')
     return table
 
 
