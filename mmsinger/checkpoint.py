@@ -5,7 +5,7 @@ import io
 import os
 import pickle
 import re
-from typing import (Any, Callable, Dict, Iterable, Iterator, List, Set, Tuple,
+from typing import (Any, Callable, Dict, Iterable, Iterator, List, Tuple,
                     Union)
 from urllib.parse import urlparse
 
@@ -18,8 +18,7 @@ SHIPPED = 'mmsinger://'
 STUDENT = 'student.'  # what a student's keys begin with in a distiller
 TRUSTED = 'MMSINGER_TRUST_CHECKPOINT'
 _torch_load = torch.load
-_open_contexts: Set[object] = set()  # of safe_loading
-_replaced: List[Tuple[Callable, Callable]] = []  # while one is open
+_replaced: List[Tuple[Callable, Callable]] = []  # by safe_loading
 
 
 def load_checkpoint(path: str, key: str = 'checkpoint') -> Dict[str, Any]:
@@ -69,17 +68,12 @@ def safe_loading() -> Iterator[None]:
             ``MMSINGER_TRUST_CHECKPOINT`` names, by their SHA-256, files that
             may hold more.
     """
-    context = object()
-    if not _open_contexts:
-        _replaced.append((torch.load, torch.serialization.load))
-    _open_contexts.add(context)
+    _replaced.append((torch.load, torch.serialization.load))
     torch.load = torch.serialization.load = _guarded_load
     try:
         yield
     finally:
-        _open_contexts.remove(context)
-        if not _open_contexts:
-            torch.load, torch.serialization.load = _replaced.pop()
+        torch.load, torch.serialization.load = _replaced.pop()
 
 
 def _guarded_load(f: Any, map_location: Any = None, pickle_module: Any = None,
