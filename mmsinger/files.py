@@ -2,6 +2,7 @@
 import atexit
 import contextlib
 import errno
+import json
 import os
 import re
 import secrets
@@ -77,6 +78,20 @@ def _sync(path: str) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_json(content: Any, path: str) -> None:
+    """JSON by :func:`atomic_write`, in which numbers that are none, NaN and
+    infinities, are null.
+
+    Args:
+        content (Any): Dictionaries, lists, strings and numbers.
+        path (str): The file.
+    """
+    content = json.loads(json.dumps(content, default=float),
+                         parse_constant=lambda _: None)
+    with atomic_write(path) as temporary, open(temporary, 'w') as file:
+        json.dump(content, file, indent=2)
 
 
 @contextlib.contextmanager

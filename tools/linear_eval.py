@@ -7,7 +7,6 @@ Trains the head of TASK_CONFIG on the backbone of SOURCE_CONFIG, prints the
 metrics and writes them to metrics.json in the work dir. The config that this
 amounts to is there, too; tools/train.py repeats the run with it.
 """
-import json
 import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
@@ -22,7 +21,7 @@ from mmsinger.engine.prepare import (build_runner, load_config,
                                      prepare_training, world_size)
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError, readable_errors
-from mmsinger.files import atomic_write
+from mmsinger.files import write_json
 from mmsinger.linear_eval import evaluation_config
 from mmsinger.schema import Natural, ToolParser, reader
 
@@ -152,13 +151,7 @@ def main():
     else:
         runner.train()
     if is_main_process():
-        # What is not defined (the recall of a class without images) is null
-        text = json.dumps(json.loads(json.dumps(
-            found.metrics, default=float), parse_constant=lambda _: None),
-            indent=1)
-        with atomic_write(os.path.join(cfg.work_dir, 'metrics.json')) as path:
-            with open(path, 'w') as file:
-                file.write(text + '\n')
+        write_json(found.metrics, os.path.join(cfg.work_dir, 'metrics.json'))
         print(f'{evaluated} on {stem(args.task)}: ' + ', '.join(
             f'{name} {value:.4f}' for name, value in found.metrics.items()
             if not isinstance(value, list)))

@@ -7,7 +7,6 @@ without one the recipe is measured as it starts. docs/measure.md says what
 each number means.
 """
 import argparse
-import json
 from typing import Any, Dict, Iterator, Tuple
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
@@ -27,7 +26,7 @@ from mmsinger.engine.loading import load_distiller, prepare
 from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import check_output_file, readable_errors
-from mmsinger.files import atomic_write
+from mmsinger.files import write_json
 from mmsinger.schema import Count, Natural, Positive, ToolParser, reader
 
 INFLATION = dict(g_ffn1='G_FFN1', g_ffn2='G_FFN2', delta_ffn='delta FFN',
@@ -106,11 +105,8 @@ def main():
         source=batches.source, **settings,
         versions=dict(mmsinger=mmsinger.__version__, torch=torch.__version__,
                       mmengine=mmengine.__version__))
-    # NaN (an adapter that is zero has no energies) is no JSON: null
-    content = json.loads(json.dumps(dict(meta=meta, **results)),
-                         parse_constant=lambda _: None)
-    with atomic_write(args.out) as temporary, open(temporary, 'w') as file:
-        json.dump(content, file, indent=2)
+    # An adapter that is zero has no energies
+    write_json(dict(meta=meta, **results), args.out)
     print(f'\n{format_results(results)}\n\n{len(batches)} images of '
           f'{batches.source}; written to {args.out}')
 

@@ -1,10 +1,12 @@
 """What a run may go on from, and what it takes over."""
 import errno
+import json
 import os
 import re
 import shutil
 import stat
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +14,8 @@ import forked
 import tiny
 from mmsinger.errors import ConfigError
 from mmsinger.export import export_student
-from mmsinger.files import LOCK, atomic_write, lock_folder, unlock_folder
+from mmsinger.files import (LOCK, atomic_write, lock_folder, unlock_folder,
+                            write_json)
 
 ADAPTERS = 'optim_wrapper.paramwise_cfg.custom_keys.adapters.lr_mult'
 
@@ -336,6 +339,13 @@ def test_the_lock_of_another_user(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'open', refuse)
     with pytest.raises(ConfigError, match="another user's run.*--work-dir"):
         lock_folder(str(tmp_path))
+
+
+def test_json_has_no_numbers_that_are_none(tmp_path):
+    write_json(dict(a=[float('nan'), 1.5], b=np.float32(2)),
+               str(tmp_path / 'x.json'))
+    assert json.loads((tmp_path / 'x.json').read_text()) == dict(
+        a=[None, 1.5], b=2.)
 
 
 def test_a_file_behind_a_link_is_written_and_keeps_its_permissions(tmp_path):
