@@ -466,9 +466,8 @@ def conclude(results: Dict[Tuple[str, str], Result],
         result = results.get((row(method, case), SCORE.title))
         return None if result is None or result.missing else result
 
-    lines = [f'## Against FitNet, by {SCORE.title}, seed by seed', '',
-             '| | difference, 95 % interval | recovered | bars |',
-             '|---|---|---|---|']
+    rows = [('', 'difference, 95 % interval', 'recovered', 'bars'),
+            ('---', ) * 4]
     clean, judged = of('fitnet', 'clean'), False
     for case, method in shown:
         ours, fitnet = of(method, case), of('fitnet', case)
@@ -496,9 +495,11 @@ def conclude(results: Dict[Tuple[str, str], Result],
         best = max((r.mean for r in simple if r is not None), default=None)
         if best is not None:
             bars.append(_met('simple', ours.mean >= best - MOST_LOSS))
-        lines.append(f'| {row(method, case)} | {text} | {recovered} | '
-                     f'{", ".join(bars)} |')
+        rows.append((row(method, case), text, recovered, ', '.join(bars)))
         judged |= bool(recovered or bars)
+    lines = [f'## Against FitNet, by {SCORE.title}, seed by seed', '',
+             *(f'| {" | ".join(cells[:4 if judged else 2])} |'
+               for cells in rows)]
     return lines if not judged else lines + [
         '', f'Bars: *clean*, at most {MOST_LOSS:g} point below FitNet; '
         f'*recovery*, at least {100 * LEAST_RECOVERY:.0f} % of what the '

@@ -120,8 +120,8 @@ class Report:
                                self.table.columns, results)]
 
     def markdown(self) -> str:
-        """A page: the table, what failed, and where each figure comes
-        from."""
+        """A page: the table, what failed, and each run with the columns
+        that it is in."""
         table = self.table
         lines = [f'# {table.title}', '', table.caption, '']
         bold = ''
@@ -139,17 +139,20 @@ class Report:
         if failed:
             lines += ['', '## Failed runs', '', *failed]
         lines += ['', '## Where the figures come from', '',
-                  '| row | column | run | config | seed | commit | log |',
+                  '| row | columns | run | config | seed | commit | log |',
                   '|---|---|---|---|---|---|---|']
+        shown: Dict[Tuple[str, str], Dict[str, None]] = {}
         for label, cell, column, _ in self.cells():
             for source in cell.all_sources:
-                record = self.records.get(source.job)
-                if record is not None:
-                    nowhere = 'no repository' if record.command else 'not run'
-                    lines.append(
-                        f'| {label} | {column.title} | `{source.job}` | '
-                        f'`{record.config}` | {record.seed} | '
-                        f'{record.commit or nowhere} | `{record.log}` |')
+                shown.setdefault((label, source.job), {})[column.title] = None
+        for (label, job), columns in shown.items():
+            record = self.records.get(job)
+            if record is not None:
+                nowhere = 'no repository' if record.command else 'not run'
+                lines.append(
+                    f'| {label} | {", ".join(columns)} | `{job}` | '
+                    f'`{record.config}` | {record.seed} | '
+                    f'{record.commit or nowhere} | `{record.log}` |')
         return '\n'.join(lines) + '\n'
 
     def write_csv(self, path: str) -> None:
