@@ -802,6 +802,29 @@ def test_the_committed_rates_are_in_the_grid():
             for method in ('fitnet', 'robust')} <= set(tuned)
 
 
+def test_methods_are_also_compared_in_fitnets_time():
+    table = evidence.evidence(DIGITS, [0, 1])
+    titles = [column.title for column in table.columns]
+    first, timed = (titles.index(column.title) for column in (
+        evidence.SCORE, evidence.TIMED))
+    rows = dict(table.rows)
+    fitnet = rows[evidence.row('fitnet', 'subspace')]
+    assert fitnet[timed].sources == fitnet[first].sources
+    assert not rows[evidence.row('mask', 'subspace')][timed].sources
+    steps = {}
+    for method in ('robust', 'singer'):
+        cell = rows[evidence.row(method, 'subspace')][timed]
+        assert [source.metric for source in cell.all_sources] == [
+            'accuracy/top1'] * 2
+        for job in (table.jobs[source.job] for source in cell.all_sources):
+            distil, = (table.jobs[name] for name in job.needs)
+            given = dict(option.split('=') for option in distil.options)
+            steps[method] = int(given['train_cfg.max_iters'])
+            assert given['param_scheduler.1.end'] == str(steps[method])
+    # as docs/evidence.md says: 96, 106 and 143 seconds
+    assert steps == dict(robust=906, singer=671)
+
+
 def verdict(fitnet, ours, clean, method='robust', case='subspace'):
     column = evidence.SCORE.title
     return ' '.join(evidence.conclude({

@@ -34,7 +34,9 @@ TASKS: Tasks = (
                                          'accuracy/top1'), )),
     (Column('mIoU %'), (Task('linear_eval/seg_digits.py', 'mIoU'), )),
 )
+TIMED = Column(f'{SCORE.title}, in FitNet\'s time')
 OWN = Column('teacher\'s own mIoU %')
+STEPS = 1000  # of configs/_base_/schedules/adamw_digits_distil.py
 LONGTAIL_TASKS: Tasks = (
     (SCORE, (Task('linear_eval/cls_digits_longtail.py', 'accuracy/top1'), )),
     *((Column(f'{name} %'), tuple(
@@ -111,12 +113,22 @@ class Method:
             learning rate. Defaults to None.
         settled (bool): The adapters are trained before the student, by
             L_outlier and L_info alone, and then stay. Defaults to False.
+        seconds (float, optional): Of 1000 steps on one core, the teacher's
+            tokens cached, as in docs/evidence.md. Defaults to None: not
+            measured.
     """
     title: str
     recipe: str
     options: Tuple[str, ...] = ()
     setting: Optional[Setting] = None
     settled: bool = False
+    seconds: Optional[float] = None
+
+    @property
+    def steps_in_time(self) -> Optional[int]:
+        """How many steps it makes while FitNet makes :data:`STEPS`."""
+        return None if self.seconds is None else round(
+            STEPS * METHODS['fitnet'].seconds / self.seconds)
 
     @property
     def values(self) -> Tuple[Optional[float], ...]:
@@ -131,7 +143,7 @@ def _step(kind: str, **settings: object) -> Tuple[str, ...]:
 
 
 METHODS: Dict[str, Method] = {
-    'fitnet': Method('FitNet', 'fitnet'),
+    'fitnet': Method('FitNet', 'fitnet', seconds=96.),
     'mask': Method('FitNet, tokens above 6 MAD left out', 'fitnet',
                    _step('MaskTokens', mad=6.0)),
     'smooth_l1': Method('FitNet, smooth L1 distance', 'fitnet', (
@@ -139,12 +151,12 @@ METHODS: Dict[str, Method] = {
     'targets': Method(
         'FitNet, outlier subspace removed from targets alone', 'fitnet',
         _step('RemoveOutlierSubspace', mad=6.0)),
-    'robust': Method('Robust preset', 'robust'),
+    'robust': Method('Robust preset', 'robust', seconds=106.),
     'entropy': Method(
         'FitNet, weighed by the teacher\'s entropy', 'fitnet',
         _step('WeighByEntropy', tokens='patches',
               head='decode_head.conv_seg', num_classes=11), STRENGTH),
-    'singer': Method('SiNGER', 'singer', setting=MULTIPLIER),
+    'singer': Method('SiNGER', 'singer', setting=MULTIPLIER, seconds=143.),
     'removing': Method('SiNGER, gain -1', 'singer',
                        ('model.adapter.gain=-1', ), MULTIPLIER),
     'settled': Method('SiNGER, adapters trained first, then frozen', 'singer',
@@ -262,21 +274,22 @@ def _say_chosen(found: Dict[str, Any]) -> List[str]:
 def evidence(profile: Profile, seeds: Sequence[int], quick: bool = False
              ) -> Table:
     """Every method with every teacher, tuned."""
-    return _compare('evidence', WHOLE, TASKS, profile, seeds, quick)
+    return _compare('evidence', WHOLE, TASKS, profile, seeds, quick,
+                    whole=True)
 
 
 def evidence_quick(profile: Profile, seeds: Sequence[int],
                    quick: bool = False) -> Table:
     """The clean teacher and one planting, three methods."""
     return _compare('evidence_quick', QUICK, TASKS[:1], profile, seeds,
-                    quick, own=False)
+                    quick)
 
 
 def longtail(profile: Profile, seeds: Sequence[int], quick: bool = False
              ) -> Table:
     """Where a few digits are seldom seen: by how often they are."""
     table = _compare('longtail', LONGTAIL, LONGTAIL_TASKS, profile, seeds,
-                     quick, own=False)
+                     quick)
     table.title = 'Tuned methods on long-tailed scenes'
     table.caption = (
         'Distilled from the clean teacher, and probed, on scenes in which '
@@ -290,8 +303,7 @@ def longtail(profile: Profile, seeds: Sequence[int], quick: bool = False
 def demo(profile: Profile, seeds: Sequence[int], quick: bool = False
          ) -> Table:
     """A teacher with artifacts, and students with and without it."""
-    table = _compare('demo', DEMO, TASKS[:2], profile, seeds, quick,
-                     own=False)
+    table = _compare('demo', DEMO, TASKS[:2], profile, seeds, quick)
     table.title = 'Students of a teacher with artifacts'
     table.caption = (
         'A trained teacher on the built-in digit scenes, into whose tokens '
@@ -315,7 +327,7 @@ def _cells(planner: Planner, tasks: Tasks,
 
 
 def _compare(name: str, plan: Plan, tasks: Tasks, profile: Profile,
-             seeds: Sequence[int], quick: bool, own: bool = True) -> Table:
+             seeds: Sequence[int], quick: bool, whole: bool = False) -> Table:
     with open(TUNED) as file:
         tuned = json.load(file)
     table = Table(
@@ -325,7 +337,7 @@ def _compare(name: str, plan: Plan, tasks: Tasks, profile: Profile,
         f'configs/digits/*_{PAIR}.py; linear evaluation on scenes of digits '
         'that neither has seen. Mean ± std over seeds. Rates by `search`; a * '
         'marks those at the edge of what was tried.',
-        [column for column, _ in tasks] + [OWN] * own)
+        [column for column, _ in tasks] + [TIMED, OWN] * whole)
     planner = Planner(table, profile, seeds, quick)
     shown: List[Tuple[str, str]] = []
     for case, methods in plan:
@@ -335,21 +347,27 @@ def _compare(name: str, plan: Plan, tasks: Tasks, profile: Profile,
             *(Cell((tuple(Source(_teacher_probe(planner, case, task),
                                  task.metric) for task in members), ))
               for _, members in of_case),
-            *([Cell(((Source(_own(planner, case), 'mIoU'), ), ))]
-              if own else [])])
+            *([Cell(()), Cell(((Source(_own(planner, case), 'mIoU'), ), ))]
+              if whole else [])])
         for method in methods:
             best = tuned.get(f'{case}/{method}')
             if best is None:  # the search has not come to it
                 continue
             shown.append((case, method))
-            students = {seed: _distil(planner, method, case, seed,
-                                      best['rate'], best['setting'])
-                        for seed in seeds}
+            steps = METHODS[method].steps_in_time
+
+            def cells(tasks: Tasks, steps: int = STEPS) -> List[Cell]:
+                students = {seed: _distil(planner, method, case, seed,
+                                          best['rate'], best['setting'], steps)
+                            for seed in seeds}
+                return _cells(planner, tasks,
+                              lambda task, seed: planner.evaluate_student(
+                                  students[seed], task, seed))
+
             table.add_row(row(method, case) + ' *' * best['edge'], [
-                *_cells(planner, of_case,
-                        lambda task, seed: planner.evaluate_student(
-                            students[seed], task, seed)),
-                *[Cell(())] * own])
+                *cells(of_case), *([
+                    *(cells(of_case[:1], steps) if steps else [Cell(())]),
+                    Cell(())] if whole else [])])
     table.conclude = lambda results: conclude(
         {(label.removesuffix(' *'), column): result
          for (label, column), result in results.items()}, shown)
@@ -388,7 +406,7 @@ def _plain(value: object) -> str:
 
 
 def _distil(planner: Planner, method: str, case: str, seed: int, rate: float,
-            value: Optional[float]) -> str:
+            value: Optional[float], steps: int = STEPS) -> str:
     chosen_method = METHODS[method]
 
     def distil(name: str, rate: float, *options: str) -> str:
@@ -410,6 +428,10 @@ def _distil(planner: Planner, method: str, case: str, seed: int, rate: float,
     elif chosen_method.setting is not None:
         options = [f'{chosen_method.setting.key}={value:g}']
         name += f'-x{value:g}'
+    if steps != STEPS:
+        options += [f'train_cfg.max_iters={steps}',
+                    f'param_scheduler.1.end={steps}']
+        name += f'-{steps}steps'
     return distil(name, rate, *options)
 
 
