@@ -367,6 +367,18 @@ def test_a_student_beside_every_checkpoint(make, tmp_path):
     assert os.stat(tmp_path / 'iter_6_student.pth').st_mode & 0o444 == 0o444
 
 
+def test_a_checkpoint_by_a_link_is_written_where_it_leads(make, tmp_path):
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    (tmp_path / 'iter_1.pth').symlink_to('disk/kept.pth')
+    (disk / 'kept.pth').write_bytes(b'before')
+    make(1, **{'default_hooks.checkpoint.interval': 1}).train()
+    assert (tmp_path / 'iter_1.pth').is_symlink()
+    assert load_checkpoint(str(disk / 'kept.pth'))['meta']['iter'] == 1
+    assert os.listdir(disk) == ['kept.pth']
+    assert files(tmp_path, '.*') == files(tmp_path, '*.tmp') == []
+
+
 def test_removal_goes_on_after_a_resume(make, tmp_path):
     make(4, **SAVING).train()
     assert files(tmp_path, '*student.pth') == ['iter_2_student.pth',

@@ -164,7 +164,7 @@ class SafeCheckpointHook(Hook):
         try:
             os.makedirs(out_dir, exist_ok=True)
             with atomic_write(path) as temporary:
-                save(out_dir, os.path.basename(temporary), *args, **kwargs)
+                save(*os.path.split(temporary), *args, **kwargs)
             runner.call_hook('after_save_checkpoint', path=path)
         except OSError as error:
             raise TrainingError(
