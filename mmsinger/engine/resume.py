@@ -43,7 +43,7 @@ def resume_from_intact_checkpoint(cfg: Config) -> None:
         return
     found = [path for folder, kind in itertools.product(*_saved_where(cfg))
              for path in glob.glob(os.path.join(folder, kind))
-             if not os.path.splitext(path)[0].endswith('_student')]
+             if '_student' not in os.path.basename(path)]  # exports
     pointer = os.path.join(cfg.work_dir, 'last_checkpoint')
     last = ''
     if os.path.isfile(pointer):
