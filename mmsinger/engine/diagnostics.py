@@ -2,12 +2,13 @@
 
 docs/diagnostics.md says what each means.
 """
-from typing import Dict
+from typing import Dict, Optional, Union
 
 import torch
 from torch import Tensor
 
-from mmsinger.metrics import (gram_distance, robust_outliers, subspace_energy,
+from mmsinger.metrics import (gram_distance, outlier_threshold,
+                              robust_outliers, subspace_energy,
                               token_cosine, token_norms)
 from mmsinger.models.adapters import SiNGERAdapter
 from mmsinger.models.distillers.step_record import StepRecord
@@ -35,20 +36,24 @@ def step_diagnostics(record: StepRecord) -> Dict[int, Dict[str, Tensor]]:
 
 def _layer_diagnostics(values: Dict[str, Tokens]) -> Dict[str, Tensor]:
     teacher = values['teacher']
-    numbers = _norm_numbers(teacher.patches)
+    weight = teacher.patch_weight
+    patches = _counted(teacher.patches, weight)
+    numbers = _norm_numbers(patches, weight)
     if 'refined' in values:
-        refined = values['refined'].patches
+        refined = _counted(values['refined'].patches, weight)
         numbers.update({f'{name}_refined': value for name, value
-                        in _norm_numbers(refined).items()})
-        numbers['cosine'] = token_cosine(teacher.patches, refined).mean()
-        numbers['gram'] = gram_distance(teacher.patches, refined).mean()
+                        in _norm_numbers(refined, weight).items()})
+        numbers['cosine'] = (token_cosine(patches, refined)
+                             / _share(weight)).mean()
+        numbers['gram'] = gram_distance(patches, refined).mean()
     if 'student' in values:
         student, aligned = align_tokens(values['student'], teacher)
-        numbers['gram_student'] = gram_distance(
-            aligned.patches, student.patches).mean()
+        numbers['gram_student'] = gram_distance(*(
+            _counted(tokens.patches, aligned.patch_weight)
+            for tokens in (aligned, student))).mean()
     if 'kd_gradient' in values:
         gradient = values['kd_gradient']
-        outliers = robust_outliers(token_norms(teacher.patches)).float()
+        outliers = robust_outliers(token_norms(patches), weight=weight).float()
         numbers['gradient_share'] = gradient_share(
             gradient.values.squeeze(-1), resample_patches(
                 outliers.unsqueeze(-1), teacher.grid, gradient.grid
@@ -56,11 +61,24 @@ def _layer_diagnostics(values: Dict[str, Tokens]) -> Dict[str, Tensor]:
     return numbers
 
 
-def _norm_numbers(patches: Tensor) -> Dict[str, Tensor]:
+def _counted(patches: Tensor, weight: Optional[Tensor]) -> Tensor:
+    """Zeros in place of tokens that do not count, such as padding: they add
+    nothing to a Gram matrix."""
+    return patches if weight is None else patches * (weight != 0)[..., None]
+
+
+def _share(weight: Optional[Tensor]) -> Union[float, Tensor]:
+    """How many of each image's tokens count."""
+    return 1. if weight is None else (weight != 0).float().mean(dim=1)
+
+
+def _norm_numbers(patches: Tensor, weight: Optional[Tensor]
+                  ) -> Dict[str, Tensor]:
     norms = token_norms(patches)
-    median, p99 = (torch.quantile(norms, level, dim=1).mean()
+    median, p99 = (outlier_threshold(norms, level, weight).mean()
                    for level in (0.5, 0.99))
-    return dict(outlier_share=robust_outliers(norms).float().mean(),
+    outliers = robust_outliers(norms, weight=weight).float().mean(dim=1)
+    return dict(outlier_share=(outliers / _share(weight)).mean(),
                 norm_median=median, norm_p99=p99,
                 norm_max=norms.amax(dim=1).mean())
 

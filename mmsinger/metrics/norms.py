@@ -147,7 +147,8 @@ def quantile_outliers(norms: Tensor, quantile: float = 0.95) -> Tensor:
     return norms.float() > outlier_threshold(norms, quantile)
 
 
-def robust_outliers(norms: Tensor, k: float = 5.) -> Tensor:
+def robust_outliers(norms: Tensor, k: float = 5.,
+                    weight: Optional[Tensor] = None) -> Tensor:
     """Which norms exceed ``median + k * 1.4826 * MAD`` of their image, see
     :func:`robust_threshold`. An image without artifacts has hardly any.
 
@@ -155,8 +156,12 @@ def robust_outliers(norms: Tensor, k: float = 5.) -> Tensor:
         norms (Tensor): Shape (B, P).
         k (float): Standard deviations of a normal distribution. Defaults
             to 5.
+        weight (Tensor, optional): Shape (B, P); tokens of weight 0 are none
+            and do not count. Defaults to None, all count.
 
     Returns:
         Tensor: Shape (B, P), bool. Its mean over P is the share.
     """
-    return norms.float() > robust_threshold(norms, k, per_image=True)[1]
+    outliers = norms.float() > robust_threshold(
+        norms, k, per_image=True, weight=weight)[1]
+    return outliers if weight is None else outliers & (weight != 0)

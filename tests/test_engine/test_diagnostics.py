@@ -228,6 +228,32 @@ def test_students_of_another_grid():
     assert torch.isfinite(numbers['gram_student'])
 
 
+def test_padding_does_not_count():
+    torch.manual_seed(0)
+    real, padded = StepRecord(), StepRecord()
+    names = dict(teacher=8, refined=8, student=6, kd_gradient=1)
+    for name, width in names.items():
+        prefix = torch.rand(3, 1, width)
+        pictures = torch.rand(3, 6, 4, width)
+        pictures[:, 2, 1] *= 50
+        larger = torch.full((3, 6, 7, width), 30.)
+        larger[:, :, :4] = pictures
+        if name == 'kd_gradient':  # what has no weight has no gradient
+            larger[:, :, 4:] = 0
+        weight = torch.zeros(3, 6, 7)
+        weight[:, :, :4] = 1
+        weight = torch.cat([torch.ones(3, 1), weight.flatten(1)], dim=1)
+        real.add(1, **{name: Tokens(torch.cat(
+            [prefix, pictures.flatten(1, 2)], dim=1), (6, 4))})
+        padded.add(1, **{name: Tokens(torch.cat(
+            [prefix, larger.flatten(1, 2)], dim=1), (6, 7), weight)})
+    expected, numbers = (step_diagnostics(record)[1]
+                         for record in (real, padded))
+    assert set(numbers) == REFINED and expected['outlier_share'] > 0
+    assert numbers == {key: pytest.approx(value.item(), rel=1e-5)
+                       for key, value in expected.items()}
+
+
 def test_a_record_keeps_copies_of_the_first_images():
     record, _ = record_of(distiller(), max_images=2)
     for values in record.layers.values():
