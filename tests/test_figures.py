@@ -286,6 +286,15 @@ def test_images_are_read_as_in_training(tmp_path):
     assert read_images([wide], model, (16, 48)).shape == (1, 3, 16, 48)
 
 
+def test_students_that_are_no_vits_have_maps(tmp_path):
+    model = FitNetDistiller(
+        student=dict(PLAIN, backbone=dict(
+            type='mmpretrain.ResNet', depth=18, out_indices=(3, ))),
+        teacher=dict(backbone=tiny.vit()), layers=(1, 3), task_loss_weight=0)
+    inputs = read_images([write_image(tmp_path / 'a.png')], model, (64, 96))
+    assert extract_features(model, inputs)[3].student.grid == (2, 3)
+
+
 def test_grey_students_and_teachers_have_maps(tmp_path):
     backbone = tiny.vit(in_channels=1)
     model = FitNetDistiller(

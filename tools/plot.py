@@ -35,7 +35,7 @@ from mmsinger.figures.style import check_output
 from mmsinger.images import (Size, check_patch, cover, read_image,
                              with_channels)
 from mmsinger.models import FeatureDistiller
-from mmsinger.models.features.anatomy import find_blocks, image_channels
+from mmsinger.models.features.anatomy import image_channels
 from mmsinger.schema import Count, Range, ToolParser, reader
 from reproduction.figures import draw_radar, draw_sweep, read_table
 
@@ -194,7 +194,7 @@ def read_images(paths: Sequence[str], distiller: FeatureDistiller,
         raise ConfigError('No image files were given. Name at least one.')
     student = distiller.student_backbone
     patch = tuple(map(max, distiller.teacher.blocks.stride,
-                      find_blocks(student, 'student').stride))
+                      distiller.student_features.stride))
     size = size or natural_size(student)
     check_patch(f'size {size[0]}x{size[1]}', size, patch)
     images = []
