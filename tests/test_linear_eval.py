@@ -132,6 +132,8 @@ def test_errors_of_the_backbone(tmp_path):
         FrozenBackbone(tiny.vit(), output='cls_tokn')
     with pytest.raises(ConfigError, match='0 to 3'):
         FrozenBackbone(tiny.vit(), layer=4)
+    with pytest.raises(ConfigError, match='input_size'):
+        FrozenBackbone(tiny.vit(), input_size=(32, 32, 32))
     path = checkpoint(tmp_path / 'a.pth', tiny.vit())
     with pytest.raises(ConfigError, match='backbone.checkpoint.*does not fit '
                        'backbone.backbone'):

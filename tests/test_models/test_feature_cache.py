@@ -241,10 +241,12 @@ def warnings_of(caplog, teacher, batches):
 
 def test_warning_when_nothing_comes_again(caplog):
     teacher = Counted(feature_cache=2)
-    said = warnings_of(caplog, teacher, torch.randn(9, 1, 3, 32, 32))
-    assert len(said) == 1
+    said = warnings_of(caplog, teacher, torch.randn(33, 1, 3, 32, 32))
+    assert len(said) == 2  # ever more seldom
     assert 'teacher.feature_cache=2: none of 8 images' in said[0]
-    assert 'teacher.feature_cache=0' in said[0]
+    assert 'none of 32 images' in said[1]
+    assert all('augmentation out' in text and 'feature_cache=0' in text
+               and 'if it has more' in text for text in said)
 
 
 def test_no_warning_when_images_come_again(caplog):

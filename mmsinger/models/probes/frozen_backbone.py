@@ -63,7 +63,7 @@ class FrozenBackbone(FrozenTeacher, BaseModule):
                  checkpoint: Optional[str] = None,
                  prefix: str = 'backbone.',
                  ignore_keys: Union[str, Sequence[str]] = (),
-                 input_size: Union[Count, Sequence[Count], None] = None,
+                 input_size: Union[Count, Tuple[Count, Count], None] = None,
                  layer: Layer = -1,
                  output: Output = 'cls_token') -> None:
         if backbone is None:

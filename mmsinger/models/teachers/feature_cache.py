@@ -24,6 +24,7 @@ class FeatureCache:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.seen = self.recalled = 0
+        self._warn_at = 4 * capacity
         self._tokens: Dict[bytes, List[Tensor]] = {}
         # Grid and extra arguments of the blocks do not depend on the image
         self._examples: Dict[tuple, BlockTaps] = {}
@@ -65,13 +66,15 @@ class FeatureCache:
     def _count(self, seen: int, recalled: int) -> None:
         self.seen += seen
         self.recalled += recalled
-        if self.seen >= 4 * self.capacity and not self.recalled:
+        if self.seen >= self._warn_at and not self.recalled:
+            self._warn_at *= 4
             print_log(
                 f'teacher.feature_cache={self.capacity}: none of {self.seen} '
-                'images came a second time, so the cache only costs so '
-                'far. Take random augmentation out of the train pipeline, or '
-                'set teacher.feature_cache=0.', logger='current', level=30)
-            self.seen = 0
+                'images came a second time, so the cache only costs so far. '
+                'If a pass over the data has fewer images, take random '
+                'augmentation out of the train pipeline; if it has more, a '
+                'larger cache spares more. feature_cache=0 switches it off.',
+                logger='current', level=30)
 
 
 def _key(kind: tuple, image: np.ndarray) -> bytes:
