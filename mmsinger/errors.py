@@ -202,7 +202,7 @@ def _as_config_error(error: Exception) -> Optional[ConfigError]:
     found: Dict[str, List[str]] = {}  # places by type
     for frame, _ in frames:
         cfg = frame.f_locals.get('cfg')
-        if hasattr(cfg, 'pretty_text'):
+        if hasattr(type(cfg), 'pretty_text'):  # a slow property
             from mmengine.runner import Runner
             read = inspect.signature(Runner.__init__).parameters
             for place, kind in places({k: cfg[k] for k in cfg if k in read}):

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 import forked
@@ -223,7 +224,8 @@ def test_resume_passes_over_a_checkpoint_that_was_cut_off(tmp_path):
         path = tmp_path / f'iter_{step}.pth'
         torch.save(dict(step=torch.full((5000, ), step)), path)
         os.utime(path, (step, step))
-        shutil.copy(path, tmp_path / f'iter_{step}_student.pth')
+        for export in ('student', 'student_timm'):
+            shutil.copy(path, tmp_path / f'iter_{step}_{export}.pth')
     (tmp_path / 'last_checkpoint').write_text('/gone/iter_4.pth')
     resume_from_intact_checkpoint(cfg)
     assert cfg.load_from == str(tmp_path / 'iter_4.pth')
@@ -427,6 +429,19 @@ def test_a_registry_that_wraps_errors_does_not_bury_them(capsys):
     assert capsys.readouterr().err == '\nConfigError: adapter.rank=99\n'
     with pytest.raises(KeyError), readable_errors():
         raise KeyError('a bug keeps its traceback')
+
+
+def test_a_config_that_cannot_be_printed_does_not_hide_an_error():
+    cfg = Config(dict(model=object()))
+    with pytest.raises(SyntaxError):
+        cfg.pretty_text
+
+    def fail(cfg):
+        raise ValueError('what went wrong')
+
+    with pytest.raises(ValueError, match='what went wrong'), \
+            readable_errors():
+        fail(cfg)
 
 
 def test_pretrained_weights_that_cannot_be_fetched(capsys):
