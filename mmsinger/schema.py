@@ -204,25 +204,3 @@ def reader(hint: Any) -> Callable[[str], Union[int, float]]:
         return value
 
     return read
-
-
-class ToolParser(argparse.ArgumentParser):
-    """A command line whose options are not empty texts.
-
-    An empty shell variable in a script would otherwise choose another thing
-    in silence: ``--resume "$CHECKPOINT"`` would begin anew.
-    """
-
-    def parse_args(self, *args: Any, **kwargs: Any) -> argparse.Namespace:
-        """See :class:`argparse.ArgumentParser`; of a prefix, an empty text
-        means none."""
-        found = super().parse_args(*args, **kwargs)
-        for name, value in vars(found).items():
-            if name != 'prefix' and value != self.get_default(name) and \
-                    (value == '' or isinstance(value, list) and '' in value):
-                option = next((action.option_strings[0]
-                               for action in self._actions
-                               if action.dest == name
-                               and action.option_strings), name)
-                self.error(f'argument {option}: the value is empty')
-        return found

@@ -29,7 +29,7 @@ LEVELS = (
     {'mmsinger.figures'},
     {'mmsinger.engine'},
     {'mmsinger.analysis'},
-    {'mmsinger.converters', 'mmsinger.linear_eval'},
+    {'mmsinger.command_line', 'mmsinger.converters', 'mmsinger.linear_eval'},
 )
 HEIGHT = {room: height for height, rooms in enumerate(LEVELS)
           for room in rooms}

@@ -7,7 +7,6 @@ configs/_base_/teachers, or any config whose backbone is a vision transformer.
 Writes report.html, a page that needs nothing beside itself, and report.json.
 docs/analysis.md explains the verdict.
 """
-import argparse
 import json
 import os
 
@@ -18,19 +17,17 @@ from mmengine.registry import init_default_scope
 
 from mmsinger.analysis import (ImageFolder, analyse, check_size, load_subject,
                                natural_size, render)
+from mmsinger.command_line import ToolParser
 from mmsinger.engine.checks import check_work_dir
-from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import readable_errors
 from mmsinger.files import atomic_write
 from mmsinger.models.features.anatomy import patch_stride
-from mmsinger.schema import Count, Natural, Positive, ToolParser, reader
+from mmsinger.schema import Count, Natural, Positive, reader
 
 
 def parse_args():
-    parser = ToolParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument('config', help='a recipe, a teacher, or a model')
     parser.add_argument('checkpoint', nargs='?',
                         help="the teacher's weights (default: the config's)")
@@ -63,9 +60,7 @@ def parse_args():
     parser.add_argument('--std', type=reader(Positive), nargs=3, metavar='X')
     parser.add_argument('--seed', type=reader(Natural), default=0,
                         help='of the choice of images and all that is random')
-    parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions,
-                        metavar='KEY=VALUE',
-                        help='override settings of the config')
+    parser.add_cfg_options('the config')
     return parser.parse_args()
 
 

@@ -6,7 +6,6 @@ Measures what SiNGER takes beyond a FitNet step, and what the backbones take,
 one setting changed at a time, on random images and weights. Writes OUT.json
 and OUT.png, with the exponents that fit: cost ~ setting ** exponent.
 """
-import argparse
 import json
 import statistics
 
@@ -15,10 +14,11 @@ import numpy as np
 import torch
 from mmengine.registry import init_default_scope
 
+from mmsinger.command_line import ToolParser
 from mmsinger.errors import check_output_file, readable_errors
 from mmsinger.figures.style import (add_caption, line_style, new_figure,
                                     save_figure)
-from mmsinger.schema import Count, ToolParser, reader
+from mmsinger.schema import Count, reader
 from step_cost import (Steps, count_flops, describe_machine, interleaved,
                        peak_memory)
 
@@ -36,9 +36,7 @@ UNITS = {'FLOPs': 'GFLOP', 'seconds': 's', 'memory': 'MiB'}
 
 
 def parse_args():
-    parser = ToolParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument('--rounds', type=reader(Count), default=3, metavar='N',
                         help='how often each step is timed')
     parser.add_argument('--out', default='growth',

@@ -11,7 +11,6 @@ memory. With --levers also what might make a step cheaper, with --compile
 compiled blocks. --steps leaves out what is not wanted, for many rounds of the
 rest. --out writes JSON. docs/cost.md explains the table.
 """
-import argparse
 import json
 import os
 import statistics
@@ -21,10 +20,11 @@ import torch
 from mmengine.registry import init_default_scope
 
 from mmsinger import paths
+from mmsinger.command_line import ToolParser
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import (check_choice, check_output_file,
                              readable_errors)
-from mmsinger.schema import Count, ToolParser, reader
+from mmsinger.schema import Count, reader
 from step_cost import (ImageLoading, Step, Steps, count_flops,
                        describe_machine, fast_precisions, interleaved,
                        paired_ratio, peak_memory)
@@ -36,9 +36,7 @@ ALWAYS = ('teacher', 'student', 'FitNet', 'SiNGER')  # the ratios' parts
 
 
 def parse_args():
-    parser = ToolParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument('--teacher', default='vit_l16', metavar='VIT',
                         help='vit_{t,s,b,l,h,g}PATCH')
     parser.add_argument('--student', default='vit_t16', metavar='VIT')

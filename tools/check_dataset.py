@@ -12,14 +12,14 @@ import sys
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 
 from dataset_check import KNOWN, check_config, check_known
-from mmsinger.engine.options import ConfigOptions
+from mmsinger.command_line import ToolParser
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, readable_errors
-from mmsinger.schema import Count, ToolParser, reader
+from mmsinger.schema import Count, reader
 
 
 def parse_args():
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument(
         'dataset', metavar='NAME|CONFIG',
         help=f'{", ".join(KNOWN)}, or a config file')
@@ -30,9 +30,7 @@ def parse_args():
         help='images of each split to read (default: 64)')
     parser.add_argument(
         '--all', action='store_true', help='read every image')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
-        help='override settings of CONFIG')
+    parser.add_cfg_options('CONFIG')
     return parser.parse_args()
 
 

@@ -9,11 +9,12 @@ import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
 
+from mmsinger.command_line import ToolParser
 from mmsinger.converters import LAYOUTS, convert_checkpoint
 from mmsinger.converters.describe import ACTIVATIONS
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, readable_errors
-from mmsinger.schema import Count, ToolParser, reader
+from mmsinger.schema import Count, reader
 
 # Where a config may have its backbone, first come first served
 PLACES = ('model.teacher.backbone', 'teacher.backbone', 'model.backbone',
@@ -21,7 +22,7 @@ PLACES = ('model.teacher.backbone', 'teacher.backbone', 'model.backbone',
 
 
 def parse_args():
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument('source', metavar='SOURCE', help='the file to '
                         'convert: .pth, .bin, .safetensors')
     parser.add_argument('out', metavar='OUT', help='the file to write')

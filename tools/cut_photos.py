@@ -8,7 +8,6 @@ is in two of them. Small, flat and repeated pictures are left out. Written
 are OUT/{train,tune,test}/CLASS/NUMBER.png, as ImageNet-like data sets have
 it. The same pictures always give the same crops.
 """
-import argparse
 import os
 from typing import List, Optional
 
@@ -16,10 +15,11 @@ import cv2
 import numpy as np
 from mmengine.utils import scandir
 
+from mmsinger.command_line import ToolParser
 from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.files import complete_folder
 from mmsinger.images import write_png
-from mmsinger.schema import Count, ToolParser, reader
+from mmsinger.schema import Count, reader
 
 SHORT_SIDE = 720  # px, to which larger pictures are brought first
 CROP = (160, 240)  # side of a crop in px
@@ -28,9 +28,7 @@ SUFFIXES = ('.jpg', '.jpeg', '.png')
 
 
 def parse_args():
-    parser = ToolParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument('pictures', help='a folder, searched with all below')
     parser.add_argument('out', help='where to write; must not exist')
     parser.add_argument('--size', type=reader(Count), default=84,

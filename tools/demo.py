@@ -9,7 +9,6 @@ a search found. Compares them by linear probes on digits that none of them has
 seen, draws what they see, and writes a report on the teacher. What is finished
 is kept: a second run only shows it again.
 """
-import argparse
 import os
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import find_latest_checkpoint
 
 from mmsinger import paths
+from mmsinger.command_line import ToolParser
 from mmsinger.engine.loading import load_distiller
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import TrainingError, readable_errors
@@ -28,7 +28,7 @@ from mmsinger.export import student_path
 from mmsinger.figures import (Column, draw_columns, extract_features, norm_map,
                               pca_map, pictures_of, principal_components,
                               save_figure)
-from mmsinger.schema import Count, ToolParser, reader
+from mmsinger.schema import Count, reader
 from plot import read_images
 from reproduction.evidence import DEMO, METHODS, demo
 from reproduction.profiles import PROFILES
@@ -37,9 +37,7 @@ IMAGES = os.path.join('data', 'digit_scenes', 'images', 'validation')
 
 
 def parse_args():
-    parser = ToolParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument('--out', default='work_dirs/demo',
                         help='where runs, table and pictures go')
     parser.add_argument('--jobs', type=reader(Count), metavar='N',

@@ -20,20 +20,19 @@ from mmengine.registry import DATASETS, init_default_scope
 from torch import Tensor
 
 from mmsinger.checkpoint import safe_loading
-from mmsinger.engine.options import ConfigOptions
+from mmsinger.command_line import ToolParser
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.images import dataset_batches
 from mmsinger.linear_eval import evaluation_config
 from mmsinger.registry import MODELS
-from mmsinger.schema import ToolParser
 
 RIDGE = 0.05  # penalty for each training image, of standardised features
 CONSTANT = 1e-6  # a channel's standard deviation
 
 
 def parse_args():
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument('task', metavar='TASK',
                         help='a classification of configs/linear_eval')
     parser.add_argument('source', metavar='SOURCE',
@@ -42,9 +41,7 @@ def parse_args():
                         help='weights of the student')
     parser.add_argument('teacher', metavar='TEACHER',
                         help='one of configs/_base_/teachers, or a recipe')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
-        help='override settings of the task')
+    parser.add_cfg_options('the task')
     return parser.parse_args()
 
 

@@ -11,15 +11,16 @@ import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 from mmengine.registry import init_default_scope
 
 from mmsinger.checkpoint import load_checkpoint
+from mmsinger.command_line import ToolParser
 from mmsinger.converters import export_timm
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.export import export_onnx, export_student
-from mmsinger.schema import Count, ToolParser, reader
+from mmsinger.schema import Count, reader
 
 
 def parse_args():
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument('checkpoint', help='the training checkpoint; with '
                         '--layout timm or --onnx also a student file')
     parser.add_argument(

@@ -16,18 +16,18 @@ from mmengine.hooks import Hook
 
 from mmsinger.checkpoint import (load_checkpoint, load_strict, safe_loading,
                                  weights_of)
-from mmsinger.engine.options import ConfigOptions
+from mmsinger.command_line import ToolParser
 from mmsinger.engine.prepare import (build_runner, load_config,
                                      prepare_training, world_size)
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.files import write_json
 from mmsinger.linear_eval import evaluation_config
-from mmsinger.schema import Natural, ToolParser, reader
+from mmsinger.schema import Natural, reader
 
 
 def parse_args():
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument('task', metavar='TASK_CONFIG',
                         help='one of configs/linear_eval')
     parser.add_argument('source', metavar='SOURCE_CONFIG',
@@ -49,19 +49,10 @@ def parse_args():
         help='go on from the latest checkpoint in the work dir')
     parser.add_argument('--seed', type=reader(Natural),
                         help="(default: the task's)")
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
-        help='override settings of the task config')
-    parser.add_argument(
-        '--source-options', nargs='+', action=ConfigOptions,
-        metavar='KEY=VALUE', help='override settings of the source config')
-    parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none', help='how a distributed job was started')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-    args = parser.parse_args()
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return args
+    parser.add_cfg_options('the task config')
+    parser.add_cfg_options('the source config', '--source-options')
+    parser.add_launcher()
+    return parser.parse_args()
 
 
 def stem(path):

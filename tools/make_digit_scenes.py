@@ -18,7 +18,6 @@ Of the long-tailed lists digit c keeps the share r^c of its training scenes:
 that the rarest digit is a tenth, a fiftieth and a hundredth of the commonest,
 without the last sixth of the scenes, on which settings are tuned.
 """
-import argparse
 import contextlib
 import json
 import math
@@ -30,11 +29,11 @@ from typing import Dict, List, Tuple
 import numpy as np
 from mmengine.logging import print_log
 
+from mmsinger.command_line import ToolParser
 from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.files import atomic_write, complete_folder
 from mmsinger.images import write_png
-from mmsinger.schema import (Count, Natural, Positive, Quantile, ToolParser,
-                             reader)
+from mmsinger.schema import Count, Natural, Positive, Quantile, reader
 
 DIGIT_SCENES_CLASSES = ('background', '0', '1', '2', '3', '4', '5', '6', '7',
                         '8', '9')
@@ -328,9 +327,7 @@ def _is_complete(root: str, settings: Dict) -> bool:
 
 
 def parse_args():
-    parser = ToolParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument('--root', default='data/digit_scenes',
                         help='the folder to make')
     parser.add_argument('--num-train', type=reader(Count), default=12000,

@@ -6,7 +6,6 @@ CONFIG is a distillation recipe and CHECKPOINT a training checkpoint of it;
 without one the recipe is measured as it starts. docs/measure.md says what
 each number means.
 """
-import argparse
 from typing import Any, Dict, Iterator, Tuple
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
@@ -21,13 +20,13 @@ from rich.table import Table
 
 from mmsinger.analysis.measure import (METRICS, applicable_metrics,
                                        check_metrics, measure)
+from mmsinger.command_line import ToolParser
 from mmsinger.engine.images import ImageBatches
 from mmsinger.engine.loading import load_distiller, prepare
-from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import check_output_file, readable_errors
 from mmsinger.files import write_json
-from mmsinger.schema import Count, Natural, Positive, ToolParser, reader
+from mmsinger.schema import Count, Natural, Positive, reader
 
 INFLATION = dict(g_ffn1='G_FFN1', g_ffn2='G_FFN2', delta_ffn='delta FFN',
                  delta_sa='delta SA')
@@ -45,9 +44,7 @@ COLUMNS = dict(
 
 
 def parse_args():
-    parser = ToolParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument('config', help='a distillation recipe')
     parser.add_argument('checkpoint', nargs='?',
                         help='a training checkpoint of it')
@@ -72,9 +69,7 @@ def parse_args():
                         help='deviation: Jacobian products for each layer '
                         'and image; fewer than the teacher has channels are '
                         'quicker and not exact (default: as many)')
-    parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions,
-                        metavar='KEY=VALUE',
-                        help='override settings of the config')
+    parser.add_cfg_options('the config')
     return parser.parse_args()
 
 

@@ -7,7 +7,6 @@ recipe runs one step on fake tensors, which have shapes and no contents; torch
 counts its FLOP and the bytes that are alive. Hours follow from an assumed
 utilisation: they are estimates. Prints the Markdown tables of docs/scale.md.
 """
-import argparse
 import contextlib
 import copy
 import os
@@ -22,11 +21,11 @@ from mmengine.registry import init_default_scope
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmsinger import paths
+from mmsinger.command_line import ToolParser
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import readable_errors
 from mmsinger.registry import MODELS
-from mmsinger.schema import (Count, Positive, Range, Share, ToolParser,
-                             reader)
+from mmsinger.schema import Count, Positive, Range, Share, reader
 from step_cost import AllocatedMemory, ImageLoading, flop_counter
 
 RECIPE = os.path.join(paths.configs(), 'classification',
@@ -132,9 +131,7 @@ def decode_rate(size: int, count: int) -> float:
 
 
 def parse_args():
-    parser = ToolParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument('--sizes', nargs='+', type=reader(Side),
                         default=[224, 518],
                         help='sides of the images')

@@ -10,7 +10,6 @@
 CONFIG is a distillation recipe and CHECKPOINT a training checkpoint of it. The
 suffix of --out says what is written: PNG, SVG or PDF.
 """
-import argparse
 import fnmatch
 import os
 from typing import Annotated, Dict, List, Optional, Sequence
@@ -22,9 +21,9 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
+from mmsinger.command_line import ToolParser
 from mmsinger.engine.images import natural_size
 from mmsinger.engine.loading import load_distiller
-from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import (ConfigError, near_matches, no_file,
                              readable_errors)
@@ -36,20 +35,16 @@ from mmsinger.images import (Size, check_patch, cover, read_image,
                              with_channels)
 from mmsinger.models import FeatureDistiller
 from mmsinger.models.features.anatomy import image_channels
-from mmsinger.schema import Count, Range, ToolParser, reader
+from mmsinger.schema import Count, Range, reader
 from reproduction.figures import draw_radar, draw_sweep, read_table
 
 
 def parse_args():
-    parser = ToolParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ToolParser(__doc__)
     figures = parser.add_subparsers(dest='figure', required=True)
 
     def add(name, text, draw):
-        figure = figures.add_parser(
-            name, help=text, description=text,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        figure = figures.add_parser(name, help=text, description=text)
         figure.add_argument('--out', default=f'{name}.png',
                             help='.png, .svg or .pdf')
         figure.set_defaults(draw=draw)
@@ -75,9 +70,7 @@ def parse_args():
                           nargs=2, metavar=('H', 'W'),
                           help="pixels to bring them to (default: the "
                           "student's own size)")
-        maps.add_argument('--cfg-options', nargs='+', action=ConfigOptions,
-                          metavar='KEY=VALUE',
-                          help='override settings of the config')
+        maps.add_cfg_options('the config')
         if name == 'similarity':
             maps.add_argument('--patch', nargs=2, type=reader(
                 Annotated[float, Range(0, 1)]), metavar=('DOWN', 'RIGHT'),

@@ -5,7 +5,6 @@
 Rounds the weights to float16, evaluates what is left, and writes the weights,
 their SHA-256 and a README. `make teacher` trains and then calls this.
 """
-import argparse
 import glob
 import os
 
@@ -14,12 +13,12 @@ from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmsinger.checkpoint import (load_checkpoint, load_strict, sha256,
                                  weights_of)
+from mmsinger.command_line import ToolParser
 from mmsinger.engine.checks import check_data_folders
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import (ConfigError, check_output_file,
                              readable_errors)
 from mmsinger.files import atomic_save
-from mmsinger.schema import ToolParser
 
 OUT = 'mmsinger/assets/digits_teacher.pth'
 README = """\
@@ -43,9 +42,7 @@ differ a little between machines. `torch.load(path, weights_only=True)` gives
 
 
 def parse_args():
-    parser = ToolParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ToolParser(__doc__)
     parser.add_argument('--config', default='configs/demo/digits_teacher.py',
                         help='the recipe')
     parser.add_argument('--work-dir', default='work_dirs/digits_teacher',

@@ -17,9 +17,10 @@ import torch
 from mmengine.logging import MMLogger
 
 from make_digit_scenes import MARKER, make_digit_scenes
+from mmsinger.command_line import ToolParser
 from mmsinger.errors import (ConfigError, check_choice, near_paths,
                              readable_errors)
-from mmsinger.schema import Count, ToolParser, reader
+from mmsinger.schema import Count, reader
 from reproduction.evidence import (demo, evidence, evidence_quick, longtail,
                                    longtail_search, search)
 from reproduction.flow import Resources, run_jobs
@@ -38,7 +39,7 @@ OURS = {'search': search, 'evidence': evidence,
 
 
 def parse_args():
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument('table', nargs='+',
                         help=f'one or several of {", ".join(TABLES)}; all of '
                         'these; or, with --profile digits, '

@@ -37,6 +37,7 @@ from mmengine.runner import Runner
 
 from mmsinger.checkpoint import (load_checkpoint, load_strict,
                                  student_state_dict)
+from mmsinger.command_line import ToolParser
 from mmsinger.engine.prepare import (load_config, use_cpu_amp,
                                      use_data_preprocessor,
                                      use_student_constructor)
@@ -45,7 +46,7 @@ from mmsinger.export import save_student, student_config
 from mmsinger.models.features.anatomy import (find_features, find_part,
                                               unmasked)
 from mmsinger.registry import MODELS
-from mmsinger.schema import Count, ToolParser, reader
+from mmsinger.schema import Count, reader
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOOLBOXES = ('mmpretrain', 'mmseg', 'mmdet')
@@ -488,7 +489,7 @@ def pattern(text):
 
 
 def main():
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument('--only', default='', metavar='PATTERN', type=pattern,
                         help='a regular expression for names of configs')
     parser.add_argument('--again', default='^$', metavar='PATTERN',

@@ -6,7 +6,6 @@ With a distillation recipe, the plain student is built and evaluated; the
 checkpoint may be a training checkpoint or a student-only file.
 """
 import inspect
-import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 from mmengine.model import BaseTTAModel
@@ -14,21 +13,20 @@ from mmengine.registry import HOOKS, METRICS, init_default_scope
 from mmengine.runner import Runner
 
 from mmsinger.checkpoint import load_strict, safe_loading
+from mmsinger.command_line import ToolParser
 from mmsinger.engine.checks import check_data_folders, check_work_dir
 from mmsinger.engine.hooks import RunGuardHook
 from mmsinger.engine.logs import demote_details, import_datasets
-from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import (fit_workers, limit_waiting,
                                      load_config)
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import (ConfigError, check_output_file,
                              readable_errors)
 from mmsinger.export import is_distiller, load_student, student_config
-from mmsinger.schema import ToolParser
 
 
 def parse_args():
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument('config', help='the config file')
     parser.add_argument(
         'checkpoint', nargs='?', help='the checkpoint file (not needed for a '
@@ -45,16 +43,9 @@ def parse_args():
         '--tta', action='store_true', help='test-time augmentation, by the '
         "config's tta_model and tta_pipeline; of classifiers without them, "
         'the mean of an image and its mirror image')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
-        help='override settings of the config')
-    parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none', help='how a distributed job was started')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-    args = parser.parse_args()
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return args
+    parser.add_cfg_options('the config')
+    parser.add_launcher()
+    return parser.parse_args()
 
 
 def keep_predictions(cfg, out):

@@ -2,23 +2,21 @@
 
     python tools/train.py configs/singer_vitl_to_vits_ade20k.py
 """
-import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 
 from mmengine.dist import is_main_process
 
 from mmsinger.checkpoint import safe_loading
+from mmsinger.command_line import ToolParser
 from mmsinger.engine.dry_run import dry_run
-from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import (build_runner, load_config,
                                      prepare_training, scale_learning_rate)
 from mmsinger.errors import ConfigError, readable_errors
-from mmsinger.schema import ToolParser
 
 
 def parse_args():
-    parser = ToolParser(description=__doc__.splitlines()[0])
+    parser = ToolParser(__doc__)
     parser.add_argument('config', help='the config file')
     parser.add_argument(
         '--work-dir', help='where logs and checkpoints go '
@@ -41,17 +39,10 @@ def parse_args():
         '--dry-run', action='store_true',
         help='build everything, take a few steps, say what is trained and '
         'what it costs, and keep nothing')
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE',
-        help='override settings, for instance model.adapter.rank=32 '
-        'train_dataloader.batch_size=8')
-    parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none', help='how a distributed job was started')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-    args = parser.parse_args()
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return args
+    parser.add_cfg_options('CONFIG, for instance model.adapter.rank=32 '
+                           'train_dataloader.batch_size=8')
+    parser.add_launcher()
+    return parser.parse_args()
 
 
 def main():

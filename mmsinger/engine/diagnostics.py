@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mmsinger.metrics import (gram_distance, outlier_threshold,
-                              robust_outliers, subspace_energy,
-                              token_cosine, token_norms)
+                              robust_outliers, subspace_energy, token_cosine,
+                              token_norms)
 from mmsinger.models.adapters import SiNGERAdapter
 from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.models.features.tokens import (Tokens, align_tokens,

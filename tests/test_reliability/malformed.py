@@ -23,6 +23,7 @@ if __name__ == '__main__':  # where conftest.py does it for tests
 import tiny  # noqa: E402
 
 from mmsinger import schema  # noqa: E402
+from mmsinger.command_line import ToolParser  # noqa: E402
 from mmsinger.engine.options import READ  # noqa: E402
 from mmsinger.engine.prepare import load_config  # noqa: E402
 from mmsinger.models.targets.refine import Adapter, Gate  # noqa: E402
@@ -154,7 +155,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
         raise SystemExit
 
     module = load_tool(name)
-    with mock.patch.object(schema.ToolParser, 'parse_args', keep), \
+    with mock.patch.object(ToolParser, 'parse_args', keep), \
             contextlib.suppress(SystemExit):
         (getattr(module, 'parse_args', None) or module.main)()
     return found[0]
