@@ -504,7 +504,7 @@ def test_every_tool_has_a_launcher_or_runs_alone():
              for job in table_of(profile, name, 1).jobs.values()}
     for name in tools:
         with open(os.path.join(tiny.ROOT, 'tools', name)) as file:
-            assert ("'--launcher'" in file.read()) == \
+            assert ('add_launcher()' in file.read()) == \
                 (name not in flow.SINGLE), name
 
 

@@ -7,7 +7,6 @@ configs/_base_/teachers, or any config whose backbone is a vision transformer.
 Writes report.html, a page that needs nothing beside itself, and report.json.
 docs/analysis.md explains the verdict.
 """
-import json
 import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
@@ -21,7 +20,7 @@ from mmsinger.command_line import ToolParser
 from mmsinger.engine.checks import check_work_dir
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import readable_errors
-from mmsinger.files import atomic_write
+from mmsinger.files import atomic_write, write_json
 from mmsinger.models.features.anatomy import patch_stride
 from mmsinger.schema import Count, Natural, Positive, reader
 
@@ -86,12 +85,11 @@ def main():
 
     paths = [os.path.join(out, f'report.{kind}') for kind in ('html', 'json')]
     # File names may hold bytes that are no UTF-8
-    contents = (
-        render(analysis).encode('utf-8', 'backslashreplace'),
-        json.dumps(analysis.numbers(), indent=1, allow_nan=False).encode())
-    for path, content in zip(paths, contents):
-        with atomic_write(path) as temporary, open(temporary, 'wb') as file:
-            file.write(content)
+    with atomic_write(paths[0]) as temporary, open(
+            temporary, 'w', encoding='utf-8',
+            errors='backslashreplace') as file:
+        file.write(render(analysis))
+    write_json(analysis.numbers(), paths[1])
     print(f'\n{analysis.verdict.headline}')
     for reason in analysis.verdict.reasons + subject.notes:
         print(f'- {reason}')

@@ -18,6 +18,7 @@ from mmsinger.command_line import ToolParser
 from mmsinger.errors import check_output_file, readable_errors
 from mmsinger.figures.style import (add_caption, line_style, new_figure,
                                     save_figure)
+from mmsinger.files import write_json
 from mmsinger.schema import Count, reader
 from step_cost import (Steps, count_flops, describe_machine, interleaved,
                        peak_memory)
@@ -64,8 +65,7 @@ def main():
         print(axis, json.dumps(growth[axis]['exponents']), flush=True)
     result = dict(machine=describe_machine(device), base=BASE,
                   rounds=args.rounds, growth=growth)
-    with open(args.out + '.json', 'w') as file:
-        json.dump(result, file, indent=1)
+    write_json(result, args.out + '.json')
     save_figure(draw(result), args.out + '.png')
     print(f'{table(growth)}\n\n{args.out}.json, {args.out}.png')
 

@@ -11,7 +11,6 @@ memory. With --levers also what might make a step cheaper, with --compile
 compiled blocks. --steps leaves out what is not wanted, for many rounds of the
 rest. --out writes JSON. docs/cost.md explains the table.
 """
-import json
 import os
 import statistics
 
@@ -24,6 +23,7 @@ from mmsinger.command_line import ToolParser
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import (check_choice, check_output_file,
                              readable_errors)
+from mmsinger.files import write_json
 from mmsinger.schema import Count, reader
 from step_cost import (ImageLoading, Step, Steps, count_flops,
                        describe_machine, fast_precisions, interleaved,
@@ -94,8 +94,7 @@ def main():
         result = measure(args, bench)
         print(report(result))
         if out:
-            with open(out, 'w') as file:
-                json.dump(result, file, indent=1)
+            write_json(result, out)
             print(f'\n{out}')
 
 

@@ -81,8 +81,6 @@ def step_cost(teacher: str, student: str, size: int, batch: int) -> Cost:
         model.teacher.cast(torch.bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device='cpu')
-        for adapter in model.adapters.values():
-            adapter.initialised = True
         model.train()
         trained = [p for p in model.parameters() if p.requires_grad]
         own = {p.untyped_storage()._cdata

@@ -9,13 +9,12 @@ of your own may too::
 """
 import os
 from datetime import timedelta
-from typing import Any, Optional, Sequence, Union
+from typing import Any, Optional, Sequence
 
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.config.utils import ConfigParsingError
 from mmengine.device import get_device
-from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
@@ -178,8 +177,7 @@ def add_required_hooks(cfg: Config) -> None:
     """
     hooks = cfg.get('custom_hooks') or []
     if not isinstance(hooks, (list, tuple)) or not all(
-            isinstance(hook, Hook) or isinstance(hook, dict)
-            and 'type' in hook for hook in hooks):
+            isinstance(hook, dict) and 'type' in hook for hook in hooks):
         raise ConfigError(
             f'custom_hooks={hooks!r} must be a list of dict(type=…), on the '
             "command line custom_hooks=\"[dict(type='EMAHook')]\".")
@@ -194,8 +192,8 @@ def add_required_hooks(cfg: Config) -> None:
         ConfigDict(type=f'mmsinger.{name}') for name in added)]
 
 
-def _class_name(hook: Union[Hook, dict]) -> str:
-    kind = type(hook) if isinstance(hook, Hook) else hook['type']
+def _class_name(hook: dict) -> str:
+    kind = hook['type']
     return getattr(kind, '__name__', str(kind)).split('.')[-1]
 
 

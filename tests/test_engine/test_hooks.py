@@ -696,13 +696,21 @@ def test_a_hook_that_the_config_lists_keeps_its_arguments(tiny_config):
     for kind in ('mmsinger.DiagnosticsHook', 'DiagnosticsHook',
                  DiagnosticsHook):
         cfg = copy.deepcopy(tiny_config)
-        cfg.custom_hooks = [dict(type=kind, interval=7), Spy()]
+        cfg.custom_hooks = [dict(type=kind, interval=7), dict(type=Spy)]
         add_required_hooks(cfg)
         hooks = cfg.custom_hooks
-        assert hooks[0].interval == 7 and isinstance(hooks[1], Spy)
+        assert hooks[0].interval == 7 and hooks[1].type is Spy
         assert [h.type for h in hooks[2:]] == [
             f'mmsinger.{name}' for name in SiNGERDistiller.required_hooks
             if name != 'DiagnosticsHook']
+
+
+def test_a_hook_that_is_built_is_refused(tiny_config):
+    """A config with it cannot be written beside the run."""
+    cfg = copy.deepcopy(tiny_config)
+    cfg.custom_hooks = [Spy()]
+    with pytest.raises(ConfigError, match='must be a list of dict'):
+        add_required_hooks(cfg)
 
 
 def test_a_plain_model_gets_what_every_run_needs(tiny_config):

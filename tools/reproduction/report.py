@@ -1,6 +1,5 @@
 """Published and measured, side by side: Markdown, CSV, LaTeX, a plot."""
 import csv
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -8,10 +7,10 @@ from functools import partial
 from statistics import mean, stdev
 from typing import Dict, Iterator, List, Optional, Tuple
 
+from mmsinger.figures.style import COLOURS, new_figure, save_figure
+from mmsinger.files import write_json
 from reproduction.plan import Cell, Column, Table
 from reproduction.workspace import Record
-
-PUBLISHED, MEASURED = '#0072B2', '#D55E00'  # told apart by the colour-blind
 
 
 @dataclass
@@ -96,8 +95,7 @@ class Report:
         self.plot(f'{path}.png')
         extensions = ['md', 'csv', 'tex', 'png']
         if self.table.data is not None:
-            with open(f'{path}.json', 'w') as file:
-                json.dump(self.table.data(self.by_place()), file, indent=1)
+            write_json(self.table.data(self.by_place()), f'{path}.json')
             extensions.append('json')
         return [f'{path}.{extension}' for extension in extensions]
 
@@ -193,16 +191,12 @@ class Report:
 
     def plot(self, path: str) -> None:
         """Draw a panel for each column: published and measured by row."""
-        import matplotlib
-        matplotlib.use('Agg')
-        from matplotlib import pyplot as plt
         table = self.table
         rows = len(table.rows)
         columns = min(len(table.columns), 3)
         lines = math.ceil(len(table.columns) / columns)
-        figure, axes = plt.subplots(
-            lines, columns, squeeze=False, layout='constrained', sharey=True,
-            figsize=(2.4 + 3 * columns, lines * (1.2 + 0.26 * rows)))
+        figure = new_figure((2.4 + 3 * columns, lines * (1.2 + 0.26 * rows)))
+        axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
         places = range(rows)
         for number, column in enumerate(table.columns):
             axis = axes.flat[number]
@@ -210,10 +204,10 @@ class Report:
             published = [cells[number].published for _, cells in table.rows]
             if any(value is not None for value in published):
                 axis.plot([_or_nan(v) for v in published], places, 'D', ms=6,
-                          mfc='white', color=PUBLISHED, label='published')
+                          mfc='white', color=COLOURS[0], label='published')
             axis.errorbar([_or_nan(r.mean) for r in results], places,
                           xerr=[r.std or 0 for r in results], fmt='o', ms=6,
-                          capsize=3, color=MEASURED, label='measured')
+                          capsize=3, color=COLOURS[1], label='measured')
             axis.set_title(_heading(column, arrows=('higher is better',
                                                     'lower is better'),
                                     between='\n'), fontsize=9)
@@ -229,8 +223,7 @@ class Report:
         figure.legend(handles, labels, loc='outside lower center', ncols=2,
                       fontsize=9)
         figure.suptitle(table.title, fontsize=11)
-        figure.savefig(path, dpi=150)
-        plt.close(figure)
+        save_figure(figure, path)
 
 
 def _heading(column: Column, arrows=('↑', '↓'), between: str = ' ') -> str:

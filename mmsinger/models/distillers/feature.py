@@ -119,7 +119,6 @@ class FeatureDistiller(BaseDistiller):
             for layer, student_layer in zip(self.layers, self.student_layers)
         })
         self.resample = resample
-        self.target_norm = target_norm
         self.steps = steps
         for step in steps:
             with placed(step.place):

@@ -1,12 +1,10 @@
 """What one training step compared, kept for hooks that measure it."""
 from collections import defaultdict
-from typing import Dict, Union
+from typing import Dict
 
 from torch import Tensor
 
 from mmsinger.models.features.tokens import Tokens
-
-Value = Union[Tensor, Tokens]
 
 
 class StepRecord:
@@ -22,7 +20,7 @@ class StepRecord:
             Defaults to 16.
 
     Attributes:
-        layers (dict[int, dict[str, Tensor | Tokens]]): By teacher layer:
+        layers (dict[int, dict[str, Tokens]]): By teacher layer:
             ``teacher`` (Tokens), F in the space that ``target_norm`` makes;
             ``refined`` (Tokens), F_hat, of methods with adapters;
             ``student`` (Tokens), its own tokens on its own grid;
@@ -32,24 +30,20 @@ class StepRecord:
 
     def __init__(self, max_images: int = 16) -> None:
         self.max_images = max_images
-        self.layers: Dict[int, Dict[str, Value]] = defaultdict(dict)
+        self.layers: Dict[int, Dict[str, Tokens]] = defaultdict(dict)
 
-    def add(self, layer: int, **values: Value) -> None:
+    def add(self, layer: int, **values: Tokens) -> None:
         """Keep copies of values of one layer, without gradients.
 
         Args:
             layer (int): The teacher layer.
-            **values (Tensor | Tokens): The first dimension is the batch.
+            **values (Tokens): By name.
         """
         for name, value in values.items():
-            if isinstance(value, Tokens):
-                weight = value.weight
-                kept = value._replace(
-                    values=self._copy(value.values),
-                    weight=None if weight is None else self._copy(weight))
-            else:
-                kept = self._copy(value)
-            self.layers[layer][name] = kept
+            weight = value.weight
+            self.layers[layer][name] = value._replace(
+                values=self._copy(value.values),
+                weight=None if weight is None else self._copy(weight))
 
     def _copy(self, value: Tensor) -> Tensor:
         # A view would keep the whole batch alive
