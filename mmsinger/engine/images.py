@@ -8,7 +8,7 @@ from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from mmsinger.engine.checks import check_data_folders
-from mmsinger.engine.hooks.calibration_hook import preserved_random_states
+from mmsinger.engine.random_states import preserved_random_states
 from mmsinger.engine.samples import guard_samples
 from mmsinger.errors import ConfigError
 from mmsinger.images import Size, check_patch, dataset_batches

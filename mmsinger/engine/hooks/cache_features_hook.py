@@ -9,7 +9,7 @@ from mmengine.model import BaseDataPreprocessor
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mmsinger.engine.hooks.calibration_hook import preserved_random_states
+from mmsinger.engine.random_states import preserved_random_states
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError
 from mmsinger.models.probes.frozen_backbone import FrozenBackbone

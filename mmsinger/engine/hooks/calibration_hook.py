@@ -1,14 +1,9 @@
-import contextlib
-import random
 from typing import Any, Dict, Iterator
 
-import numpy as np
-import torch
 from mmengine.dist import broadcast
 from mmengine.hooks import Hook
 
-from mmsinger.engine.hooks.random_state_hook import (random_states,
-                                                     set_random_states)
+from mmsinger.engine.random_states import preserved_random_states
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.images import dataset_batches
 from mmsinger.registry import HOOKS
@@ -72,16 +67,3 @@ def training_batches(runner, num_images: int, batch_size: int
     yield from dataset_batches(
         loader.dataset, indices, batch_size,
         unwrap(runner.model).data_preprocessor, True, loader.collate_fn)
-
-
-@contextlib.contextmanager
-def preserved_random_states(seed: int) -> Iterator[None]:
-    """Seed all generators inside the context, and restore them after it."""
-    states = random_states()
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        set_random_states(states)

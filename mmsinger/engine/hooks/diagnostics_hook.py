@@ -7,8 +7,8 @@ from mmengine.hooks import Hook
 from torch import Tensor
 
 from mmsinger.engine.diagnostics import adapter_energies, step_diagnostics
-from mmsinger.engine.hooks.calibration_hook import (preserved_random_states,
-                                                    training_batches)
+from mmsinger.engine.hooks.calibration_hook import training_batches
+from mmsinger.engine.random_states import preserved_random_states
 from mmsinger.engine.unwrap import full_parameters, is_sharded, unwrap
 from mmsinger.errors import ConfigError
 from mmsinger.models import FeatureDistiller

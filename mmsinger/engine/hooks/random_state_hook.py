@@ -1,12 +1,10 @@
-import random
 from typing import Any, Dict, Optional
 
-import numpy as np
-import torch
 from mmengine.dist import all_gather_object, get_rank
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop
 
+from mmsinger.engine.random_states import random_states, set_random_states
 from mmsinger.engine.samples import sampler_of, seed_samples, start_epoch
 from mmsinger.registry import HOOKS
 
@@ -90,27 +88,3 @@ class RandomStateHook(Hook):
     def after_val(self, runner) -> None:
         set_random_states(self._before_val)
         self._before_val = None
-
-
-def random_states() -> Dict[str, Any]:
-    """The states of all generators, as ``torch.load(weights_only=True)``
-    reads them."""
-    name, keys, *rest = np.random.get_state()
-    states = dict(
-        python=random.getstate(),
-        numpy=(name, torch.from_numpy(keys.astype(np.int64)), *rest),
-        torch=torch.get_rng_state())
-    if torch.cuda.is_available():
-        states['cuda'] = torch.cuda.get_rng_state()
-    return states
-
-
-def set_random_states(states: Dict[str, Any]) -> None:
-    """Put all generators into the states of :func:`random_states`."""
-    version, numbers, gauss = states['python']
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, *rest = states['numpy']
-    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(states['torch'].cpu())
-    if 'cuda' in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states['cuda'].cpu())
