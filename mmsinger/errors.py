@@ -18,8 +18,8 @@ class ConfigError(ValueError):
     """A mistake in a config, a checkpoint or a data folder.
 
     The message says what is wrong, which key it concerns, the value found,
-    the valid choices and how to fix it. ``tools/train.py`` and
-    ``tools/test.py`` print it without a traceback.
+    the valid choices and how to fix it. Tools print it without a traceback,
+    by :func:`readable_errors`.
     """
 
 

@@ -22,7 +22,7 @@ from mmsinger.analysis.measure import (METRICS, applicable_metrics,
                                        check_metrics, measure)
 from mmsinger.command_line import ToolParser
 from mmsinger.engine.images import ImageBatches
-from mmsinger.engine.loading import load_distiller, prepare
+from mmsinger.engine.loading import calibrate_on, load_distiller
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import check_output_file, readable_errors
 from mmsinger.files import write_json
@@ -86,7 +86,7 @@ def main():
     check_metrics(distiller, metrics)
     distiller.to('cuda' if torch.cuda.is_available() else 'cpu')
     batches = ImageBatches(cfg, distiller, args.images, args.seed)
-    prepare(distiller, batches)
+    calibrate_on(distiller, batches)
     settings = dict(seed=args.seed, strength=args.strength,
                     jacobian_images=args.jacobian_images,
                     jacobian_products=args.jacobian_products)

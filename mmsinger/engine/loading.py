@@ -30,7 +30,7 @@ def load_distiller(cfg: Config, checkpoint: Optional[str] = None
     Args:
         cfg (Config): The recipe.
         checkpoint (str, optional): A training checkpoint of it. Defaults to
-            None: the student as initialised; :func:`prepare` does the rest.
+            None: the student as initialised; see :func:`calibrate_on`.
 
     Returns:
         FeatureDistiller: On the CPU.
@@ -71,9 +71,9 @@ def load_distiller(cfg: Config, checkpoint: Optional[str] = None
     return distiller
 
 
-def prepare(distiller: FeatureDistiller, batches: ImageBatches) -> None:
-    """Calibrate ``target_norm`` on these images, as a training run does
-    before its first step, where no checkpoint has."""
+def calibrate_on(distiller: FeatureDistiller, batches: ImageBatches) -> None:
+    """Calibrate ``target_norm`` and the steps in ``targets`` on these images,
+    as a training run does before its first step, where no checkpoint has."""
     if distiller.needs_calibration:
         count = math.ceil(NUM_IMAGES / batches.batch_size)
         distiller.calibrate(itertools.islice(batches(), count))

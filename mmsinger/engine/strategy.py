@@ -40,6 +40,9 @@ class FSDPStrategy(MMEngineFSDPStrategy):
         model_wrapper (dict, optional): Arguments of
             ``MMFullyShardedDataParallel``. Only blocks of the student may be
             units of their own. Defaults to None.
+        state_dict_cfg (str): ``'full'`` alone, its default.
+        skip_init_weights (bool): False alone, its default: a distiller has
+            to load its teacher.
         **kwargs: See mmengine's ``FSDPStrategy``.
 
     Raises:

@@ -52,8 +52,9 @@ class FeatureDistiller(BaseDistiller):
             None, see :class:`TargetNorm`. Defaults to None, the paper.
         targets (Sequence[dict] | dict[str, dict]): Configs of the
             :class:`TargetStep` that normalised tokens pass, first to last:
-            :class:`ClipNorms`, :class:`MaskTokens`, :class:`Refine`, or your
-            own. As a dict, each has a name by which other configs and
+            :class:`RemoveOutlierSubspace`, :class:`ClipNorms`,
+            :class:`MaskTokens`, :class:`WeighByEntropy`, :class:`Refine`, or
+            your own. As a dict, each has a name by which other configs and
             ``--cfg-options`` can change it. Defaults to none: the tokens as
             they are.
         projector (dict): Config of what brings student tokens to
@@ -504,7 +505,8 @@ def build_steps(cfgs: StepConfigs, target_norm: Optional[str]
         if not isinstance(step, TargetStep):
             raise ConfigError(
                 f'model.targets: {name} is no step for targets. Choose '
-                'ClipNorms, MaskTokens, Refine, or a subclass of TargetStep.')
+                'RemoveOutlierSubspace, ClipNorms, MaskTokens, '
+                'WeighByEntropy, Refine, or a subclass of TargetStep.')
         own = [*step._parameters, *step._buffers]
         if own:
             raise ConfigError(

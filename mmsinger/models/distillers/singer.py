@@ -38,6 +38,8 @@ class SiNGERDistiller(FitNetDistiller):
         kd_gradient (bool): Defaults to True.
         targets (Sequence[dict] | dict[str, dict]): Steps after the
             refinement, see :class:`FeatureDistiller`. Defaults to none.
+        over_layers (str): ``'mean'`` or ``'sum'`` of the layers' L_KD.
+            Defaults to ``'mean'``.
         **kwargs: See :class:`FeatureDistiller`.
 
     Raises:

@@ -197,14 +197,14 @@ class Refine(TargetStep):
         for name, adapter in self.adapters.items():
             layer = int(name)
             block = layer if layer == self.last_layer else layer + 1
-            null = FFNDirections(block, *left_singular_directions(
+            found = FFNDirections(block, *left_singular_directions(
                 linearised_ffn(teacher.blocks.modules[block],
                                **self._settings_of(linearised_ffn))))
             # Kept: what a teacher cast to bfloat16 has lost
-            self.ffn_directions[layer] = null
+            self.ffn_directions[layer] = found
             start = adapter.initialise(
-                null[1:], **self._settings_of(adapter.initialise))
-            e_safe, e_prob = subspace_energy(adapter.up, null.directions)
+                found[1:], **self._settings_of(adapter.initialise))
+            e_safe, e_prob = subspace_energy(adapter.up, found.directions)
             values = start['singular_values']
             kept = f'singular values kept {min(values):.3g} to ' \
                 f'{max(values):.3g}, ' if values else ''
