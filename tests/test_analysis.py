@@ -248,7 +248,7 @@ def test_artifacts_that_a_later_block_removes():
     verdict = judge(seen(blocks(12, 4, end=9)), 64)
     assert verdict.affected == [4, 5, 6, 7, 8]
     assert 'in blocks 4 to 8 of 12' in verdict.headline
-    assert any('no longer shows two of the signs' in reason
+    assert any('is neither far nor separate any more' in reason
                for reason in verdict.reasons)
 
 

@@ -29,7 +29,7 @@ def parse_args():
         'written')
     parser.add_argument(
         '--out', help='where to write (default: CHECKPOINT_student.pth, '
-        '_timm.pth or .onnx beside it)')
+        '_student_timm.pth or _student.onnx)')
     parser.add_argument(
         '--layout', choices=['mm', 'timm'], default='mm',
         help="mm: mmpretrain's or mmseg's. timm: the backbone alone, for "

@@ -1,5 +1,4 @@
-"""Distil into the stock configs of the installed toolboxes, and say how it
-went.
+"""Distil into the stock configs of the installed toolboxes.
 
     python tools/sweep_stock.py [--only PATTERN] [--workers 2]
 
@@ -362,14 +361,19 @@ def sweep_one(name, say):
             return dict(name=name, result='features only', message=said(error),
                         **distil(name, cfg, batch, task_loss_weight=0))
     except Exception as error:
-        refused = 'ConfigError' in traceback.format_exc()
+        refused = isinstance(cause_of(error), ConfigError)
         return dict(name=name, result='refused' if refused else 'fails',
                     message=said(error), where=traceback.format_exc()[-2500:])
 
 
-def said(error):
+def cause_of(error):
     while not isinstance(error, ConfigError) and error.__cause__:
         error = error.__cause__
+    return error
+
+
+def said(error):
+    error = cause_of(error)
     return f'{type(error).__name__}: {error}'[:600]
 
 

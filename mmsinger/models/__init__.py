@@ -1,4 +1,5 @@
-"""Everything that a config's ``model`` can name in the scope mmsinger."""
+"""Everything that a config's ``model`` can name in the scope mmsinger, and
+the classes to derive your own from."""
 from mmsinger.models.adapters import SiNGERAdapter
 from mmsinger.models.backbones import (ConvStem, PlantedArtifacts,
                                        VisionTransformerWithRegisters)
