@@ -5,8 +5,8 @@ import io
 import os
 import pickle
 import re
-from typing import (Any, Callable, Dict, Iterable, Iterator, List, Tuple,
-                    Union)
+import zipfile
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Tuple, Union
 from urllib.parse import urlparse
 
 import torch
@@ -95,9 +95,11 @@ def _load_safely(source: Any, name: str, where: str = '', **kwargs: Any
     """``torch.load`` without code, or one error that says what is wrong."""
     # Damaged bytes make the unpickler raise nearly anything.
     try:
+        _check_sums(source)  # which torch does not look at
         with _safe_globals():
             return _torch_load(source, weights_only=True, **kwargs)
     except pickle.UnpicklingError as error:
+        _refuse_other_files(source, name, where)
         digest = sha256(source)
         if digest in os.environ.get(TRUSTED, '').lower().split(','):
             return _torch_load(source, weights_only=False, **kwargs)
@@ -117,17 +119,49 @@ def _load_safely(source: Any, name: str, where: str = '', **kwargs: Any
             f'{_first_line(error)}') from error
 
 
-def sha256(source: Any) -> str:
-    """The digest of a file, by its path; or of an open one, which goes back to
-    its beginning."""
-    digest = hashlib.sha256()
+@contextlib.contextmanager
+def _opened(source: Any) -> Iterator[Any]:
+    """A file, by its path, or an open one that goes back to its beginning."""
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(source, 'rb')) \
             if isinstance(source, (str, os.PathLike)) else source
         file.seek(0)
+        yield file
+        file.seek(0)
+
+
+def _check_sums(source: Any) -> None:
+    start = source.tell() if hasattr(source, 'tell') else 0
+    with _opened(source) as file:
+        if zipfile.is_zipfile(file):
+            damaged = zipfile.ZipFile(file).testzip()
+            if damaged:
+                raise ValueError(f'the checksum of {damaged} does not fit')
+    if hasattr(source, 'seek'):
+        source.seek(start)
+
+
+def _refuse_other_files(source: Any, name: str, where: str) -> None:
+    with _opened(source) as file:
+        begin = file.read(32)
+    kind = ''
+    if begin.startswith(b'version https://git-lfs'):
+        kind = 'a pointer of Git LFS: fetch the file by git lfs pull'
+    elif begin.lstrip().startswith(b'<'):
+        kind = f'a page of HTML: fetch the file again{where}'
+    elif begin[8:9] == b'{':
+        kind = 'of the kind .safetensors: give it this suffix'
+    if kind:
+        raise ConfigError(f'{name} is no torch checkpoint, but {kind}.')
+
+
+def sha256(source: Any) -> str:
+    """The digest of a file, by its path; or of an open one, which goes back to
+    its beginning."""
+    digest = hashlib.sha256()
+    with _opened(source) as file:
         for block in iter(lambda: file.read(1 << 20), b''):
             digest.update(block)
-        file.seek(0)
     return digest.hexdigest()
 
 
@@ -299,6 +333,11 @@ def refuse_broken(weights: Dict[str, torch.Tensor], path: str) -> None:
         weights (dict[str, Tensor]): A state dict.
         path (str): Where it came from.
     """
+    odd = [key for key, value in weights.items()
+           if value.is_meta or value.layout != torch.strided]
+    if odd:
+        raise ConfigError(f'{path} has tensors without values or sparse ones, '
+                          f'{", ".join(odd[:4])}. Save dense tensors.')
     broken = [key for key, value in weights.items()
               if value.is_floating_point() and not value.isfinite().all()]
     if broken:
@@ -339,11 +378,19 @@ def load_strict(module: nn.Module, weights: Dict[str, torch.Tensor],
             left over, such as ``'head.'``. Defaults to none.
 
     Raises:
-        ConfigError: If a key is missing or left over, or a shape differs.
+        ConfigError: If a key is missing or left over, a shape differs, or
+            integers or complex numbers are to be real ones.
     """
     ignore = tuple(ignore)
     weights = {k: v for k, v in weights.items() if not k.startswith(ignore)} \
         if ignore else dict(weights)
+    real = {k for k, v in module.state_dict().items() if v.is_floating_point()}
+    other = [k for k, v in weights.items()
+             if k in real and not v.is_floating_point()]
+    if other:
+        raise ConfigError(
+            f'{what}: {weights[other[0]].dtype} in place of real numbers, in '
+            f'{", ".join(other[:4])}. {fix}')
     # What a backbone's own hooks raise where a shape is beyond resizing can
     # be anything; load_state_dict itself raises a RuntimeError.
     try:

@@ -214,8 +214,11 @@ def test_resume_from_a_checkpoint_that_is_not_there(place):
     assert "load_from (or --resume)='nowhere.pth'" in message_of(output)
 
 
-def test_resume_passes_over_a_checkpoint_that_was_cut_off(tmp_path):
+@pytest.mark.parametrize('name', ['run', 'a [x] {0} %d ü*?'])
+def test_resume_passes_over_a_checkpoint_that_was_cut_off(tmp_path, name):
     """… and over a pointer to where the folder was before."""
+    tmp_path = tmp_path / name
+    tmp_path.mkdir()
     cfg = load_config(tiny.SEG_CONFIG)
     cfg.work_dir, cfg.resume = str(tmp_path), True
     resume_from_intact_checkpoint(cfg)  # nothing there: from the start
@@ -242,6 +245,21 @@ def test_resume_passes_over_a_checkpoint_that_was_cut_off(tmp_path):
     cfg.load_from = None
     with pytest.raises(ConfigError, match='none of the checkpoints'):
         resume_from_intact_checkpoint(cfg)
+
+
+@pytest.mark.parametrize('options, text', [
+    (dict(resume='run/iter_4.pth'), '--resume PATH'),
+    (dict(resume='maybe'), 'neither True nor False'),
+    (dict(load_from=5), 'load_from=5 is no path'),
+    (dict(val_evaluator=None), '--no-validate'),
+    (dict(val_cfg=None, val_dataloader=None), 'belong together'),
+])
+def test_starts_that_mean_nothing(here, options, text):
+    cfg = load_config(tiny.SEG_CONFIG)
+    for key, value in options.items():
+        cfg[key] = value
+    with pytest.raises(ConfigError, match=text):
+        prepare_training(cfg)
 
 
 def test_resume_from_a_student_alone(here):

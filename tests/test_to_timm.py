@@ -152,6 +152,13 @@ def test_families():
         to_timm({}, cfg)
 
 
+def test_a_stem_that_timm_has_not():
+    cfg = vit(type='mmsinger.VisionTransformerWithRegisters', num_registers=1,
+              patch_cfg=dict(conv_type='mmsinger.ConvStem'))
+    with pytest.raises(ConfigError, match='ConvStem for its patches'):
+        to_timm({}, cfg)
+
+
 def test_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, 'timm', None)
     with pytest.raises(ConfigError, match=r'pip install .mmsinger\[timm\]'):

@@ -36,7 +36,8 @@ def collect(work: str) -> Dict[str, Any]:
     with open(os.path.join(work, 'jobs.tsv')) as file:
         jobs = [line.rstrip('\n').split('\t') for line in file]
     steps = {}
-    for path in glob.glob(os.path.join(work, 'steps', '*.json')):
+    for path in glob.glob(os.path.join(
+            glob.escape(work), 'steps', '*.json')):
         with open(path) as file, contextlib.suppress(ValueError):  # cut off
             steps[os.path.splitext(os.path.basename(path))[0]] = \
                 json.load(file)
@@ -72,7 +73,8 @@ def _tests(path: str) -> Optional[Dict[str, Any]]:
 
 
 def _distillation(work_dir: str) -> Optional[Dict[str, Any]]:
-    logs = glob.glob(os.path.join(work_dir, '*', 'vis_data', 'scalars.json'))
+    logs = glob.glob(os.path.join(
+        glob.escape(work_dir), '*', 'vis_data', 'scalars.json'))
     lines = []
     for path in logs:
         with open(path) as file:

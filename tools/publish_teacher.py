@@ -58,7 +58,7 @@ def main():
     # The settings of the run, --cfg-options included.
     dumped = os.path.join(args.work_dir, os.path.basename(args.config))
     path = find_latest_checkpoint(args.work_dir) if glob.glob(
-        os.path.join(args.work_dir, '*.pth')) else None
+        os.path.join(glob.escape(args.work_dir), '*.pth')) else None
     if path is None or not os.path.isfile(dumped):
         raise ConfigError(
             f'--work-dir={args.work_dir!r} holds no checkpoint, or no '

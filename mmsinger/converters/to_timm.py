@@ -298,7 +298,12 @@ Chosen = Tuple[str, Dict[str, Any]]
 def _vit(cfg: dict, model: nn.Module) -> Chosen:
     block = model.layers[0]
     cls_token = getattr(model, 'cls_token', None)
-    dims = model.patch_embed.projection.out_channels
+    stem = model.patch_embed.projection
+    if not isinstance(stem, nn.Conv2d):
+        raise ConfigError(
+            f'timm has no vision transformer with a {type(stem).__name__} for '
+            'its patches. Give --timm-model if you know one, or --layout mm.')
+    dims = stem.out_channels
     kwargs = dict(
         img_size=tuple(to_2tuple(model.img_size)),
         in_chans=model.patch_embed.projection.in_channels,

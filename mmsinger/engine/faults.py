@@ -48,7 +48,7 @@ def guard_loops(runner: Any) -> None:
                 or _folder_fault(error, runner)))
         loop.run_iter = _guarded(
             loop.run_iter, DataError, lambda error, batch, key=key:
-                _batch_fault(error, batch, unwrap(runner.model), key),
+                batch_fault(error, batch, unwrap(runner.model), key),
             None if name == 'train' else lambda batch, key=key: _check_labels(
                 batch, unwrap(runner.model), key))
 
@@ -87,8 +87,17 @@ def batch_paths(samples: List[Any]) -> str:
         getattr(sample, 'img_path', None) for sample in samples) if path)
 
 
-def _batch_fault(error: Exception, batch: Any, model: nn.Module, key: str
-                 ) -> Optional[str]:
+def batch_fault(error: Exception, batch: Any, model: nn.Module, key: str
+                ) -> Optional[str]:
+    """What is wrong with a batch that ended in an error; None if nothing is
+    seen.
+
+    Args:
+        error (Exception): What the model raised.
+        batch (Any): As collated.
+        model (nn.Module): What took it.
+        key (str): Whose batch it is, such as ``'train_dataloader'``.
+    """
     said = _wrong_labels(batch, model, key)
     images = batch.get('inputs') if isinstance(batch, dict) else None
     if said or not isinstance(images, (list, tuple)) or not all(
@@ -116,7 +125,34 @@ def _check_labels(batch: Any, model: nn.Module, key: str) -> None:
         raise DataError(said)
 
 
+def _wrong_maps(batch: Any, key: str) -> Optional[str]:
+    """Label or depth maps of another size than their images."""
+    samples = batch_samples(batch)
+    images = batch.get('inputs', ()) if samples else ()
+    for sample, image in zip(samples, images):
+        sizes = [tuple(size)[:2] for size in (
+            getattr(sample, 'ori_shape', ()), getattr(sample, 'img_shape', ()),
+            image.shape[-2:] if torch.is_tensor(image) else ()) if size]
+        for name, path in (('gt_sem_seg', 'seg_map_path'),
+                           ('gt_depth_map', 'depth_map_path')):
+            data = getattr(getattr(sample, name, None), 'data', None)
+            if torch.is_tensor(data) and sizes and not (
+                    data.dim() == 3 and len(data) == 1
+                    and tuple(data.shape[1:]) in sizes):
+                return (
+                    f'{key}: {getattr(sample, path, "a map")!r} has the shape '
+                    f'{"x".join(map(str, data.shape))} at the end of the '
+                    'pipeline, its image '
+                    f'{getattr(sample, "img_path", "")!r} '
+                    f'{"x".join(map(str, sizes[-1]))}. A map has one channel '
+                    'and the height and width of its image.')
+    return None
+
+
 def _wrong_labels(batch: Any, model: nn.Module, key: str) -> Optional[str]:
+    said = _wrong_maps(batch, key)
+    if said:
+        return said
     model = getattr(model, 'student', model)
     head = find_part(model, 'head')
     head = head[-1] if isinstance(head, nn.ModuleList) else head

@@ -54,7 +54,13 @@ class RunConfig(Config):
         content = repr(self._cfg_dict)
         if self.__dict__.get('_formatted', ('', ''))[0] != content:
             # Config's own __setattr__ writes settings
-            self.__dict__['_formatted'] = (content, super().pretty_text)
+            try:
+                text = super().pretty_text
+            except SyntaxError as error:  # whatever it was
+                if isinstance(error.__context__, KeyboardInterrupt):
+                    raise error.__context__ from None
+                raise
+            self.__dict__['_formatted'] = (content, text)
         return self.__dict__['_formatted'][1]
 
 
@@ -120,6 +126,7 @@ def prepare_training(cfg: Config) -> None:
     scope = cfg.get('default_scope') or 'mmengine'
     init_default_scope(scope)
     check_parts(cfg)
+    check_validation(cfg)
     add_required_hooks(cfg)
     fit_workers(cfg)
     limit_waiting(cfg)
@@ -140,6 +147,19 @@ def prepare_training(cfg: Config) -> None:
     check_data_folders(cfg, ('train_dataloader', 'val_dataloader'))
     resume_from_intact_checkpoint(cfg)
     check_checkpoint_files(cfg)
+
+
+def check_validation(cfg: Config) -> None:
+    """Raise :class:`ConfigError` for a part of a validation or a test."""
+    for kind in ('val', 'test'):
+        names = [f'{kind}_{part}' for part in ('cfg', 'dataloader',
+                                               'evaluator')]
+        lacking = [name for name in names if cfg.get(name) is None]
+        if 0 < len(lacking) < len(names):
+            raise ConfigError(
+                f'{", ".join(names)} belong together, but '
+                f'{", ".join(lacking)} is None. Set all three, or none of '
+                'them' + (' (--no-validate).' if kind == 'val' else '.'))
 
 
 def build_runner(cfg: Config) -> Runner:

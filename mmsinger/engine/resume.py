@@ -35,6 +35,10 @@ def resume_from_intact_checkpoint(cfg: Config) -> None:
         ConfigError: If there are checkpoints and none is intact, or
             ``load_from`` is empty.
     """
+    if cfg.get('resume') not in (None, True, False):
+        raise ConfigError(
+            f'resume={cfg.resume!r} is neither True nor False. Give the path '
+            'as --resume PATH, or as load_from beside resume=True.')
     if cfg.get('load_from') == '':
         raise ConfigError(
             "load_from='' (or --resume '') names no checkpoint. Give its "
@@ -42,7 +46,7 @@ def resume_from_intact_checkpoint(cfg: Config) -> None:
     if not cfg.get('resume') or cfg.get('load_from'):
         return
     found = [path for folder, kind in itertools.product(*_saved_where(cfg))
-             for path in glob.glob(os.path.join(folder, kind))
+             for path in glob.glob(os.path.join(glob.escape(folder), kind))
              if '_student' not in os.path.basename(path)]  # exports
     pointer = os.path.join(cfg.work_dir, 'last_checkpoint')
     last = ''
@@ -74,7 +78,8 @@ def _saved_where(cfg: Config) -> Tuple[List[str], List[str]]:
         folders.append(os.path.join(out_dir, os.path.basename(
             cfg.work_dir.rstrip(os.sep))))
     if hook.get('filename_tmpl'):
-        kinds.append(re.sub(r'\{[^}]*\}', '*', hook.filename_tmpl))
+        kinds.append('*'.join(map(glob.escape, re.split(
+            r'\{[^}]*\}', hook.filename_tmpl))))
     return folders, kinds
 
 
@@ -99,6 +104,9 @@ def check_checkpoint_files(cfg: Config) -> None:
             empty. What is in it shows when it is loaded.
     """
     source = cfg.get('load_from')
+    if not isinstance(source, (str, type(None))):
+        raise ConfigError(f'load_from={source!r} is no path. Give the path '
+                          'of a checkpoint, or None.')
     if cfg.get('resume') and str(source).endswith('_student.pth'):
         raise ConfigError(
             f'--resume {source!r} is a student alone: it has no '

@@ -8,6 +8,8 @@ import logging
 import os
 import random
 import signal
+import subprocess
+import sys
 import uuid
 from types import SimpleNamespace
 
@@ -401,6 +403,33 @@ def test_a_student_beside_the_best_checkpoint(make, tmp_path, monkeypatch):
     assert student
     assert all(torch.equal(value, whole[f'student.{key}'])
                for key, value in student.items())
+
+
+def test_the_best_by_a_metric_that_there_is_not(make, tmp_path):
+    runner = make(4, validate=True, **{
+        'train_cfg.val_interval': 2, 'default_hooks.checkpoint.interval': 2,
+        'default_hooks.checkpoint.save_best': 'mIou'})
+    with pytest.raises(ConfigError, match="save_best='mIou'.*mean 'mIoU'"):
+        runner.train()
+    assert 'iter_2.pth' in files(tmp_path)
+
+
+def test_a_folder_of_checkpoints_apart_is_claimed_too(make, tmp_path):
+    """Two runs may have work dirs of the same name."""
+    folder = tmp_path / 'disk' / tmp_path.name
+    claim = ('import sys; from mmsinger.files import lock_folder; '
+             'lock_folder(sys.argv[1])')
+
+    def other_run(*args, **kwargs):
+        assert subprocess.run(
+            [sys.executable, '-W', 'ignore', '-c', claim, str(folder)],
+            capture_output=True).returncode == expected
+
+    expected = 1
+    make(2, [Spy(before_train_iter=other_run)], **{
+        'default_hooks.checkpoint.out_dir': str(tmp_path / 'disk')}).train()
+    expected = 0
+    other_run()
 
 
 @pytest.mark.parametrize('validate', [False, True])

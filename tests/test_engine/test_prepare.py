@@ -213,6 +213,17 @@ def load(path):
         return pickle.load(file)
 
 
+def test_ctrl_c_while_a_config_is_formatted(monkeypatch):
+    from yapf.yapflib import yapf_api
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(yapf_api, 'FormatCode', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_config(tiny.SEG_CONFIG).pretty_text
+
+
 def test_a_config_is_formatted_once_for_each_content(monkeypatch):
     from yapf.yapflib import yapf_api
     formatted = []

@@ -281,6 +281,7 @@ def test_calibration_fills_it():
     model.teacher.feature_cache = model.teacher._cached.capacity = 10
     images = torch.randn(4, 3, 32, 32)
     model.calibrate([images[:2], images[2:]])
+    assert model.teacher._cached.seen == 0  # no images of an epoch
     step(model, images)
     assert model.teacher._cached.recalled == 4
 

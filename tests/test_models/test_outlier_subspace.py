@@ -224,6 +224,25 @@ def test_later_blocks_do_not_read_outliers(layers):
     assert torch.equal(targets[3].values, cured_tokens) and not losses
 
 
+@pytest.mark.parametrize('cache', [0, 1000])
+def test_images_of_several_sizes(cache):
+    """What is recalled has its own grid, not that of the last pass."""
+    model = planted(targets=[*inside(), dict(type='mmsinger.Refine')],
+                    feature_cache=cache)
+    large, small = images(2), images(2)[..., :16]
+
+    def next_block():
+        outputs = model.run_teacher(large)
+        return outputs.taps.rerun(2, outputs.tokens(1).values)
+
+    parts = model.steps[0].subspaces
+    parts['2'].load_state_dict(parts['0'].state_dict())
+    parts['2'].threshold.fill_(1e-3)
+    before = next_block()
+    model.run_teacher(small)
+    assert torch.equal(next_block(), before)
+
+
 def test_a_teacher_without_outliers_stays_as_it_is():
     clean, cured = planted(share=0.), planted(share=0., targets=inside())
     assert not any(part.rank for part in cured.steps[0].subspaces.values())
@@ -387,3 +406,13 @@ class OnlyTwo(nn.Module):
 
     def forward(self, patches, weight=None):
         return patches.new_tensor(7.)
+
+
+def test_a_teacher_that_is_not_finite_is_refused():
+    model = FitNetDistiller(
+        student=vit(), teacher=dict(backbone=vit()), layers=(1, 3),
+        targets=inside(), task_loss_weight=0)
+    with torch.no_grad():
+        model.teacher.blocks.modules[2].ffn.layers[1].bias[0] = float('inf')
+    with pytest.raises(ConfigError, match='Teacher block 2 .*not finite'):
+        model.calibrate([images()])

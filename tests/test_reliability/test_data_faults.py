@@ -4,7 +4,9 @@ import os
 import re
 import time
 
+import cv2
 import faulty_data
+import numpy as np
 import pytest
 
 import forked
@@ -29,6 +31,10 @@ FAULTS = dict(  # what happens, what the message says
     # the preprocessor pads to 32 x 32 pixels and cannot cut
     other_size=(SIZE, [IMAGE, '48x40', 'RandomCrop']),
     label=(LABEL, [MAP, 'the label 7', 'the classes 0 to 2', 'num_classes']),
+    map_size=(f'import cv2, numpy; cv2.imwrite({MAP!r}, '
+              'numpy.zeros((32, 30), "u1"))', [MAP, '1x32x30', IMAGE]),
+    map_channels=(f'import cv2, numpy; cv2.imwrite({MAP!r}, '
+                  'numpy.zeros((32, 32, 3), "u1"))', [MAP, 'one channel']),
     folder=("os.rename('scenes', 'moved')", ["the folder 'scenes'"]),
     work_dir=("import shutil; shutil.rmtree('run')",
               ['cannot be written', 'work dir', '--resume']),
@@ -69,7 +75,19 @@ def test_in_training(tmp_path, name, workers):
             weights(os.path.join(place, file.read()))
 
 
-@pytest.mark.parametrize('name', ['empty_map', 'label'])
+def test_in_calibration(tmp_path):
+    place = tiny.workplace(tmp_path)
+    cv2.imwrite(str(tmp_path / IMAGE), np.ones((48, 40, 3), np.uint8))
+    cv2.imwrite(str(tmp_path / MAP), np.ones((48, 40), np.uint8))
+    message = message_of(forked.run(
+        'train.py', tiny.SEG_CONFIG, '--work-dir', 'run', '--cfg-options',
+        'model.target_norm=standardise', cwd=place, check=False))
+    assert message.startswith('DataError: train_dataloader')
+    assert IMAGE in message and '48x40' in message
+
+
+@pytest.mark.parametrize('name', ['empty_map', 'label', 'map_size',
+                                  'map_channels'])
 def test_in_validation_and_tests(tmp_path, name):
     """A metric would pass a label over that is out of range."""
     place = tiny.workplace(tmp_path)

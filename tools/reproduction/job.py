@@ -62,7 +62,8 @@ def run(plan: dict, name: str) -> str:
                     **os.environ, 'CUDA_VISIBLE_DEVICES': ','.join(gpus)}
             ).returncode
     record.seconds = round(time.monotonic() - begin, 1)
-    record.log = max(glob.glob(os.path.join(work_dir, '*', '*.log')),
+    record.log = max(glob.glob(os.path.join(
+        glob.escape(work_dir), '*', '*.log')),
                      key=os.path.getmtime, default=output)
     record.metrics = read_metrics(work_dir)
     lacks = workspace.lacking(name, record)

@@ -160,8 +160,9 @@ def read_metrics(work_dir: str) -> Dict[str, float]:
     metrics: Dict[str, float] = {}
     # The names are times, so that they sort
     for path in sorted(
-            glob.glob(os.path.join(work_dir, '*', 'vis_data', 'scalars.json'))
-            + glob.glob(os.path.join(work_dir, '*', '[0-9]*.json'))):
+            path for pattern in ('vis_data/scalars.json', '[0-9]*.json')
+            for path in glob.glob(os.path.join(
+                glob.escape(work_dir), '*', pattern))):
         with open(path) as file:
             for line in file:
                 with contextlib.suppress(ValueError):

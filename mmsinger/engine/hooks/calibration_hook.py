@@ -3,7 +3,9 @@ from typing import Any, Dict, Iterator
 from mmengine.dist import broadcast
 from mmengine.hooks import Hook
 
+from mmsinger.engine.faults import batch_fault
 from mmsinger.engine.random_states import preserved_random_states
+from mmsinger.engine.samples import DataError
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.images import dataset_batches
 from mmsinger.registry import HOOKS
@@ -64,6 +66,16 @@ def training_batches(runner, num_images: int, batch_size: int
     total = len(loader.dataset)
     count = min(num_images, total)
     indices = [i * total // count for i in range(count)]
-    yield from dataset_batches(
-        loader.dataset, indices, batch_size,
-        unwrap(runner.model).data_preprocessor, True, loader.collate_fn)
+    model = unwrap(runner.model)
+
+    def preprocess(batch: Any, training: bool) -> Any:
+        try:
+            return model.data_preprocessor(batch, training)
+        except Exception as error:
+            said = batch_fault(error, batch, model, 'train_dataloader')
+            if said is None:
+                raise
+            raise DataError(said) from error
+
+    yield from dataset_batches(loader.dataset, indices, batch_size,
+                               preprocess, True, loader.collate_fn)

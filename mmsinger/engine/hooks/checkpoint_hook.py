@@ -109,6 +109,13 @@ class SafeCheckpointHook(Hook):
             self._exit.callback(signal.signal, signal.SIGTERM, previous)
 
     def before_train(self, runner) -> None:
+        own = os.path.realpath(runner.work_dir)
+        for folder in {hook.out_dir for hook in _savers(runner)}:
+            if is_main_process() and '://' not in folder and \
+                    os.path.realpath(folder) != own:
+                os.makedirs(folder, exist_ok=True)
+                lock_folder(folder)
+                self._exit.callback(unlock_folder, folder)
         self._clean(runner)
         resumed = runner.message_hub.runtime_info.get('last_ckpt') \
             if runner._resume else None

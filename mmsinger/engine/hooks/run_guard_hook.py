@@ -6,7 +6,7 @@ from mmengine.hooks import CheckpointHook, Hook
 
 from mmsinger.engine.faults import batch_paths, batch_samples, guard_loops
 from mmsinger.engine.unwrap import unwrap
-from mmsinger.errors import ConfigError, TrainingError
+from mmsinger.errors import ConfigError, TrainingError, check_choice
 from mmsinger.registry import HOOKS
 
 
@@ -86,8 +86,14 @@ class RunGuardHook(Hook):
         self.check_weights(runner, runner.iter)
 
     def after_val_epoch(self, runner, metrics=None) -> None:
-        if hasattr(self, '_savers'):  # part of a training run
-            self.check_weights(runner, runner.iter)
+        if not hasattr(self, '_savers'):
+            return  # no part of a training run
+        self.check_weights(runner, runner.iter)
+        for hook in self._savers:
+            for name in getattr(hook, 'key_indicators', None) or ():
+                if name != 'auto' and metrics:
+                    check_choice('default_hooks.checkpoint.save_best', name,
+                                 metrics)
 
     def check_weights(self, runner, iteration: int) -> None:
         """Raise :class:`TrainingError` unless all weights are finite."""

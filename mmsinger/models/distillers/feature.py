@@ -443,8 +443,10 @@ class FeatureDistiller(BaseDistiller):
                 f'{layer}: {norm.scale.item():.4g}' for layer, norm in norms))
         patches = {layer: self.target_norms[str(layer)].normalise(values)
                    for layer, values in patches.items()}
-        return found + [step.calibrate(patches) for step in self.steps
-                        if step.needs_calibration]
+        found += [step.calibrate(patches) for step in self.steps
+                  if step.needs_calibration]
+        self.teacher.forget_counts()
+        return found
 
     def _look(self, batches: Sequence[Dict[str, Any]], tokens_per_image: int,
               layers: Sequence[int]) -> Dict[int, Tensor]:
@@ -462,7 +464,19 @@ class FeatureDistiller(BaseDistiller):
                 kept[layer].append(patches.flatten(0, 1) if padding is None
                                    else patches[padding.weigh(
                                        tokens).patch_weight[:, chosen] > 0.99])
-        return {layer: torch.cat(parts) for layer, parts in kept.items()}
+        found = {layer: torch.cat(parts) for layer, parts in kept.items()}
+        for layer, tokens in found.items():
+            if not len(tokens):
+                raise ConfigError(
+                    'There is nothing but padding in the images to calibrate '
+                    'on. Look at train_dataloader.dataset and at size and '
+                    'size_divisor of the data preprocessor.')
+            if not tokens.isfinite().all():
+                raise ConfigError(
+                    f'Teacher block {layer} gives values that are not finite '
+                    'for training images. Look at model.teacher.checkpoint, '
+                    'mean, std and teacher_dtype, and at the images.')
+        return found
 
 
 def evenly_spaced(count: int, most: int) -> Tensor:

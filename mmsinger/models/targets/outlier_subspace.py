@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.metrics.norms import lower_median, robust_threshold, token_norms
-from mmsinger.models.features.anatomy import change_patches
+from mmsinger.models.features.anatomy import change_patches, first_output
 from mmsinger.models.features.tokens import Grid
 from mmsinger.models.targets.step import (Look, Targets, TargetStep,
                                           TeacherOutputs)
@@ -152,6 +152,7 @@ class RemoveOutlierSubspace(TargetStep):
         })
         if self.inside:
             self._distilled = layers
+            self._num_prefix: Optional[int] = None  # of the teacher's tokens
             self.__dict__['_teacher'] = teacher  # no submodule
             teacher.blocks.watch_input(self._record_grid)
             for layer, part in self.subspaces.items():
@@ -166,7 +167,10 @@ class RemoveOutlierSubspace(TargetStep):
         """What a block of the teacher returns instead."""
         if not part.rank:
             return output
-        return change_patches(output, self._grid[0] * self._grid[1], part)
+        count = first_output(output).shape[1]
+        if self._num_prefix is None:  # then these are of the last grid
+            self._num_prefix = count - self._grid[0] * self._grid[1]
+        return change_patches(output, count - self._num_prefix, part)
 
     @property
     def needs_calibration(self) -> bool:

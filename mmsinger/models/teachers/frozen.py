@@ -297,6 +297,10 @@ class FrozenTeacher(FrozenModule):
         """Drop the tokens in ``feature_cache``: the teacher has changed."""
         self._cached = FeatureCache(self.feature_cache)
 
+    def forget_counts(self) -> None:
+        """Let ``feature_cache`` count anew how often images come again."""
+        self._cached.seen = self._cached.recalled = 0
+
     def forward(self, images: Tensor, layers: Sequence[int],
                 normalisation: Normalisation) -> BlockTaps:
         """Run the backbone up to the deepest of some blocks.
