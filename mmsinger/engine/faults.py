@@ -139,13 +139,14 @@ def _wrong_maps(batch: Any, key: str) -> Optional[str]:
             if torch.is_tensor(data) and sizes and not (
                     data.dim() == 3 and len(data) == 1
                     and tuple(data.shape[1:]) in sizes):
+                shape, *known = ('x'.join(map(str, size)) for size in (
+                    data.shape, *dict.fromkeys(sizes)))
                 return (
                     f'{key}: {getattr(sample, path, "a map")!r} has the shape '
-                    f'{"x".join(map(str, data.shape))} at the end of the '
-                    'pipeline, its image '
+                    f'{shape} at the end of the pipeline, its image '
                     f'{getattr(sample, "img_path", "")!r} '
-                    f'{"x".join(map(str, sizes[-1]))}. A map has one channel '
-                    'and the height and width of its image.')
+                    f'{" or ".join(known)}. A map has one channel and the '
+                    'height and width of its image.')
     return None
 
 
