@@ -337,7 +337,8 @@ class BaseDistiller(BaseModel):
             dict[str, Tensor]: Losses by name.
         """
         self._check_ready()
-        inputs = first_view(inputs)
+        if not isinstance(inputs, Tensor):
+            inputs = first_view(inputs)
         targets, of_targets = self.make_targets(
             self.run_teacher(inputs, data_samples))
         losses, student_outputs = self.run_student(inputs, data_samples)
