@@ -249,6 +249,15 @@ def test_warning_when_nothing_comes_again(caplog):
                and 'if it has more' in text for text in said)
 
 
+def test_no_warning_in_calibration(caplog):
+    model = distiller('plain', target_norm='standardise')
+    model.teacher.feature_cache = 1
+    model.teacher.forget_images()
+    images = torch.randn(9, 3, 32, 32)
+    assert not warnings_of(caplog, lambda batch: model.calibrate([batch]),
+                           [images])
+
+
 def test_no_warning_when_images_come_again(caplog):
     teacher = Counted(feature_cache=2)
     data = torch.randn(3, 1, 3, 32, 32)

@@ -443,10 +443,8 @@ class FeatureDistiller(BaseDistiller):
                 f'{layer}: {norm.scale.item():.4g}' for layer, norm in norms))
         patches = {layer: self.target_norms[str(layer)].normalise(values)
                    for layer, values in patches.items()}
-        found += [step.calibrate(patches) for step in self.steps
-                  if step.needs_calibration]
-        self.teacher.forget_counts()
-        return found
+        return found + [step.calibrate(patches) for step in self.steps
+                        if step.needs_calibration]
 
     def _look(self, batches: Sequence[Dict[str, Any]], tokens_per_image: int,
               layers: Sequence[int]) -> Dict[int, Tensor]:
@@ -454,8 +452,9 @@ class FeatureDistiller(BaseDistiller):
         kept: Dict[int, List[Tensor]] = {layer: [] for layer in layers}
         for batch in batches:
             padding = find_padding(batch['inputs'], batch.get('data_samples'))
-            taps = self.teacher(batch['inputs'], layers,
-                                self.student_normalisation)
+            with self.teacher.uncounted():
+                taps = self.teacher(batch['inputs'], layers,
+                                    self.student_normalisation)
             for layer in layers:
                 tokens = taps.tokens(layer)
                 chosen = evenly_spaced(tokens.patches.shape[1],

@@ -30,13 +30,16 @@ class FeatureCache:
         self._examples: Dict[tuple, BlockTaps] = {}
 
     def recall(self, images: Tensor, layers: Sequence[int],
-               run: Callable[[Tensor], BlockTaps]) -> BlockTaps:
+               run: Callable[[Tensor], BlockTaps], count: bool = True
+               ) -> BlockTaps:
         """Tokens of a batch, computed only for images that are new.
 
         Args:
             images (Tensor): As the teacher takes them, (B, 3, H, W).
             layers (Sequence[int]): Indices of the blocks to record.
             run (Callable): The teacher's pass over such images.
+            count (bool): Whether they are of an epoch, in which none coming a
+                second time is worth a warning. Defaults to True.
 
         Returns:
             BlockTaps: As of a pass over the whole batch.
@@ -49,7 +52,8 @@ class FeatureCache:
         keys = [_key(kind, image) for image in _as_arrays(images)]
         tokens = {key: self._tokens[key] for key in keys
                   if key in self._tokens}
-        self._count(len(keys), sum(key in tokens for key in keys))
+        if count:
+            self._count(len(keys), sum(key in tokens for key in keys))
         new = {key: i for i, key in enumerate(keys) if key not in tokens}
         if new:
             taps = run(images[list(new.values())])

@@ -1,6 +1,8 @@
 """The frozen teacher: a backbone that is only ever read."""
+import contextlib
 import functools
-from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import (Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple,
+                    Union)
 
 import torch
 from mmengine.logging import print_log
@@ -287,6 +289,7 @@ class FrozenTeacher(FrozenModule):
         self.layers = layers
         self.feature_cache = feature_cache
         self._cached = FeatureCache(feature_cache)
+        self._counting = True
 
     def load_weights(self) -> None:
         """See :class:`FrozenModule`; tokens of other weights are dropped."""
@@ -297,9 +300,15 @@ class FrozenTeacher(FrozenModule):
         """Drop the tokens in ``feature_cache``: the teacher has changed."""
         self._cached = FeatureCache(self.feature_cache)
 
-    def forget_counts(self) -> None:
-        """Let ``feature_cache`` count anew how often images come again."""
-        self._cached.seen = self._cached.recalled = 0
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Images inside this context are none of an epoch: ``feature_cache``
+        does not count how often they come again."""
+        self._counting = False
+        try:
+            yield
+        finally:
+            self._counting = True
 
     def forward(self, images: Tensor, layers: Sequence[int],
                 normalisation: Normalisation) -> BlockTaps:
@@ -325,7 +334,7 @@ class FrozenTeacher(FrozenModule):
 
         images = self.prepare(images, normalisation)
         if self.feature_cache:
-            return self._cached.recall(images, layers, run)
+            return self._cached.recall(images, layers, run, self._counting)
         return run(images)
 
     @functools.cached_property
