@@ -10,7 +10,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Defaults are shown where there is one and the text names none."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if any(action.default is nothing for nothing in (None, False)) or \
+        if action.default is None or action.default is False or \
                 '(default' in action.help:
             return action.help
         return super()._get_help_string(action)

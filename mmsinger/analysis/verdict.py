@@ -156,9 +156,9 @@ def _artifact_reasons(evidence: Sequence[Evidence], signs: List[Signs],
     if last not in affected:
         reasons.append(
             f'The last block, {last}, is neither far nor separate any more: '
-            f'its far tokens are {percent(end.far_share)} of all, and the largest '
-            f'norm of an image is {end.max_over_median:.1f} times the median. '
-            'They may still be there, hidden among longer tokens.')
+            f'its far tokens are {percent(end.far_share)} of all, and the '
+            f'largest norm of an image is {end.max_over_median:.1f} times the '
+            'median. They may still be there, hidden among longer tokens.')
     elif last != onset:
         reasons.append(
             f'They last: after the last block, {last}, '

@@ -172,3 +172,16 @@ def _pretrained(cfg: Any, place: str
     for name in ('backbone', 'neck', 'head', 'decode_head'):
         yield from _pretrained(
             cfg.get(name), f'{place}.{name}' if place else name)
+
+
+def check_validation(cfg: Config) -> None:
+    """Raise :class:`ConfigError` for a part of a validation or a test."""
+    for kind in ('val', 'test'):
+        names = [f'{kind}_{part}' for part in ('cfg', 'dataloader',
+                                               'evaluator')]
+        lacking = [name for name in names if cfg.get(name) is None]
+        if 0 < len(lacking) < len(names):
+            raise ConfigError(
+                f'{", ".join(names)} belong together, but '
+                f'{", ".join(lacking)} is None. Set all three, or none of '
+                'them' + (' (--no-validate).' if kind == 'val' else '.'))

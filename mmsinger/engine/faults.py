@@ -41,21 +41,28 @@ def guard_loops(runner: Any) -> None:
         key = f'{name}_dataloader'
         guard_samples(loop.dataloader.dataset, f'{key}.dataset')
         _limit_waiting(loop.dataloader)
-        loop.run = _guarded(
+        loop.run = explained(
             loop.run, TrainingError, lambda error, _, loop=loop, key=key: (
                 _loader_fault(error, loop.dataloader, key)
                 or _process_fault(error, runner)
                 or _folder_fault(error, runner)))
-        loop.run_iter = _guarded(
+        loop.run_iter = explained(
             loop.run_iter, DataError, lambda error, batch, key=key:
                 batch_fault(error, batch, unwrap(runner.model), key),
             None if name == 'train' else lambda batch, key=key: _check_labels(
                 batch, unwrap(runner.model), key))
 
 
-def _guarded(call: Callable, kind: Type[TrainingError], explain: Callable,
-             before: Optional[Callable] = None) -> Callable:
-    """A method of a loop whose errors are explained, where they can be."""
+def explained(call: Callable, kind: Type[TrainingError], explain: Callable,
+              before: Optional[Callable] = None) -> Callable:
+    """A call whose errors are explained, where they can be.
+
+    Args:
+        call (Callable): Its last argument, if there is one, is a batch.
+        kind (type): Of the error in its place.
+        explain (Callable): Gets error and batch, returns what to say or None.
+        before (Callable, optional): Gets the batch first. Defaults to None.
+    """
     def guarded(*args: Any, **kwargs: Any) -> Any:
         batch = args[-1] if args else None
         if before is not None:

@@ -22,7 +22,8 @@ from mmengine.utils import to_2tuple
 
 from mmsinger.compat import onedl_config_packages
 from mmsinger.engine.checks import (check_data_folders, check_pretrained,
-                                    check_work_dir, inner_datasets)
+                                    check_validation, check_work_dir,
+                                    inner_datasets)
 from mmsinger.engine.logs import (ParameterGroupsHook, demote_details,
                                   drop_starts)
 from mmsinger.engine.optim import check_custom_keys
@@ -147,19 +148,6 @@ def prepare_training(cfg: Config) -> None:
     check_data_folders(cfg, ('train_dataloader', 'val_dataloader'))
     resume_from_intact_checkpoint(cfg)
     check_checkpoint_files(cfg)
-
-
-def check_validation(cfg: Config) -> None:
-    """Raise :class:`ConfigError` for a part of a validation or a test."""
-    for kind in ('val', 'test'):
-        names = [f'{kind}_{part}' for part in ('cfg', 'dataloader',
-                                               'evaluator')]
-        lacking = [name for name in names if cfg.get(name) is None]
-        if 0 < len(lacking) < len(names):
-            raise ConfigError(
-                f'{", ".join(names)} belong together, but '
-                f'{", ".join(lacking)} is None. Set all three, or none of '
-                'them' + (' (--no-validate).' if kind == 'val' else '.'))
 
 
 def build_runner(cfg: Config) -> Runner:

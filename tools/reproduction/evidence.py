@@ -364,10 +364,13 @@ def _compare(name: str, plan: Plan, tasks: Tasks, profile: Profile,
                               lambda task, seed: planner.evaluate_student(
                                   students[seed], task, seed))
 
-            table.add_row(row(method, case) + ' *' * best['edge'], [
-                *cells(of_case), *([
-                    *(cells(of_case[:1], steps) if steps else [Cell(())]),
-                    Cell(())] if whole else [])])
+            shown_cells = cells(of_case)
+            if whole:
+                shown_cells += cells(of_case[:1], steps) if steps else [
+                    Cell(())]
+                shown_cells.append(Cell(()))  # the teacher's own
+            table.add_row(row(method, case) + ' *' * best['edge'],
+                          shown_cells)
     table.conclude = lambda results: conclude(
         {(label.removesuffix(' *'), column): result
          for (label, column), result in results.items()}, shown)

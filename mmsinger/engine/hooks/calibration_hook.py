@@ -3,7 +3,7 @@ from typing import Any, Dict, Iterator
 from mmengine.dist import broadcast
 from mmengine.hooks import Hook
 
-from mmsinger.engine.faults import batch_fault
+from mmsinger.engine.faults import batch_fault, explained
 from mmsinger.engine.random_states import preserved_random_states
 from mmsinger.engine.samples import DataError
 from mmsinger.engine.unwrap import unwrap
@@ -68,14 +68,10 @@ def training_batches(runner, num_images: int, batch_size: int
     indices = [i * total // count for i in range(count)]
     model = unwrap(runner.model)
 
-    def preprocess(batch: Any, training: bool) -> Any:
-        try:
-            return model.data_preprocessor(batch, training)
-        except Exception as error:
-            said = batch_fault(error, batch, model, 'train_dataloader')
-            if said is None:
-                raise
-            raise DataError(said) from error
-
-    yield from dataset_batches(loader.dataset, indices, batch_size,
-                               preprocess, True, loader.collate_fn)
+    preprocess = explained(
+        lambda batch: model.data_preprocessor(batch, True), DataError,
+        lambda error, batch: batch_fault(error, batch, model,
+                                         'train_dataloader'))
+    yield from dataset_batches(
+        loader.dataset, indices, batch_size,
+        lambda batch, training: preprocess(batch), True, loader.collate_fn)

@@ -95,9 +95,7 @@ class SafeCheckpointHook(Hook):
         if not isinstance(runner._train_loop, BaseLoop):
             return  # validation or a test alone
         self._training = True
-        if is_main_process():
-            lock_folder(runner.work_dir)
-            self._exit.callback(unlock_folder, runner.work_dir)
+        self._claim(runner.work_dir)
         # Shadows the method; DeepSpeed and others write folders on their own
         if type(getattr(runner, 'strategy', None)).__name__ not in (
                 'DeepSpeedStrategy', 'ColossalAIStrategy'):
@@ -111,11 +109,8 @@ class SafeCheckpointHook(Hook):
     def before_train(self, runner) -> None:
         own = os.path.realpath(runner.work_dir)
         for folder in {hook.out_dir for hook in _savers(runner)}:
-            if is_main_process() and '://' not in folder and \
-                    os.path.realpath(folder) != own:
-                os.makedirs(folder, exist_ok=True)
-                lock_folder(folder)
-                self._exit.callback(unlock_folder, folder)
+            if '://' not in folder and os.path.realpath(folder) != own:
+                self._claim(folder)
         self._clean(runner)
         resumed = runner.message_hub.runtime_info.get('last_ckpt') \
             if runner._resume else None
@@ -134,6 +129,12 @@ class SafeCheckpointHook(Hook):
                                  if hook.by_epoch]
         self._validate_late(runner)
         self._iterating = True
+
+    def _claim(self, folder: str) -> None:
+        if is_main_process():
+            os.makedirs(folder, exist_ok=True)
+            lock_folder(folder)
+            self._exit.callback(unlock_folder, folder)
 
     def after_run(self, runner) -> None:
         self._close()

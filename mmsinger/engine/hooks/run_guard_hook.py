@@ -19,6 +19,7 @@ class RunGuardHook(Hook):
       of the batch. It comes before CheckpointHook has its turn, so that the
       last checkpoint stays as it was.
     - Weights that are not finite when a checkpoint is due: the same.
+    - ``save_best`` by a metric that a validation does not give: an error.
     - A sample that cannot be read, labels out of range, a data worker or
       another process that died or hangs: one error that names it (see
       :mod:`mmsinger.engine.faults`). In validation and tests too.
