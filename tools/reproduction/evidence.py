@@ -142,6 +142,8 @@ def _step(kind: str, **settings: object) -> Tuple[str, ...]:
         f'{name}.{key}={value}' for key, value in settings.items()))
 
 
+_ENTROPY = _step('WeighByEntropy', tokens='patches',
+                 head='decode_head.conv_seg', num_classes=11)
 METHODS: Dict[str, Method] = {
     'fitnet': Method('FitNet', 'fitnet', seconds=96.),
     'mask': Method('FitNet, tokens above 6 MAD left out', 'fitnet',
@@ -152,11 +154,15 @@ METHODS: Dict[str, Method] = {
         'FitNet, outlier subspace removed from targets alone', 'fitnet',
         _step('RemoveOutlierSubspace', mad=6.0)),
     'robust': Method('Robust preset', 'robust', seconds=96.),
-    'entropy': Method(
-        'FitNet, weighed by the teacher\'s entropy', 'fitnet',
-        _step('WeighByEntropy', tokens='patches',
-              head='decode_head.conv_seg', num_classes=11), STRENGTH),
+    'entropy': Method('FitNet, weighed by the teacher\'s entropy', 'fitnet',
+                      _ENTROPY, STRENGTH),
     'singer': Method('SiNGER', 'singer', setting=MULTIPLIER, seconds=143.),
+    # The distiller's own refinement comes before the steps in `targets`
+    'singer_entropy': Method(
+        'SiNGER, L_KD and L_outlier weighed by the teacher\'s entropy',
+        'fitnet', (*_ENTROPY, 'model.targets.step.strength=0.5',
+                   'model.targets.refine.type=mmsinger.Refine',
+                   'model.over_layers=mean'), MULTIPLIER),
     'removing': Method('SiNGER, gain -1', 'singer',
                        ('model.adapter.gain=-1', ), MULTIPLIER),
     'settled': Method('SiNGER, adapters trained first, then frozen', 'singer',
@@ -174,10 +180,11 @@ SIMPLE = ('mask', 'smooth_l1', 'targets')
 DEMO = (('subspace', ('fitnet', 'singer', 'robust')), )
 QUICK = (('clean', ('fitnet', 'singer')),  # the preset is FitNet there
          ('subspace', ('fitnet', 'singer', 'robust')))
-LONGTAIL = tuple((case, ('fitnet', 'entropy')) for case in CASES
+WEIGHED = ('entropy', 'singer_entropy')
+LONGTAIL = tuple((case, ('fitnet', 'singer', *WEIGHED)) for case in CASES
                  if CASES[case].scenes)
 WHOLE = tuple(
-    (case, tuple(name for name in METHODS if name != 'entropy'))
+    (case, tuple(name for name in METHODS if name not in WEIGHED))
     for case in CASES if not CASES[case].scenes)
 
 LEAST_LOSS = 3.  # points below which a planting decides nothing
