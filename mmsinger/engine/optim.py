@@ -1,14 +1,16 @@
-"""How parameters get their learning rates: mixed precision on a CPU, and the
-host toolboxes' own ways for the student."""
+"""How parameters are optimised: mixed precision on a CPU, the host toolboxes'
+own ways for the student, gradient clips of their own."""
 import copy
 import difflib
 from contextlib import contextmanager
 from typing import Any, Dict, List, Literal, Optional, Sequence
 
 import torch
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError
@@ -183,7 +185,64 @@ def blocks_of(backbone: nn.Module) -> Optional[Sequence[nn.Module]]:
         return None
 
 
-def check_custom_keys(model: nn.Module, paramwise_cfg: dict) -> None:
+class ClipApartHook(Hook):
+    """Clips gradients by a norm of their own, and leaves them out of
+    ``optim_wrapper.clip_grad``, where an entry of ``custom_keys`` has a
+    ``max_norm``::
+
+        optim_wrapper = dict(
+            clip_grad=dict(max_norm=1.0),
+            paramwise_cfg=dict(custom_keys={
+                'adapters': dict(lr_mult=0.03, max_norm=1.0)}))
+
+    :func:`~mmsinger.engine.prepare.build_runner` adds it to such a config.
+    The log has the norm before clipping as ``grad_norm_adapters``.
+
+    Args:
+        custom_keys (dict[str, dict]): Of ``paramwise_cfg``; a parameter
+            belongs to the longest key that is in its name, as for mmengine.
+
+    Raises:
+        ConfigError: If the others are not clipped by their norm too, or it
+            takes several processes to know it (FSDP).
+    """
+
+    def __init__(self, custom_keys: Dict[str, dict]) -> None:
+        self.keys = sorted(custom_keys, key=lambda key: (-len(key), key))
+        self.max_norms: Dict[str, float] = {
+            key: settings['max_norm'] for key, settings in custom_keys.items()
+            if 'max_norm' in settings}
+
+    def before_train(self, runner) -> None:
+        wrapper = runner.optim_wrapper
+        if not getattr(wrapper, 'clip_grad_kwargs', None) or \
+                wrapper.clip_func is not clip_grad_norm_:
+            raise ConfigError(
+                'max_norm in optim_wrapper.paramwise_cfg.custom_keys['
+                f'{next(iter(self.max_norms))!r}] needs optim_wrapper.'
+                'clip_grad=dict(max_norm=...) for all other parameters, and '
+                'a strategy that leaves gradients whole (not FSDP). Set '
+                'that, or remove it.')
+        keys = {id(parameter): next((k for k in self.keys if k in name), None)
+                for name, parameter in unwrap(runner.model).named_parameters()}
+
+        def clip(parameters: List[nn.Parameter], **kwargs: Any) -> Tensor:
+            apart: Dict[Optional[str], List[nn.Parameter]] = {
+                key: [] for key in (*self.max_norms, None)}
+            for parameter in parameters:
+                key = keys[id(parameter)]
+                apart[key if key in apart else None].append(parameter)
+            for key, max_norm in self.max_norms.items():
+                norm = clip_grad_norm_(apart[key],
+                                       **dict(kwargs, max_norm=max_norm))
+                runner.message_hub.update_scalar(f'train/grad_norm_{key}',
+                                                 float(norm))
+            return clip_grad_norm_(apart[None], **kwargs)
+
+        wrapper.clip_func = clip
+
+
+def check_custom_keys(model: nn.Module, custom_keys: Dict[str, dict]) -> None:
     """Hold ``custom_keys`` of a config against the names of parameters.
 
     Stock schedules list keys for several backbones: those that match nothing
@@ -192,7 +251,7 @@ def check_custom_keys(model: nn.Module, paramwise_cfg: dict) -> None:
 
     Args:
         model (nn.Module): A distiller or a plain model.
-        paramwise_cfg (dict): ``optim_wrapper.paramwise_cfg``.
+        custom_keys (dict): Of ``optim_wrapper.paramwise_cfg``.
 
     Raises:
         ConfigError: If a key that matches nothing is a misspelt part of the
@@ -200,8 +259,7 @@ def check_custom_keys(model: nn.Module, paramwise_cfg: dict) -> None:
     """
     names = [f'.{name}' for name, _ in model.named_parameters()]
     parts = [name for name, _ in model.named_children()]
-    unused = [key for key in paramwise_cfg.get('custom_keys') or {}
-              if key != 'adapters' and not any(key in name for name in names)]
+    unused = [key for key in custom_keys if key != 'adapters' and not any(key in name for name in names)]
     for key in unused:
         near = difflib.get_close_matches(key.split('.')[0], parts, 1, 0.75)
         if near and near[0] != key.split('.')[0]:

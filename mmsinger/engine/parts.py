@@ -322,7 +322,7 @@ def _check_paramwise(place: str, node: Mapping) -> None:
             known |= constants_in(_find(
                 f'{place}.{name}', kind, Slot('OPTIM_WRAPPER_CONSTRUCTORS')))
     _check_words(f'{place}.paramwise_cfg', options, known)
-    settings = {'lr_mult', 'decay_mult'}
+    settings = {'lr_mult', 'decay_mult', 'max_norm'}
     optimizer = node.get('optimizer')
     if isinstance(optimizer, Mapping) and 'type' in optimizer:
         kind = _find(f'{place}.optimizer', optimizer['type'],

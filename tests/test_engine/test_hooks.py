@@ -29,8 +29,10 @@ from mmsinger.engine.hooks import (DiagnosticsHook, RandomStateHook,
                                    SiNGERAdapterHook, StudentCheckpointHook,
                                    CalibrationHook, calibration_hook,
                                    knn_bank_hook)
-from mmsinger.engine.prepare import (add_required_hooks, fit_workers,
-                                     load_config, prepare_training)
+from mmsinger.engine.optim import ClipApartHook
+from mmsinger.engine.prepare import (add_required_hooks, build_runner,
+                                     fit_workers, load_config,
+                                     prepare_training)
 from mmsinger.errors import ConfigError, TrainingError
 from mmsinger.export import student_config
 from mmsinger.files import LOCK, unlock_folder
@@ -136,6 +138,73 @@ def poison_weights(at):
 def files(folder, pattern='*.pth'):
     return sorted(os.path.basename(p)
                   for p in glob.glob(os.path.join(str(folder), pattern)))
+
+
+# -- gradient clips ----------------------------------------------------------
+
+KEYS = 'optim_wrapper.paramwise_cfg.custom_keys'
+
+
+def one_step(make, **custom_keys):
+    """How far each part of the model gets in a step of SGD at a rate of 1,
+    which is the norm of the gradient that it is given; and what is logged."""
+    starts, squares = {}, {}
+
+    def keep(runner):
+        starts.update({name: value.detach().clone() for name, value
+                       in runner.model.named_parameters()})
+
+    runner = make(
+        max_iters=1, hooks=[ClipApartHook(custom_keys),
+                            Spy('LOWEST', before_train=keep)],
+        **{'optim_wrapper.clip_grad': dict(max_norm=0.5),
+           'optim_wrapper.optimizer': dict(
+               _delete_=True, type='SGD', lr=1., weight_decay=0.),
+           KEYS: dict(_delete_=True, **custom_keys)})
+    runner.train()
+    for name, value in runner.model.named_parameters():
+        part = name.split('.')[0]
+        squares[part] = squares.get(part, 0) + (
+            value.detach() - starts[name]).square().sum().item()
+    return {part: square**0.5 for part, square in squares.items()}, \
+        {name: log.current() for name, log
+         in runner.message_hub.log_scalars.items() if 'grad_norm' in name}
+
+
+def test_gradients_under_a_key_are_clipped_apart(make):
+    shared, logged = one_step(make, adapters=dict(), projectors=dict())
+    assert set(logged) == {'train/grad_norm'}
+    assert sum(v**2 for v in shared.values())**0.5 == pytest.approx(
+        0.5, rel=1e-4)
+    apart, logged = one_step(make, adapters=dict(max_norm=1e-3),
+                             projectors=dict())
+    assert apart.pop('adapters') == pytest.approx(1e-3, rel=1e-4)
+    assert logged['train/grad_norm_adapters'] > 1e-3
+    # The others are clipped without them
+    assert sum(v**2 for v in apart.values())**0.5 == pytest.approx(
+        0.5, rel=1e-4)
+    assert all(apart[part] > shared[part] for part in apart)
+
+
+def test_a_clip_apart_needs_one_of_the_others(make):
+    hook = ClipApartHook(dict(adapters=dict(max_norm=1.)))
+    runner = make(hooks=[hook], **{'optim_wrapper.clip_grad': None})
+    with pytest.raises(ConfigError, match=r"custom_keys\['adapters'\] needs "
+                       r'optim_wrapper\.clip_grad='):
+        runner.train()
+
+
+def test_a_config_with_a_clip_apart_gets_its_hook(make, tiny_config,
+                                                  tmp_path):
+    cfg = copy.deepcopy(tiny_config)
+    for value, expected in ((None, []), (2., [dict(adapters=2.)])):
+        if value:
+            cfg.merge_from_dict({f'{KEYS}.adapters.max_norm': value})
+        cfg.work_dir = str(tmp_path / str(value))
+        cfg.experiment_name = uuid.uuid4().hex
+        prepare_training(cfg)
+        assert [hook.max_norms for hook in build_runner(cfg).hooks
+                if isinstance(hook, ClipApartHook)] == expected
 
 
 # -- adapters ----------------------------------------------------------------

@@ -219,10 +219,10 @@ def test_keys_without_effect(monkeypatch):
     monkeypatch.setattr(optim, 'print_log',
                         lambda text, **kwargs: said.append(text))
     model = nn.ModuleDict({'adapters': nn.Linear(1, 1)})
-    check_custom_keys(model, dict(custom_keys={
-        'norm': dict(), '.weight': dict(), 'adapters': dict()}))
+    check_custom_keys(model, {
+        'norm': dict(), '.weight': dict(), 'adapters': dict()})
     assert len(said) == 1 and "'norm' are in the name of no" in said[0]
-    check_custom_keys(nn.ModuleDict(), dict(custom_keys={'adapters': dict()}))
+    check_custom_keys(nn.ModuleDict(), {'adapters': dict()})
     assert len(said) == 1  # FitNet on SiNGER's schedule
     with pytest.raises(ConfigError, match="'adaptors'.*Did you mean 'adapt"):
-        check_custom_keys(model, dict(custom_keys={'adaptors': dict()}))
+        check_custom_keys(model, {'adaptors': dict()})

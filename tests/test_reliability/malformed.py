@@ -220,6 +220,8 @@ def by_hand() -> Iterator[Row]:
              "adaptors'.*Did you mean '.*adapters'"),
             ('optim_wrapper.paramwise_cfg.custom_keys.adapters.lr_mul=0.1',
              "lr_mul.*Did you mean 'lr_mult'"),
+            ('optim_wrapper.paramwise_cfg.custom_keys.adapters.max_norm=-1',
+             r"custom_keys\['adapters'\]\.max_norm=-1"),
             ('optim_wrapper.paramwise_cfg.norm_decay_mlt=0',
              "Did you mean 'norm_decay_mult'"),
             ('optim_wrapper.optimizer.learning_rate=1e-3', 'learning_rate'),
