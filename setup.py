@@ -28,6 +28,8 @@ class BuildWithMim(build_py):
     gets links in the source tree, so that edits count at once.
     """
     folders = ('configs', 'tools')
+    # What only this repository needs: its pages and its assets come of them
+    stay = ('sweep_stock.py', 'publish_teacher.py')
 
     def run(self):
         if getattr(self, 'editable_mode', False):
@@ -57,7 +59,8 @@ class BuildWithMim(build_py):
         for folder in self.folders:
             shutil.copytree(
                 os.path.join(ROOT, folder), os.path.join(mim, folder),
-                ignore=shutil.ignore_patterns('__pycache__', '*.pyc', '.*'))
+                ignore=shutil.ignore_patterns('__pycache__', '*.pyc', '.*',
+                                              *self.stay))
 
 
 setup(
