@@ -1,9 +1,10 @@
 """What the command lines of all tools share."""
 import argparse
 import os
-from typing import Any
+from typing import Any, List
 
 from mmsinger.engine.options import ConfigOptions
+from mmsinger.schema import Count, reader
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -14,6 +15,18 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
                 '(default' in action.help:
             return action.help
         return super()._get_help_string(action)
+
+
+class _Size(argparse.Action):
+    """Keeps a tuple (H, W)."""
+
+    def __call__(self, parser: argparse.ArgumentParser,
+                 namespace: argparse.Namespace, values: List[int],
+                 option_string: Any = None) -> None:
+        if len(values) > 2:
+            raise argparse.ArgumentError(
+                self, 'give one number, or height and width')
+        setattr(namespace, self.dest, (values[0], values[-1]))
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -41,6 +54,19 @@ class ToolParser(argparse.ArgumentParser):
         self.add_argument(name, nargs='+', action=ConfigOptions,
                           metavar='KEY=VALUE',
                           help=f'override settings of {of}')
+
+    def add_size(self, name: str, of: str, default: str) -> None:
+        """Add an option for the size of images, read as a tuple (H, W).
+
+        Args:
+            name (str): Of the option.
+            of (str): What has that size, for the help.
+            default (str): What is taken without the option, for the help.
+        """
+        self.add_argument(
+            name, nargs='+', type=reader(Count), action=_Size, metavar='PX',
+            help=f'{of}: height and width, or one number for both (default: '
+            f'{default})')
 
     def add_launcher(self) -> None:
         """Add what a distributed job is started with, as OpenMMLab's tools

@@ -10,7 +10,7 @@ import functools
 import os
 import warnings
 from importlib import import_module
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
 from mmengine.config import Config
@@ -196,7 +196,7 @@ class _FirstTensor(nn.Module):
 
 
 def export_onnx(checkpoint: str, cfg: Config, out: Optional[str] = None,
-                size: Optional[Sequence[int]] = None
+                size: Optional[Tuple[int, int]] = None
                 ) -> Tuple[str, Tuple[int, ...]]:
     """Write the student as an ONNX graph, for batches of any size.
 
@@ -210,8 +210,8 @@ def export_onnx(checkpoint: str, cfg: Config, out: Optional[str] = None,
         cfg (Config): The recipe or the plain config.
         out (str, optional): Where to write. Defaults to ``CHECKPOINT.onnx``
             beside it, with ``_student`` in its name.
-        size (Sequence[int], optional): (H, W) or one number for both.
-            Defaults to None: the backbone's, or 224.
+        size (tuple[int, int], optional): (H, W). Defaults to None: the
+            backbone's, or 224.
 
     Returns:
         tuple[str, tuple[int, int, int]]: The path written, and (C, H, W).
@@ -235,8 +235,8 @@ def export_onnx(checkpoint: str, cfg: Config, out: Optional[str] = None,
         what=f'The student of {checkpoint!r} and the config',
         fix='Give the config that the checkpoint was trained with.')
     model = _FirstTensor(model).eval()
-    size = to_2tuple(size or image_size(model) or 224)
-    shape = (image_channels(model), size[0], size[-1])
+    shape = (image_channels(model),
+             *(size or to_2tuple(image_size(model) or 224)))
     with atomic_write(out) as temporary:
         _write_graph(model, shape, temporary)
         _check_graph(onnxruntime, temporary, model, shape)

@@ -21,8 +21,8 @@ from mmengine.registry import init_default_scope
 import forked
 import tiny
 from mmsinger import paths
-from mmsinger.analysis import (Evidence, ImageFolder, analyse, check_size,
-                               load_subject, natural_size, render)
+from mmsinger.analysis import (Evidence, ImageFolder, analyse, load_subject,
+                               natural_size, render)
 from mmsinger.analysis.charts import (block_chart, photo_uri, ridge_chart,
                                       spectrum_chart)
 from mmsinger.analysis.collect import LayerRecord, collect
@@ -716,6 +716,13 @@ def test_the_tool_skips_what_it_cannot_use(tmp_path):
     assert "--images 'nowhere': no such folder" in result.stdout
     assert 'Traceback' not in result.stdout
 
+    result = forked.run('analyze_teacher.py', teacher_config('digits'),
+                        '--images', folder, '--size', 32, 3, cwd=tmp_path,
+                        check=False)
+    assert result.returncode == 1
+    bad(result.stdout, '--size 32 3', 'patch', '4x4')
+    assert 'Traceback' not in result.stdout
+
 
 def test_grey_images_become_colour(tmp_path):
     folder = write_images(tmp_path, (32, 32))
@@ -767,15 +774,6 @@ def test_folders_without_images(tmp_path):
         ImageFolder(str(tmp_path / 'a.jpg'), (8, 8), (4, 4), 5)
     with pytest.raises(ConfigError, match='--num=0'):
         ImageFolder(str(tmp_path), (8, 8), (4, 4), 0)
-
-
-def test_a_size_without_a_patch():
-    subject = load_subject(load_config(teacher_config('digits')))
-    with pytest.raises(ConfigError) as error:
-        check_size((32, 3), subject.teacher)
-    bad(str(error.value), '--size 32 3', 'patch', '4x4')
-    with pytest.raises(ConfigError, match='height and width'):
-        check_size((32, 32, 3), subject.teacher)
 
 
 def test_models_without_transformer_blocks(tmp_path):

@@ -30,6 +30,26 @@ def test_cfg_options_are_read_as_mmengine_reads_them():
     assert args.source_options == {'d': 'x'}
 
 
+@pytest.mark.parametrize('given, expected', [
+    ([], None), (['--size', '8'], (8, 8)), (['--size', '8', '16'], (8, 16))])
+def test_a_size_is_height_and_width(given, expected):
+    parser = ToolParser('x')
+    parser.add_size('--size', 'of it', 'its own')
+    assert parser.parse_args(given).size == expected
+
+
+@pytest.mark.parametrize('given, said', [
+    (['8', '16', '3'], 'give one number, or height and width'),
+    (['0'], "'0'"), (['8x16'], "'8x16'"), ([], 'at least one')])
+def test_what_is_no_size(capsys, given, said):
+    parser = ToolParser('x')
+    parser.add_size('--size', 'of it', 'its own')
+    with pytest.raises(SystemExit):
+        parser.parse_args(['--size', *given])
+    error = capsys.readouterr().err
+    assert 'argument --size' in error and said in error
+
+
 @pytest.mark.parametrize('environ, args, expected', [
     ({}, [], '0'),
     ({}, ['--local-rank=3'], '3'),  # python -m torch.distributed.launch

@@ -96,7 +96,7 @@ def test_a_graph_that_computes_something_else(tmp_path):
     torch.save(MODELS.build(cfg).state_dict(), tmp_path / 'model.pth')
     with pytest.raises(ConfigError, match='batches of any size'):
         export_onnx(str(tmp_path / 'model.pth'), Config(dict(model=cfg)),
-                    size=(8, ))
+                    size=(8, 8))
     assert os.listdir(tmp_path) == ['model.pth']
 
 

@@ -14,13 +14,14 @@ import torch
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
-from mmsinger.analysis import (ImageFolder, analyse, check_size, load_subject,
+from mmsinger.analysis import (ImageFolder, analyse, load_subject,
                                natural_size, render)
 from mmsinger.command_line import ToolParser
 from mmsinger.engine.checks import check_work_dir
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import readable_errors
 from mmsinger.files import atomic_write, write_json
+from mmsinger.images import check_patch
 from mmsinger.models.features.anatomy import patch_stride
 from mmsinger.schema import Count, Natural, Positive, reader
 
@@ -37,9 +38,8 @@ def parse_args():
                         'work_dirs/analysis/CONFIG)')
     parser.add_argument('--num', type=reader(Count), default=64, metavar='N',
                         help='images to look at, a random choice')
-    parser.add_argument('--size', type=reader(Count), nargs='+', metavar='PX',
-                        help='height and width of the images, or one number '
-                        "for both (default: the teacher's own)")
+    parser.add_size('--size', 'what images are brought to',
+                    "the teacher's own")
     parser.add_argument('--samples', type=reader(Natural),
                         default=4, metavar='N',
                         help='images to show in the report')
@@ -72,9 +72,9 @@ def main():
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     MMLogger.get_current_instance().setLevel('WARNING')
     subject = load_subject(cfg, args.checkpoint, args.mean, args.std)
-    size = tuple(args.size) if args.size else natural_size(subject.teacher)
-    size = size * 2 if len(size) == 1 else size
-    check_size(size, subject.teacher)
+    size = args.size or natural_size(subject.teacher)
+    check_patch(f'--size {size[0]} {size[1]}', size,
+                subject.teacher.blocks.stride)
     folder = ImageFolder(
         args.images, size, patch_stride(subject.teacher.blocks.patch_embed),
         args.num, args.seed)

@@ -44,10 +44,8 @@ def parse_args():
                         'models of uncommon width')
     parser.add_argument('--act', choices=list(ACTIVATIONS),
                         help="the FFN's activation, for CLIP")
-    parser.add_argument(
-        '--img-size', type=reader(Count), nargs='+', metavar='N',
-        help='resample the '
-        'position embeddings for this image size; two numbers: H W')
+    parser.add_size('--img-size', 'resample the position embeddings for '
+                    'images of this size', "the source's")
     parser.add_argument('--prefix', default='backbone.', help='what keys in '
                         "OUT begin with (default: 'backbone.')")
     parser.add_argument('--head', action='store_true', help='keep the '
@@ -55,8 +53,6 @@ def parse_args():
     parser.add_argument('--report', action='store_true',
                         help='list every tensor')
     args = parser.parse_args()
-    if args.img_size and len(args.img_size) > 2:
-        parser.error('--img-size takes one number or two')
     if args.head and args.prefix.rstrip('.') != 'backbone':
         parser.error("--head is for a whole model, whose backbone's keys "
                      "begin with 'backbone.': leave --prefix out")
@@ -81,13 +77,12 @@ def read_backbone(path):
 def main():
     args = parse_args()
     backbone = read_backbone(args.config) if args.config else None
-    size = args.img_size
     result = convert_checkpoint(
         args.source, args.out, prefix=args.prefix, key=args.key,
         family=args.family,
         backbone=backbone, arch=args.arch, num_heads=args.num_heads,
         act=args.act, head=args.head,
-        img_size=size and (size[0] if len(size) == 1 else tuple(size)))
+        img_size=args.img_size)
 
     how = 'from its keys' if args.family == 'auto' else 'as you said'
     print(f'{args.source}: {LAYOUTS[result.family].title} layout '

@@ -16,7 +16,6 @@ from mmsinger.converters import export_timm
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.export import export_onnx, export_student
-from mmsinger.schema import Count, reader
 
 
 def parse_args():
@@ -41,10 +40,8 @@ def parse_args():
     parser.add_argument(
         '--onnx', action='store_true',
         help='an ONNX file for batches of any size; needs --config')
-    parser.add_argument(
-        '--size', type=reader(Count), nargs='+', metavar='N',
-        help='with --onnx: height and width of the images, or one number for '
-        "both (default: the backbone's, or 224)")
+    parser.add_size('--size', 'with --onnx, of the images',
+                    "the backbone's, or 224")
     args = parser.parse_args()
     other = '--onnx' if args.onnx else \
         '--layout timm' if args.layout == 'timm' else ''
@@ -56,8 +53,6 @@ def parse_args():
         parser.error('--timm-model is for --layout timm')
     if args.size and not args.onnx:
         parser.error('--size is for --onnx')
-    if args.size and len(args.size) > 2:
-        parser.error('--size is one number, or height and width')
     return args
 
 

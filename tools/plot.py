@@ -35,7 +35,7 @@ from mmsinger.images import (Size, check_patch, cover, read_image,
                              with_channels)
 from mmsinger.models import FeatureDistiller
 from mmsinger.models.features.anatomy import image_channels
-from mmsinger.schema import Count, Range, reader
+from mmsinger.schema import Range, reader
 from reproduction.figures import draw_radar, draw_sweep, read_table
 
 
@@ -66,10 +66,8 @@ def parse_args():
         maps.add_argument('config', help='a distillation recipe')
         maps.add_argument('checkpoint', help='a training checkpoint of it')
         maps.add_argument('images', nargs='+', help='image files')
-        maps.add_argument('--size', type=reader(Count),
-                          nargs=2, metavar=('H', 'W'),
-                          help="pixels to bring them to (default: the "
-                          "student's own size)")
+        maps.add_size('--size', 'what images are brought to',
+                      "the student's own")
         maps.add_cfg_options('the config')
         if name == 'similarity':
             maps.add_argument('--patch', nargs=2, type=reader(
@@ -221,8 +219,7 @@ def map_figure(args):
     MMLogger.get_current_instance().setLevel('WARNING')
     distiller = load_distiller(cfg, args.checkpoint)
     distiller.to('cuda' if torch.cuda.is_available() else 'cpu').eval()
-    inputs = read_images(args.images, distiller,
-                         tuple(args.size) if args.size else None)
+    inputs = read_images(args.images, distiller, args.size)
     features = extract_features(distiller, inputs)
     images = pictures_of(distiller, inputs)
     note = f'{os.path.basename(args.config)}, ' \

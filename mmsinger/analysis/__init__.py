@@ -1,11 +1,11 @@
 from mmsinger.analysis.analyse import Analysis, analyse
 from mmsinger.analysis.report import render
 from mmsinger.analysis.verdict import Evidence, Suggestion, Verdict
-from mmsinger.engine.images import check_size, natural_size
+from mmsinger.engine.images import natural_size
 from mmsinger.engine.loading import Subject, load_subject
 from mmsinger.images import ImageFolder
 
 __all__ = [
     'Analysis', 'Evidence', 'ImageFolder', 'Subject', 'Suggestion', 'Verdict',
-    'analyse', 'check_size', 'load_subject', 'natural_size', 'render'
+    'analyse', 'load_subject', 'natural_size', 'render'
 ]

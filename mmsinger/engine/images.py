@@ -1,5 +1,5 @@
 """The images that a distiller is looked at with."""
-from typing import Iterator, Sequence
+from typing import Iterator
 
 import torch
 from mmengine.config import Config
@@ -11,10 +11,9 @@ from mmsinger.engine.checks import check_data_folders
 from mmsinger.engine.random_states import preserved_random_states
 from mmsinger.engine.samples import guard_samples
 from mmsinger.errors import ConfigError
-from mmsinger.images import Size, check_patch, dataset_batches
+from mmsinger.images import Size, dataset_batches
 from mmsinger.models.distillers import FeatureDistiller
 from mmsinger.models.features.anatomy import image_size
-from mmsinger.models.teachers.frozen import FrozenTeacher
 from mmsinger.schema import Count, check_value
 
 
@@ -89,12 +88,3 @@ def natural_size(model: nn.Module) -> Size:
     """
     return tuple(to_2tuple(
         getattr(model, 'input_size', None) or image_size(model) or 224))
-
-
-def check_size(size: Sequence[int], teacher: FrozenTeacher) -> None:
-    """Raise :class:`ConfigError` for a size that is no height and width, or
-    has not a single patch."""
-    if len(size) != 2:
-        raise ConfigError(f'--size {" ".join(map(str, size))}: give one '
-                          'number, or height and width.')
-    check_patch(f'--size {size[0]} {size[1]}', size, teacher.blocks.stride)
