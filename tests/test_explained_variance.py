@@ -1,5 +1,8 @@
+import json
 import os
+import sys
 
+import explained_variance
 import pytest
 import tiny
 import torch
@@ -51,6 +54,28 @@ def test_single_images_are_refused(train, test):
     with pytest.raises(ConfigError, match=f'{train} training and {test} test'):
         explained(draw(train, 0), draw(train, 0), draw(test, 1),
                   draw(test, 1))
+
+
+def test_the_share_is_written(monkeypatch, tmp_path, capsys):
+    tasks = os.path.join(tiny.ROOT, 'configs', 'linear_eval')
+    out = tmp_path / 'metrics.json'
+    monkeypatch.setattr(sys, 'argv', [
+        'x', os.path.join(tasks, 'cls_mean_digits.py'),
+        os.path.join(tiny.ROOT, 'configs/digits/fitnet_vitl_to_vits.py'),
+        'student.pth', os.path.join(
+            tiny.ROOT, 'configs/_base_/teachers/digits.py'),
+        '--out', str(out)])
+    monkeypatch.setattr(
+        explained_variance, 'evaluation_config',
+        lambda task, source, *args, teacher=False: teacher)
+    monkeypatch.setattr(
+        explained_variance, 'features',
+        lambda teacher: [draw(200, 0)[:, :6 - 3 * teacher],
+                         draw(100, 1)[:, :6 - 3 * teacher]])
+    explained_variance.main()
+    share = json.loads(out.read_text())['explained_variance']
+    assert 99 < share <= 100
+    assert f'100 images: {share:.1f} %' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('task', ['seg_digits', 'depth_digits', 'knn_digits'])

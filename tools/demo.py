@@ -90,7 +90,7 @@ def distilled(root, quick):
     """Config and last checkpoint of each distillation, by method."""
     table = demo(PROFILES['digits'], [0], quick)
     found = {}
-    (case, methods), = DEMO
+    (case, methods), = DEMO.plan
     for name, job in table.jobs.items():
         for method in methods:
             if f'-{case}-{method}-' in name and name.endswith('/distil'):

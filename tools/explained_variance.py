@@ -23,6 +23,7 @@ from mmsinger.checkpoint import safe_loading
 from mmsinger.command_line import ToolParser
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, readable_errors
+from mmsinger.files import write_json
 from mmsinger.images import dataset_batches
 from mmsinger.linear_eval import evaluation_config
 from mmsinger.registry import MODELS
@@ -41,6 +42,8 @@ def parse_args():
                         help='weights of the student')
     parser.add_argument('teacher', metavar='TEACHER',
                         help='one of configs/_base_/teachers, or a recipe')
+    parser.add_argument('--out', metavar='FILE',
+                        help='a JSON file for the share, in per cent')
     parser.add_cfg_options('the task')
     return parser.parse_args()
 
@@ -127,9 +130,11 @@ def main():
         task, load_config(args.source), args.checkpoint))
     target, target_test = features(evaluation_config(
         task, load_config(args.teacher), teacher=True))
-    share = explained(source, target, source_test, target_test)
-    print(f'{len(source_test)} images: {100 * share:.1f} % of the '
-          "teacher's variance follows from the student's features")
+    share = 100 * explained(source, target, source_test, target_test)
+    print(f'{len(source_test)} images: {share:.1f} % of the teacher\'s '
+          "variance follows from the student's features")
+    if args.out:
+        write_json(dict(explained_variance=share), args.out)
 
 
 if __name__ == '__main__':

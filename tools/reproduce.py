@@ -33,9 +33,14 @@ from reproduction.workspace import Workspace
 
 TABLES = {'1': table1, '3': table3, '4': table4, '5a': table5a,
           '5b': table5b, '7': table7, '8': table8, 'sweep': sweep}
-OURS = {'search': search, 'evidence': evidence,
-        'evidence_quick': evidence_quick, 'longtail_search': longtail_search,
-        'longtail': longtail, 'demo': demo}
+OURS = {  # by profile
+    'digits': {'search': search, 'evidence': evidence,
+               'evidence_quick': evidence_quick,
+               'longtail_search': longtail_search, 'longtail': longtail,
+               'demo': demo},
+    'photos': {'search': search, 'evidence': evidence}}
+KNOWN = {'full': TABLES, 'digits': {**TABLES, **OURS['digits']},
+         'photos': OURS['photos']}
 
 
 def parse_args():
@@ -43,11 +48,13 @@ def parse_args():
     parser.add_argument('table', nargs='+',
                         help=f'one or several of {", ".join(TABLES)}; all of '
                         'these; or, with --profile digits, '
-                        f'{", ".join(OURS)}')
+                        f'{", ".join(OURS["digits"])}; with --profile photos '
+                        f'{" and ".join(OURS["photos"])} alone')
     parser.add_argument(
         '--profile', default='full',
         help='full: the paper\'s models and data; digits: small models on '
-        'the built-in data (default: full)')
+        'the built-in data; photos: DINOv2-S/14 and photographs of your own '
+        '(default: full)')
     parser.add_argument('--seeds', type=reader(Count), default=1, metavar='N',
                         help='runs with seeds 0 to N - 1 (default: 1)')
     parser.add_argument('--dry-run', action='store_true',
@@ -63,8 +70,8 @@ def parse_args():
     parser.add_argument(
         '--jobs', type=reader(Count), metavar='N',
         help='jobs at the same time (default: as many as the GPUs hold; on '
-        'the CPU one, with --profile digits one for each core). More than '
-        'that share GPUs')
+        'the CPU one for each core, with --profile full one in all). More '
+        'than that share GPUs')
     parser.add_argument('--gpus', metavar='0,1,...',
                         help='which to use (default: all that torch sees)')
     parser.add_argument('--gpus-per-job', type=reader(Count),
@@ -80,17 +87,17 @@ def parse_args():
 
 def chosen_tables(args):
     check_choice('--profile', args.profile, tuple(PROFILES))
-    known = TABLES
-    if args.profile == 'digits':
-        known = {**TABLES, **OURS}
-    elif args.quick:
+    known = KNOWN[args.profile]
+    if args.quick and args.profile != 'digits':
         raise ConfigError('--quick is for --profile digits, whose data are '
                           'built in.')
     for name in args.table:
-        if name in OURS and name not in known:
-            raise ConfigError(f'table {name!r} needs --profile digits: it is '
-                              'of the teacher that ships with the package.')
-        check_choice('table', name, (*known, 'all'))
+        where = [profile for profile in KNOWN if name in KNOWN[profile]]
+        if where and args.profile not in where:
+            raise ConfigError(f'table {name!r} needs --profile '
+                              f'{" or ".join(where)}.')
+        check_choice('table', name, (
+            *known, *['all'] * (args.profile != 'photos')))
     names = dict.fromkeys(
         each for name in args.table
         for each in (TABLES if name == 'all' else [name]))
@@ -110,8 +117,8 @@ def resources_of(args):
     if gpus:
         return Resources(args.jobs or len(gpus) // args.gpus_per_job, gpus,
                          args.gpus_per_job)
-    return Resources(args.jobs or (len(os.sched_getaffinity(0))
-                                   if args.profile == 'digits' else 1))
+    return Resources(args.jobs or (1 if args.profile == 'full' else
+                                   len(os.sched_getaffinity(0))))
 
 
 def slurm_resources(args):
@@ -194,6 +201,7 @@ def main():
         records = found_records(workspace)
     else:
         end_in_order()
+        PROFILES[args.profile].check_needs()
         if args.profile == 'digits':
             make_data(args.quick)
         records = run_jobs(workspace, resources)

@@ -1,9 +1,10 @@
 """Which method is best on which teacher, each tuned by the same search.
 
-Two tables: ``search`` looks for each method's learning rates on scenes that
+Two tables: ``search`` looks for each method's learning rates on images that
 neither distil nor test; ``evidence`` trains with those that were found, seed
-by seed, and compares by pairs on the test scenes. ``longtail_search`` and
-``longtail`` do the same where a few digits are seldom seen.
+by seed, and compares by pairs on the test images: scenes of digits, or
+photographs, by profile. ``longtail_search`` and ``longtail`` do the same where
+a few digits are seldom seen.
 """
 import json
 import os
@@ -17,8 +18,6 @@ from reproduction.profiles import Profile, Task
 from reproduction.report import Result
 from reproduction.tables import Planner
 
-PAIR = 'vitl_to_vits'
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 ADAPTERS = 'optim_wrapper.paramwise_cfg.custom_keys.adapters'
 #: The chosen rates, written by ``search`` into its own folder
 TUNED = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'tuned.json')
@@ -27,45 +26,34 @@ TUNED = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'tuned.json')
 Tasks = Sequence[Tuple[Column, Tuple[Task, ...]]]
 
 SCORE = Column('CLS probe %')
-TUNING = Task('linear_eval/cls_digits_tuning.py', 'accuracy/top1')
-TASKS: Tasks = (
-    (SCORE, (Task('linear_eval/cls_digits.py', 'accuracy/top1'), )),
-    (Column('mean-patch probe %'), (Task('linear_eval/cls_mean_digits.py',
-                                         'accuracy/top1'), )),
-    (Column('mIoU %'), (Task('linear_eval/seg_digits.py', 'mIoU'), )),
-)
+MEAN = Column('mean-patch probe %')
 TIMED = Column(f'{SCORE.title}, in FitNet\'s time')
 OWN = Column('teacher\'s own mIoU %')
-STEPS = 1000  # of configs/_base_/schedules/adamw_digits_distil.py
-LONGTAIL_TASKS: Tasks = (
-    (SCORE, (Task('linear_eval/cls_digits_longtail.py', 'accuracy/top1'), )),
-    *((Column(f'{name} %'), tuple(
-        Task('linear_eval/cls_digits_longtail.py',
-             f'single-label/recall_classwise/{digit}') for digit in digits))
-      for name, digits in (('head (0 to 2)', range(3)),
-                           ('medium (3 to 6)', range(3, 7)),
-                           ('tail (7 to 9)', range(7, 10)))),
-)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A teacher, and scenes.
+    """A teacher, and images.
 
     Attributes:
         title (str): What it is called.
         planted (dict): Settings of ``mmsinger.PlantedArtifacts`` that differ
-            from those of configs/_base_/teachers/digits_planted.py.
+            from those of the recipe's teacher.
         scenes (str, optional): List of the scenes that distil and that train
             the probe. Defaults to None: those of the recipes.
+        pair (str): Of the recipes. Defaults to the digits'.
+        clean (bool): Nothing is planted, so that others are compared with
+            it. Defaults to False.
     """
     title: str
     planted: Dict[str, object] = field(default_factory=dict)
     scenes: Optional[str] = None
+    pair: str = 'vitl_to_vits'
+    clean: bool = False
 
 
 CASES = {
-    'clean': Case('clean', dict(share=0.)),
+    'clean': Case('clean', dict(share=0.), clean=True),
     'direction': Case('3 %, one direction'),
     'subspace': Case('30 %, 8 dimensions', dict(
         share=0.3, norm=(6., 10.), dims=8)),
@@ -74,6 +62,9 @@ CASES = {
     **{f'imbalance{ratio}': Case(
         f'imbalance {ratio}', dict(share=0.),
         f'meta/train_imbalance{ratio}.txt') for ratio in (10, 50, 100)},
+    'photos': Case('clean', pair='dinov2s_to_vit', clean=True),
+    'photos_planted': Case('30 %, 8 dimensions',
+                           pair='dinov2s-planted_to_vit'),
 }
 
 
@@ -107,15 +98,15 @@ class Method:
     Attributes:
         title (str): What it is called.
         recipe (str): ``'fitnet'``, ``'robust'`` or ``'singer'``, of
-            configs/digits.
+            the profile.
         options (tuple[str]): What is changed in the recipe.
         setting (Setting, optional): What is searched beside the student's
             learning rate. Defaults to None.
         settled (bool): The adapters are trained before the student, by
             L_outlier and L_info alone, and then stay. Defaults to False.
-        seconds (float, optional): Of 1000 steps on one core, the teacher's
-            tokens cached, as in docs/evidence.md. Defaults to None: not
-            measured.
+        seconds (float, optional): Of 1000 steps on the digits on one core,
+            the teacher's tokens cached, as in docs/evidence.md. Defaults to
+            None: not measured.
     """
     title: str
     recipe: str
@@ -124,11 +115,10 @@ class Method:
     settled: bool = False
     seconds: Optional[float] = None
 
-    @property
-    def steps_in_time(self) -> Optional[int]:
-        """How many steps it makes while FitNet makes :data:`STEPS`."""
+    def steps_in_time(self, steps: int) -> Optional[int]:
+        """How many steps it makes while FitNet makes so many."""
         return None if self.seconds is None else round(
-            STEPS * METHODS['fitnet'].seconds / self.seconds)
+            steps * METHODS['fitnet'].seconds / self.seconds)
 
     @property
     def values(self) -> Tuple[Optional[float], ...]:
@@ -177,15 +167,101 @@ METHODS: Dict[str, Method] = {
                                'model.kd_gradient=False'), MULTIPLIER),
 }
 SIMPLE = ('mask', 'smooth_l1', 'targets')
-DEMO = (('subspace', ('fitnet', 'singer', 'robust')), )
-QUICK = (('clean', ('fitnet', 'singer')),  # the preset is FitNet there
-         ('subspace', ('fitnet', 'singer', 'robust')))
 WEIGHED = ('entropy', 'singer_entropy')
-LONGTAIL = tuple((case, ('fitnet', 'singer', *WEIGHED)) for case in CASES
-                 if CASES[case].scenes)
-WHOLE = tuple(
-    (case, tuple(name for name in METHODS if name not in WEIGHED))
-    for case in CASES if not CASES[case].scenes)
+Plan = Sequence[Tuple[str, Sequence[str]]]  # methods by case
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared, and how.
+
+    Attributes:
+        title (str): Of the comparison.
+        data (str): For its caption.
+        plan (Sequence): Methods by case.
+        tuning (Task): The search's score.
+        tasks (Tasks): The comparison's columns, :data:`SCORE` first.
+        rates (tuple[float]): Learning rates that are tried.
+        steps (int): Of the recipes, with ``options``.
+        options (tuple[str]): What is changed in all recipes. Defaults to
+            none.
+        whole (bool): With columns for equal time and for what the teacher's
+            own head says. Defaults to False.
+    """
+    title: str
+    data: str
+    plan: Plan
+    tuning: Task
+    tasks: Tasks
+    rates: Tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    steps: int = 1000  # of configs/_base_/schedules/adamw_digits_distil.py
+    options: Tuple[str, ...] = ()
+    whole: bool = False
+
+
+WHOLE = Study(
+    'Tuned methods on clean and planted teachers',
+    'A trained teacher on the built-in digit scenes, into whose tokens '
+    'artifacts are planted after block 1; students of '
+    'configs/digits/*_vitl_to_vits.py; linear evaluation on scenes of digits '
+    'that neither has seen.',
+    tuple((case, tuple(name for name in METHODS if name not in WEIGHED))
+          for case in ('clean', 'direction', 'subspace', 'content')),
+    Task('linear_eval/cls_digits_tuning.py', 'accuracy/top1'),
+    ((SCORE, (Task('linear_eval/cls_digits.py', 'accuracy/top1'), )),
+     (MEAN, (Task('linear_eval/cls_mean_digits.py', 'accuracy/top1'), )),
+     (Column('mIoU %'), (Task('linear_eval/seg_digits.py', 'mIoU'), ))),
+    whole=True)
+QUICK = replace(
+    WHOLE, tasks=WHOLE.tasks[:1], whole=False,
+    plan=(('clean', ('fitnet', 'singer')),  # the preset is FitNet there
+          ('subspace', ('fitnet', 'singer', 'robust'))))
+DEMO = replace(
+    WHOLE, title='Students of a teacher with artifacts',
+    tasks=WHOLE.tasks[:2], whole=False,
+    plan=(('subspace', ('fitnet', 'singer', 'robust')), ))
+LONGTAIL = replace(
+    WHOLE, title='Tuned methods on long-tailed scenes', whole=False,
+    data='Distilled from the clean teacher, and probed, on scenes in which '
+    'digit 0 is so many times (the imbalance) as frequent as digit 9; '
+    'accuracy and recall on balanced scenes.',
+    plan=tuple((case, ('fitnet', 'singer', *WEIGHED)) for case in CASES
+               if CASES[case].scenes),
+    tasks=(
+        (SCORE, (Task('linear_eval/cls_digits_longtail.py',
+                      'accuracy/top1'), )),
+        *((Column(f'{name} %'), tuple(
+            Task('linear_eval/cls_digits_longtail.py',
+                 f'single-label/recall_classwise/{digit}')
+            for digit in digits))
+          for name, digits in (('head (0 to 2)', range(3)),
+                               ('medium (3 to 6)', range(3, 7)),
+                               ('tail (7 to 9)', range(7, 10))))))
+_CLASSES = ('model.head.num_classes=189', )
+PHOTOS = Study(
+    'Tuned methods on DINOv2-S/14 and photographs',
+    'Students of configs/photos/*_to_vit.py, 2000 steps of 64 crops; the '
+    'class is the picture that a crop was cut from, tests are on a part of '
+    'each picture that nothing else has seen.',
+    tuple((case, ('fitnet', *SIMPLE, 'singer', 'robust'))
+          for case in ('photos', 'photos_planted')),
+    Task('linear_eval/cls_photos_tuning.py', 'accuracy/top1',
+         options=_CLASSES),
+    ((SCORE, (Task('linear_eval/cls_photos.py', 'accuracy/top1',
+                   options=_CLASSES), )),
+     (MEAN, (Task('linear_eval/cls_mean_photos.py', 'accuracy/top1',
+                  options=_CLASSES), )),
+     (Column('20-NN %'), (Task('linear_eval/knn_photos.py', 'accuracy/top1',
+                               options=('model.num_classes=189', )), )),
+     (Column('explained variance %'), (Task(
+         'linear_eval/cls_mean_photos.py', 'explained_variance',
+         target='_base_/teachers/dinov2_s14_84px.py'), ))),
+    rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2), steps=2000,
+    options=('train_dataloader.batch_size=64',
+             'model.teacher.feature_cache=8000', 'train_cfg.max_iters=2000',
+             'param_scheduler.0.end=100', 'param_scheduler.1.begin=100',
+             'param_scheduler.1.end=2000'))
+STUDIES = {'digits': WHOLE, 'photos': PHOTOS}  # by profile
 
 LEAST_LOSS = 3.  # points below which a planting decides nothing
 LEAST_RECOVERY = 0.8
@@ -193,13 +269,10 @@ LEAST_RECOVERY_OF_A_SEED = 0.6
 MOST_LOSS = 1.  # points against FitNet, clean; against the best simple filter
 
 
-Plan = Sequence[Tuple[str, Sequence[str]]]  # methods by case
-
-
 def search(profile: Profile, seeds: Sequence[int], quick: bool = False
            ) -> Table:
     """Learning rates of every method with every teacher, seed 0."""
-    return _search('search', WHOLE, profile, quick)
+    return _search('search', STUDIES[profile.name], profile, quick)
 
 
 def longtail_search(profile: Profile, seeds: Sequence[int],
@@ -208,35 +281,35 @@ def longtail_search(profile: Profile, seeds: Sequence[int],
     return _search('longtail_search', LONGTAIL, profile, quick)
 
 
-def _search(name: str, plan: Plan, profile: Profile, quick: bool) -> Table:
+def _search(name: str, study: Study, profile: Profile, quick: bool) -> Table:
     table = Table(
         name, 'Search of learning rates',
-        f'{SCORE.title} on training scenes that are neither distilled from '
-        'nor probed with; seed 0. In each row the rate of the student; the '
-        'rows of a method differ in what else is searched.',
-        [Column(f'{rate:g}') for rate in RATES])
+        f'{SCORE.title} on images of the training data that are neither '
+        'distilled from nor probed with; seed 0. In each row the rate of the '
+        'student; the rows of a method differ in what else is searched.',
+        [Column(f'{rate:g}') for rate in study.rates])
     planner = Planner(table, profile, [0], quick)
-    for case, methods in plan:
-        tuning = _of_case(TUNING, case)
+    for case, methods in study.plan:
+        tuning = _of_case(study.tuning, case)
         for method in methods:
             for value in METHODS[method].values:
                 table.add_row(row(method, case, value), [
                     Cell(((Source(planner.evaluate_student(_distil(
-                        planner, method, case, 0, rate, value),
+                        planner, study, method, case, 0, rate, value),
                         tuning, 0), tuning.metric), ), ))
-                    for rate in RATES])
-    table.conclude = lambda results: _say_chosen(chosen(results, plan))
-    table.data = lambda results: chosen(results, plan)
+                    for rate in study.rates])
+    table.conclude = lambda results: _say_chosen(chosen(results, study))
+    table.data = lambda results: chosen(results, study)
     return table
 
 
-def chosen(results: Dict[Tuple[str, str], Result], plan: Plan = WHOLE
+def chosen(results: Dict[Tuple[str, str], Result], study: Study
            ) -> Dict[str, Any]:
     """The best rates of each method in each case.
 
     Args:
         results (dict): ``{(row, column): Result}`` of a search.
-        plan (Sequence): What was searched, methods by case.
+        study (Study): What was searched.
 
     Returns:
         dict: ``{'case/method': dict(rate, setting, score, edge)}``, where
@@ -244,13 +317,13 @@ def chosen(results: Dict[Tuple[str, str], Result], plan: Plan = WHOLE
         that not all of it was; empty of methods without a result.
     """
     found = {}
-    for case, methods in plan:
+    for case, methods in study.plan:
         for method in methods:
             setting, values = METHODS[method].setting, METHODS[method].values
             scores = {
                 (i, j): results[row(method, case, value), f'{rate:g}'].mean
                 for i, value in enumerate(values)
-                for j, rate in enumerate(RATES)}
+                for j, rate in enumerate(study.rates)}
             known = {place: score for place, score in scores.items()
                      if score is not None}
             if not known:
@@ -262,7 +335,7 @@ def chosen(results: Dict[Tuple[str, str], Result], plan: Plan = WHOLE
                     (k, j) for k in (i - 1, i + 1)
                     if setting.open or 0 <= k < len(values)]
             found[f'{case}/{method}'] = dict(
-                rate=RATES[j], setting=values[i], score=known[i, j],
+                rate=study.rates[j], setting=values[i], score=known[i, j],
                 edge=any(place not in known for place in neighbours))
     return found
 
@@ -281,46 +354,30 @@ def _say_chosen(found: Dict[str, Any]) -> List[str]:
 def evidence(profile: Profile, seeds: Sequence[int], quick: bool = False
              ) -> Table:
     """Every method with every teacher, tuned."""
-    return _compare('evidence', WHOLE, TASKS, profile, seeds, quick,
-                    whole=True)
+    return _compare('evidence', STUDIES[profile.name], profile, seeds, quick)
 
 
 def evidence_quick(profile: Profile, seeds: Sequence[int],
                    quick: bool = False) -> Table:
     """The clean teacher and one planting, three methods."""
-    return _compare('evidence_quick', QUICK, TASKS[:1], profile, seeds,
-                    quick)
+    return _compare('evidence_quick', QUICK, profile, seeds, quick)
 
 
 def longtail(profile: Profile, seeds: Sequence[int], quick: bool = False
              ) -> Table:
     """Where a few digits are seldom seen: by how often they are."""
-    table = _compare('longtail', LONGTAIL, LONGTAIL_TASKS, profile, seeds,
-                     quick)
-    table.title = 'Tuned methods on long-tailed scenes'
-    table.caption = (
-        'Distilled from the clean teacher, and probed, on scenes in which '
-        'digit 0 is so many times (the imbalance) as frequent as digit 9; '
-        'accuracy and recall on balanced scenes. Mean ± std over seeds. '
-        'Rates by `longtail_search`; a * marks those at the edge of what was '
-        'tried.')
-    return table
+    return _compare('longtail', LONGTAIL, profile, seeds, quick)
 
 
 def demo(profile: Profile, seeds: Sequence[int], quick: bool = False
          ) -> Table:
     """A teacher with artifacts, and students with and without it."""
-    table = _compare('demo', DEMO, TASKS[:2], profile, seeds, quick)
-    table.title = 'Students of a teacher with artifacts'
-    table.caption = (
-        'A trained teacher on the built-in digit scenes, into whose tokens '
-        'artifacts are planted after block 1; linear evaluation on scenes of '
-        'digits that neither it nor a student has seen; rates by `search`.')
+    table = _compare('demo', DEMO, profile, seeds, quick)
     table.rows = [(label.split(': ')[1], cells)
                   for label, cells in table.rows]
     planner = Planner(table, profile, seeds, quick)
     table.add_row('No teacher: labels of 3000 scenes alone', _cells(
-        planner, TASKS[:2],
+        planner, DEMO.tasks,
         lambda task, seed: planner.evaluate_model('vits_cls', task, seed)))
     table.conclude = None
     return table
@@ -333,47 +390,44 @@ def _cells(planner: Planner, tasks: Tasks,
     return planner.cells(list(by_column), None, evaluate, by_column)
 
 
-def _compare(name: str, plan: Plan, tasks: Tasks, profile: Profile,
-             seeds: Sequence[int], quick: bool, whole: bool = False) -> Table:
+def _compare(name: str, study: Study, profile: Profile,
+             seeds: Sequence[int], quick: bool) -> Table:
     with open(TUNED) as file:
         tuned = json.load(file)
     table = Table(
-        name, 'Tuned methods on clean and planted teachers',
-        'A trained teacher on the built-in digit scenes, into whose tokens '
-        'artifacts are planted after block 1; students of '
-        f'configs/digits/*_{PAIR}.py; linear evaluation on scenes of digits '
-        'that neither has seen. Mean ± std over seeds. Rates by `search`; a * '
-        'marks those at the edge of what was tried.',
-        [column for column, _ in tasks] + [TIMED, OWN] * whole)
+        name, study.title, f'{study.data} Mean ± std over seeds. Rates by '
+        '`search`; a * marks those at the edge of what was tried.',
+        [column for column, _ in study.tasks] + [TIMED, OWN] * study.whole)
     planner = Planner(table, profile, seeds, quick)
     shown: List[Tuple[str, str]] = []
-    for case, methods in plan:
-        of_case = [(column, tuple(_of_case(task, case) for task in members))
-                   for column, members in tasks]
+    for case, methods in study.plan:
+        tasks = [(column, tuple(_of_case(task, case) for task in members))
+                 for column, members in study.tasks]
         table.add_row(row('teacher', case), [
             *(Cell((tuple(Source(_teacher_probe(planner, case, task),
-                                 task.metric) for task in members), ))
-              for _, members in of_case),
+                                 task.metric) for task in members
+                          if task.target is None), ))
+              for _, members in tasks),
             *([Cell(()), Cell(((Source(_own(planner, case), 'mIoU'), ), ))]
-              if whole else [])])
+              if study.whole else [])])
         for method in methods:
             best = tuned.get(f'{case}/{method}')
             if best is None:  # the search has not come to it
                 continue
             shown.append((case, method))
-            steps = METHODS[method].steps_in_time
 
-            def cells(tasks: Tasks, steps: int = STEPS) -> List[Cell]:
-                students = {seed: _distil(planner, method, case, seed,
-                                          best['rate'], best['setting'], steps)
-                            for seed in seeds}
+            def cells(tasks: Tasks, steps: int) -> List[Cell]:
+                students = {seed: _distil(
+                    planner, study, method, case, seed, best['rate'],
+                    best['setting'], steps) for seed in seeds}
                 return _cells(planner, tasks,
                               lambda task, seed: planner.evaluate_student(
                                   students[seed], task, seed))
 
-            shown_cells = cells(of_case)
-            if whole:
-                shown_cells += cells(of_case[:1], steps) if steps else [
+            shown_cells = cells(tasks, study.steps)
+            if study.whole:
+                steps = METHODS[method].steps_in_time(study.steps)
+                shown_cells += cells(tasks[:1], steps) if steps else [
                     Cell(())]
                 shown_cells.append(Cell(()))  # the teacher's own
             table.add_row(row(method, case) + ' *' * best['edge'],
@@ -407,7 +461,7 @@ def _scenes(case: str) -> Tuple[str, ...]:
 
 def _of_case(task: Task, case: str) -> Task:
     """The evaluation with a case's scenes to train the probe."""
-    return replace(task, options=_scenes(case))
+    return replace(task, options=(*task.options, *_scenes(case)))
 
 
 def _plain(value: object) -> str:
@@ -415,15 +469,16 @@ def _plain(value: object) -> str:
         if isinstance(value, tuple) else str(value)
 
 
-def _distil(planner: Planner, method: str, case: str, seed: int, rate: float,
-            value: Optional[float], steps: int = STEPS) -> str:
+def _distil(planner: Planner, study: Study, method: str, case: str, seed: int,
+            rate: float, value: Optional[float], steps: Optional[int] = None
+            ) -> str:
     chosen_method = METHODS[method]
 
     def distil(name: str, rate: float, *options: str) -> str:
         return planner.distil(
-            planner.profile.recipe, seed, chosen_method.recipe, PAIR,
-            f'{case}-{method}-{name}',
-            (f'optim_wrapper.optimizer.lr={rate:g}', *options,
+            planner.profile.recipe, seed, chosen_method.recipe,
+            CASES[case].pair, f'{case}-{method}-{name}',
+            (f'optim_wrapper.optimizer.lr={rate:g}', *study.options, *options,
              *_planted(case, 'model.teacher.backbone'), *_scenes(case),
              *chosen_method.options))
 
@@ -438,7 +493,7 @@ def _distil(planner: Planner, method: str, case: str, seed: int, rate: float,
     elif chosen_method.setting is not None:
         options = [f'{chosen_method.setting.key}={value:g}']
         name += f'-x{value:g}'
-    if steps != STEPS:
+    if steps not in (None, study.steps):
         options += [f'train_cfg.max_iters={steps}',
                     f'param_scheduler.1.end={steps}']
         name += f'-{steps}steps'
@@ -448,7 +503,7 @@ def _distil(planner: Planner, method: str, case: str, seed: int, rate: float,
 def _teacher_probe(planner: Planner, case: str, task: Task) -> str:
     """Linear evaluation of the teacher itself."""
     source = planner.profile.path(planner.profile.recipe, method='fitnet',
-                                  pair=PAIR)
+                                  pair=CASES[case].pair)
     options = _planted(case, 'model.teacher.backbone')
     return planner.evaluate(
         f'teacher-{case}', source,
@@ -500,7 +555,8 @@ def conclude(results: Dict[Tuple[str, str], Result],
 
     rows = [('', 'difference, 95 % interval', 'recovered', 'bars'),
             ('---', ) * 4]
-    clean, judged = of('fitnet', 'clean'), False
+    judged, clean = False, next((of('fitnet', case) for case, _ in shown
+                                 if CASES[case].clean), None)
     for case, method in shown:
         ours, fitnet = of(method, case), of('fitnet', case)
         if method == 'fitnet' or ours is None or fitnet is None:
@@ -510,7 +566,7 @@ def conclude(results: Dict[Tuple[str, str], Result],
         if len(differences) > 1:
             text += f' ± {interval(differences)[1]:.1f}'
         recovered, bars = '', []
-        if case == 'clean':
+        if CASES[case].clean:
             bars.append(_met('clean', mean(differences) >= -MOST_LOSS))
         elif clean is not None:
             lost = clean.mean - fitnet.mean

@@ -16,7 +16,7 @@ from reproduction.workspace import Record, Workspace, fingerprint
 
 from mmsinger.errors import ConfigError
 
-SINGLE = ('measure.py', )  # tools that run in one process only
+SINGLE = ('measure.py', 'explained_variance.py')  # tools that run in one process only
 
 
 @dataclass

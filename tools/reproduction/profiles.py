@@ -1,6 +1,6 @@
 """Which recipes, models and evaluation tasks stand behind the tables."""
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Dict, Optional, Tuple
 
 from mmsinger.errors import ConfigError
@@ -18,11 +18,15 @@ class Task:
             instead of training one (distribution shift). Defaults to None.
         options (tuple[str]): What is changed in the config. Defaults to
             none.
+        target (str, optional): A teacher's config, below configs/, whose
+            features are predicted in place of labels
+            (``tools/explained_variance.py``). Defaults to None.
     """
     config: str
     metric: str
     head: Optional[str] = None
     options: Tuple[str, ...] = ()
+    target: Optional[str] = None
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,11 @@ class Profile:
 
     Attributes:
         name (str): As ``--profile`` takes it.
-        data (str): For captions.
         recipe (str): Where ``{method}_{pair}`` recipes are, below configs/.
+        needs (dict[str, str]): Paths that have to be there, and how they
+            come there.
+        data (str): For captions of the paper's tables, as all that follows
+            is for these: empty for a profile that has none of them.
         ablation (str): The recipe of ablations, ``{method}`` and ``{pair}``
             in it.
         ablation_pair (str): Their pair.
@@ -67,21 +74,29 @@ class Profile:
         quick_task (tuple[str, ...]): The same for evaluation.
     """
     name: str
-    data: str
     recipe: str
-    ablation: str
-    ablation_pair: str
-    models: Dict[str, Model]
-    tasks: Dict[str, Tuple[Task, ...]]
-    patch_pairs: Dict[str, str]
-    patch_tasks: Dict[str, Tuple[Task, ...]]
-    teacher_needs: Dict[str, str]
-    layers: Tuple[int, int]
-    ranks: Tuple[int, ...]
-    quantiles: Tuple[float, ...]
-    images: int
-    quick: Tuple[str, ...]
-    quick_task: Tuple[str, ...]
+    needs: Dict[str, str] = field(default_factory=dict)
+    data: str = ''
+    ablation: str = ''
+    ablation_pair: str = ''
+    models: Dict[str, Model] = field(default_factory=dict)
+    tasks: Dict[str, Tuple[Task, ...]] = field(default_factory=dict)
+    patch_pairs: Dict[str, str] = field(default_factory=dict)
+    patch_tasks: Dict[str, Tuple[Task, ...]] = field(default_factory=dict)
+    teacher_needs: Dict[str, str] = field(default_factory=dict)
+    layers: Tuple[int, ...] = ()
+    ranks: Tuple[int, ...] = ()
+    quantiles: Tuple[float, ...] = ()
+    images: int = 0
+    quick: Tuple[str, ...] = ()
+    quick_task: Tuple[str, ...] = ()
+
+    def check_needs(self) -> None:
+        """Raise :class:`ConfigError` if something has to be fetched first."""
+        for path, how in self.needs.items():
+            if not os.path.exists(path):
+                raise ConfigError(f'--profile {self.name} needs {path!r}, '
+                                  f'which is not there. Make it by `{how}`.')
 
     def path(self, config: str, **names: str) -> str:
         """Path of a config, relative to the working directory if that is
@@ -118,15 +133,10 @@ FULL = Profile(
                  for name in ('imagenet_r', 'imagenet_v2')),
         FG=tuple(Task(f'linear_eval/cls_{name}.py', 'accuracy/top1')
                  for name in ('aircraft', 'pets', 'food101', 'flowers102'))),
-    patch_pairs={},
-    patch_tasks={},
-    teacher_needs={},
     layers=(17, 23),
     ranks=(8, 16, 32, 64),
     quantiles=(0.90, 0.95, 0.97, 0.99),
-    images=1024,
-    quick=(),
-    quick_task=())
+    images=1024)
 
 DIGITS = Profile(
     name='digits',
@@ -180,4 +190,12 @@ DIGITS = Profile(
                 'train_dataloader.dataset.indices=32',
                 'val_dataloader.dataset.indices=32'))
 
-PROFILES = {profile.name: profile for profile in (FULL, DIGITS)}
+PHOTOS = Profile(
+    name='photos', recipe='photos/{method}_{pair}.py',
+    needs={
+        'data/photos/train': 'python tools/cut_photos.py PICTURES data/photos '
+        '--classes 189 --train 28 --tune 4 --test 8',
+        'checkpoints/dinov2_s14_84px.pth': 'python tools/convert_checkpoint.'
+        'py DINOV2_S14 checkpoints/dinov2_s14_84px.pth --img-size 84'})
+
+PROFILES = {profile.name: profile for profile in (FULL, DIGITS, PHOTOS)}

@@ -149,6 +149,13 @@ class Planner:
         """
         config = self.profile.path(task.config)
         name = os.path.splitext(os.path.basename(config))[0]
+        quick = self.profile.quick_task if self.quick else ()
+        if task.target is not None:
+            return self.table.add_job(Job(
+                f'{folder}/{name}-{task.metric}', 'explained_variance.py',
+                (config, source, *weights, self.profile.path(task.target),
+                 '--out', f'{WORK_DIR}/metrics.json'), config, seed,
+                (*task.options, *quick)))
         args: List[str] = [config, source, *weights, '--work-dir',
                                 WORK_DIR, '--seed', str(seed)]
         if task.head is not None:
@@ -159,8 +166,7 @@ class Planner:
             args.append('--resume')
         return self.table.add_job(Job(
             f'{folder}/{name}', 'linear_eval.py', tuple(args), config, seed,
-            (*task.options, *(self.profile.quick_task if self.quick else ()))
-        ))
+            (*task.options, *quick)))
 
     def measure(self, distilled: str, *metrics: str) -> str:
         """Tables 3 to 8 on a distilled pair; returns the job's name."""
