@@ -415,8 +415,6 @@ def load_strict(module: nn.Module, weights: Dict[str, torch.Tensor],
                           + f'\n{fix}')
 
 
-def _shorten(lines, limit: int = 20) -> list:
-    lines = list(lines)
-    if len(lines) > limit:
-        lines = lines[:limit] + [f'… and {len(lines) - limit} more']
-    return lines
+def _shorten(lines: List[str]) -> List[str]:
+    return lines if len(lines) <= 20 else [
+        *lines[:20], f'… and {len(lines) - 20} more']

@@ -21,18 +21,17 @@ from mmsinger.checkpoint import (STUDENT, load_checkpoint, load_strict,
                                  student_state_dict, weights_of)
 from mmsinger.errors import ConfigError, check_output_file
 from mmsinger.files import atomic_save, atomic_write
+from mmsinger.models.distillers import BaseDistiller
 from mmsinger.models.features.anatomy import image_channels, image_size
 from mmsinger.registry import MODELS, find_type
 
 SUFFIX = '_student'
 
 
-def is_distiller(model_cfg: dict) -> bool:
-    """Whether a model config is one of mmsinger's distillers."""
-    from mmsinger.models.distillers import BaseDistiller
-    model_type = model_cfg.get('type')
-    cls = find_type(model_type)
-    return isinstance(cls, type) and issubclass(cls, BaseDistiller)
+def is_distiller(model_cfg: dict, kind: type = BaseDistiller) -> bool:
+    """Whether a model config is one of mmsinger's distillers, of a kind."""
+    cls = find_type(model_cfg.get('type'))
+    return isinstance(cls, type) and issubclass(cls, kind)
 
 
 def student_config(cfg: Config) -> Config:
@@ -114,22 +113,11 @@ def student_path(checkpoint: str, ending: str = '') -> str:
     return f'{stem}{SUFFIX}{ending or extension}'
 
 
-def load_student(checkpoint: str) -> Dict[str, Any]:
-    """Read the student out of a training checkpoint or a student file.
-
-    Args:
-        checkpoint (str): Either kind of file.
-
-    Returns:
-        dict: ``state_dict`` in the plain layout, and ``meta``.
-
-    Raises:
-        ConfigError: If the file cannot be read.
-    """
-    content = load_checkpoint(checkpoint)
-    weights = weights_of(content, checkpoint)
-    return dict(state_dict=student_state_dict(weights) or weights,
-                meta=content.get('meta', {}))
+def load_student(checkpoint: str) -> Dict[str, torch.Tensor]:
+    """The student's weights, in the plain layout, of a training checkpoint or
+    a student file."""
+    weights = weights_of(load_checkpoint(checkpoint), checkpoint)
+    return student_state_dict(weights) or weights
 
 
 def check_not_itself(out: str, checkpoint: str) -> None:
@@ -231,7 +219,7 @@ def export_onnx(checkpoint: str, cfg: Config, out: Optional[str] = None,
     check_not_itself(out, checkpoint)
     model = MODELS.build(student_config(cfg).model)
     load_strict(
-        model, load_student(checkpoint)['state_dict'],
+        model, load_student(checkpoint),
         what=f'The student of {checkpoint!r} and the config',
         fix='Give the config that the checkpoint was trained with.')
     model = _FirstTensor(model).eval()

@@ -72,6 +72,15 @@ def atomic_save(content: Any, path: str) -> None:
         torch.save(content, file)
 
 
+def write_text(text: str, path: str) -> None:
+    """Text by :func:`atomic_write`, in UTF-8; what cannot be told in it (file
+    names may hold any bytes) comes with backslashes."""
+    with atomic_write(path) as temporary, open(
+            temporary, 'w', encoding='utf-8',
+            errors='backslashreplace') as file:
+        file.write(text)
+
+
 def _sync(path: str) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -90,8 +99,7 @@ def write_json(content: Any, path: str) -> None:
     """
     content = json.loads(json.dumps(content, default=float),
                          parse_constant=lambda _: None)
-    with atomic_write(path) as temporary, open(temporary, 'w') as file:
-        json.dump(content, file, indent=2)
+    write_text(json.dumps(content, indent=2), path)
 
 
 @contextlib.contextmanager

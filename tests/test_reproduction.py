@@ -773,9 +773,9 @@ def test_bars_are_explained_where_there_are_any():
 
 
 def test_long_tails_distil_probe_and_tune_on_their_own_scenes():
-    search = evidence.longtail_search(DIGITS, [0])
+    search = table_of(DIGITS, 'longtail_search', 1)
     assert len(search.jobs) == 3 * (1 + 2 + 4 + 4) * 5 * 2
-    table = evidence.longtail(DIGITS, [0, 1])
+    table = table_of(DIGITS, 'longtail')
     for job in (*search.jobs.values(), *table.jobs.values()):
         ratio, = {int(n) for n in re.findall(r'imbalance(\d+)', job.name)}
         assert 'train_dataloader.dataset.indices=None' in job.options
@@ -803,7 +803,7 @@ def test_the_committed_rates_are_in_the_grid():
 
 
 def test_methods_are_also_compared_in_fitnets_time():
-    table = evidence.evidence(DIGITS, [0, 1])
+    table = table_of(DIGITS, 'evidence')
     titles = [column.title for column in table.columns]
     first, timed = (titles.index(column.title) for column in (
         evidence.SCORE, evidence.TIMED))
@@ -1034,8 +1034,8 @@ def test_photographs_have_to_be_there(monkeypatch, tmp_path):
 
 
 def test_photographs_are_tuned_and_tested_apart():
-    search, table = (build(PHOTOS, [0]) for build in (
-        evidence.search, evidence.evidence))
+    search, table = (table_of(PHOTOS, name, 1)
+                     for name in ('search', 'evidence'))
     assert {job.config for job in search.jobs.values()
             if job.tool == 'linear_eval.py'} == {
         PHOTOS.path('linear_eval/cls_photos_tuning.py')}
@@ -1060,7 +1060,7 @@ def test_photographs_are_tuned_and_tested_apart():
 
 
 def test_adapters_that_settle_first_stay_as_they_are():
-    table = evidence.search(DIGITS, [0])
+    table = table_of(DIGITS, 'search', 1)
     name, = {job.needs[0] for job in table.jobs.values()
              if '-clean-settled-' in job.name and job.tool == 'train.py'
              and job.needs}

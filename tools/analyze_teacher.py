@@ -11,18 +11,15 @@ import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 import torch
-from mmengine.logging import MMLogger
-from mmengine.registry import init_default_scope
 
 from mmsinger.analysis import (ImageFolder, analyse, load_subject,
                                natural_size, render)
 from mmsinger.command_line import ToolParser
 from mmsinger.engine.checks import check_work_dir
-from mmsinger.engine.prepare import load_config
+from mmsinger.engine.loading import open_config
 from mmsinger.errors import readable_errors
-from mmsinger.files import atomic_write, write_json
+from mmsinger.files import write_json, write_text
 from mmsinger.images import check_patch
-from mmsinger.models.features.anatomy import patch_stride
 from mmsinger.schema import Count, Natural, Positive, reader
 
 
@@ -65,30 +62,22 @@ def parse_args():
 
 def main():
     args = parse_args()
-    cfg = load_config(args.config, args.cfg_options)
+    cfg = open_config(args.config, args.cfg_options)
     name = os.path.splitext(os.path.basename(args.config))[0]
     out = args.out or os.path.join('work_dirs', 'analysis', name)
     check_work_dir(out, '--out')
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
-    MMLogger.get_current_instance().setLevel('WARNING')
     subject = load_subject(cfg, args.checkpoint, args.mean, args.std)
     size = args.size or natural_size(subject.teacher)
-    check_patch(f'--size {size[0]} {size[1]}', size,
-                subject.teacher.blocks.stride)
-    folder = ImageFolder(
-        args.images, size, patch_stride(subject.teacher.blocks.patch_embed),
-        args.num, args.seed)
+    patch = subject.teacher.blocks.stride
+    check_patch(f'--size {size[0]} {size[1]}', size, patch)
+    folder = ImageFolder(args.images, size, patch, args.num, args.seed)
     subject.teacher.to('cuda' if torch.cuda.is_available() else 'cpu')
     analysis = analyse(
         subject, folder, args.config, args.batch_size, args.samples,
         args.jacobian, args.jacobian_products, args.seed)
 
     paths = [os.path.join(out, f'report.{kind}') for kind in ('html', 'json')]
-    # File names may hold bytes that are no UTF-8
-    with atomic_write(paths[0]) as temporary, open(
-            temporary, 'w', encoding='utf-8',
-            errors='backslashreplace') as file:
-        file.write(render(analysis))
+    write_text(render(analysis), paths[0])
     write_json(analysis.numbers(), paths[1])
     print(f'\n{analysis.verdict.headline}')
     for reason in analysis.verdict.reasons + subject.notes:

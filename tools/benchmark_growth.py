@@ -33,6 +33,7 @@ AXES = {
     'depth of the teacher': ('depth', (6, 12, 24)),
 }
 KINDS = {'FLOPs': 1e-9, 'seconds': 1., 'memory': 2**-20}
+PARTS = ('backbones', 'SiNGER beyond FitNet')
 UNITS = {'FLOPs': 'GFLOP', 'seconds': 's', 'memory': 'MiB'}
 
 
@@ -60,8 +61,7 @@ def main():
             values=numbers, points=points,
             exponents={kind: {part: exponent(
                 numbers, [point[kind][part] for point in points])
-                for part in ('backbones', 'SiNGER beyond FitNet')}
-                for kind in KINDS})
+                for part in PARTS} for kind in KINDS})
         print(axis, json.dumps(growth[axis]['exponents']), flush=True)
     result = dict(machine=describe_machine(device), base=BASE,
                   rounds=args.rounds, growth=growth)
@@ -84,10 +84,9 @@ def measure(settings, rounds, device):
         'memory': {name: peak_memory(step, device)['tensors']
                    for name, step in steps.items()},
     }
-    return {kind: {
-        'backbones': cost['teacher'] + cost['student'],
-        'SiNGER beyond FitNet': cost['SiNGER'] - cost['FitNet'],
-    } for kind, cost in costs.items()}
+    return {kind: dict(zip(PARTS, (cost['teacher'] + cost['student'],
+                                   cost['SiNGER'] - cost['FitNet'])))
+            for kind, cost in costs.items()}
 
 
 def abscissa(axis, value):
@@ -109,8 +108,8 @@ def table(growth):
              'seconds: backbones | SiNGER beyond FitNet | memory: backbones | '
              'SiNGER beyond FitNet |', '|---' * 7 + '|']
     for axis, grown in growth.items():
-        cells = [grown['exponents'][kind][part] for kind in KINDS for part in (
-            'backbones', 'SiNGER beyond FitNet')]
+        cells = [grown['exponents'][kind][part]
+                 for kind in KINDS for part in PARTS]
         lines.append(f'| {axis} | ' + ' | '.join(
             'noise' if cell is None else f'{cell:.2f}' for cell in cells)
             + ' |')
@@ -122,8 +121,7 @@ def draw(result):
     axes = figure.subplots(len(KINDS), len(AXES), squeeze=False)
     for row, (kind, scale) in zip(axes, KINDS.items()):
         for axis, (name, grown) in zip(row, result['growth'].items()):
-            for number, part in enumerate(('backbones',
-                                           'SiNGER beyond FitNet')):
+            for number, part in enumerate(PARTS):
                 fit = grown['exponents'][kind][part]
                 axis.plot(
                     grown['values'],

@@ -75,19 +75,16 @@ def main():
     if args.compile:
         check_choice('--compile', args.compile,
                      torch.compiler.list_backends(exclude_tags=()))
-    precisions = [args.precision]
+    outs = {args.precision: args.out}
     if args.precision == 'fast':
-        precisions = fast_precisions()
-    outs = {precision: args.out for precision in precisions}
-    if args.out and args.precision == 'fast':
-        stem, suffix = os.path.splitext(args.out)
-        outs = {precision: f'{stem}_{precision}{suffix}'
-                for precision in precisions}
+        stem, suffix = os.path.splitext(args.out or '')
+        outs = {precision: args.out and f'{stem}_{precision}{suffix}'
+                for precision in fast_precisions()}
     for out in filter(None, outs.values()):
         check_output_file(out)
     init_default_scope('mmpretrain')
     bench = Steps(args.teacher, args.student, args.batch_size, args.size,
-                  precisions[0], args.rank,
+                  next(iter(outs)), args.rank,
                   device='cuda' if torch.cuda.is_available() else 'cpu')
     for precision, out in outs.items():
         bench.precision = precision

@@ -6,14 +6,14 @@ Prints the backbone's config to paste as `teacher`.
 """
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from mmsinger.command_line import ToolParser
 from mmsinger.converters import LAYOUTS, convert_checkpoint
 from mmsinger.converters.describe import ACTIVATIONS
 from mmsinger.engine.prepare import load_config
-from mmsinger.errors import ConfigError, readable_errors
+from mmsinger.errors import ConfigError, places, readable_errors
 from mmsinger.schema import Count, reader
 
 # Where a config may have its backbone, first come first served
@@ -63,13 +63,10 @@ def read_backbone(path):
     """The backbone in a config file."""
     cfg = load_config(path)
     init_default_scope(cfg.get('default_scope') or 'mmengine')
+    parts = dict(places(cfg._cfg_dict))
     for place in PLACES:
-        found = cfg
-        for key in place.split('.'):
-            found = found.get(key) if isinstance(
-                found, (Config, ConfigDict)) else None
-        if found is not None and 'type' in found:
-            return found.to_dict()
+        if 'type' in (parts.get(place) or ()):
+            return parts[place].to_dict()
     raise ConfigError(f'--config={path!r} has no backbone: none of '
                       f'{", ".join(PLACES)}.')
 

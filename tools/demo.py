@@ -15,14 +15,11 @@ import sys
 import time
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
-from mmengine.logging import MMLogger
-from mmengine.registry import init_default_scope
 from mmengine.runner import find_latest_checkpoint
 
 from mmsinger import paths
 from mmsinger.command_line import ToolParser
-from mmsinger.engine.loading import load_distiller
-from mmsinger.engine.prepare import load_config
+from mmsinger.engine.loading import load_distiller, open_config
 from mmsinger.errors import TrainingError, readable_errors
 from mmsinger.export import student_path
 from mmsinger.figures import (Column, draw_columns, extract_features, norm_map,
@@ -113,12 +110,8 @@ def draw(runs, scenes=range(4)):
         matplotlib.figure.Figure: A row a scene.
     """
     views, pictures = {}, None
-    # Initialisation logs a paragraph for each parameter.
-    MMLogger.get_current_instance().setLevel('WARNING')
     for method, (config, checkpoint) in runs.items():
-        cfg = load_config(config)
-        init_default_scope(cfg.default_scope)
-        distiller = load_distiller(cfg, checkpoint)
+        distiller = load_distiller(open_config(config), checkpoint)
         inputs = read_images(
             [os.path.join(IMAGES, f'scene_{scene:06d}.png')
              for scene in scenes], distiller)

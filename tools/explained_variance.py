@@ -22,7 +22,7 @@ from torch import Tensor
 from mmsinger.checkpoint import safe_loading
 from mmsinger.command_line import ToolParser
 from mmsinger.engine.prepare import load_config
-from mmsinger.errors import ConfigError, readable_errors
+from mmsinger.errors import ConfigError, check_output_file, readable_errors
 from mmsinger.files import write_json
 from mmsinger.images import dataset_batches
 from mmsinger.linear_eval import evaluation_config
@@ -125,6 +125,8 @@ def explained(source: Tensor, target: Tensor, source_test: Tensor,
 
 def main():
     args = parse_args()
+    if args.out:
+        check_output_file(args.out)
     task = load_config(args.task, args.cfg_options)
     source, source_test = features(evaluation_config(
         task, load_config(args.source), args.checkpoint))

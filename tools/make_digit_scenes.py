@@ -31,7 +31,7 @@ from mmengine.logging import print_log
 
 from mmsinger.command_line import ToolParser
 from mmsinger.errors import ConfigError, readable_errors
-from mmsinger.files import atomic_write, complete_folder
+from mmsinger.files import complete_folder, write_text
 from mmsinger.images import write_png
 from mmsinger.schema import Count, Natural, Positive, Quantile, reader
 
@@ -269,8 +269,7 @@ def _write_longtails(folder: str) -> None:
             if left[digit]:
                 left[digit] -= 1
                 kept.append(line)
-        with atomic_write(path) as whole, open(whole, 'w') as file:
-            file.writelines(kept)
+        write_text(''.join(kept), path)
 
 
 def _load_digits() -> Tuple[np.ndarray, np.ndarray]:

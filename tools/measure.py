@@ -11,8 +11,6 @@ from typing import Any, Dict, Iterator, Tuple
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 import mmengine
 import torch
-from mmengine.logging import MMLogger
-from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
 from rich import box
 from rich.console import Console
@@ -22,8 +20,8 @@ from mmsinger.analysis.measure import (METRICS, applicable_metrics,
                                        check_metrics, measure)
 from mmsinger.command_line import ToolParser
 from mmsinger.engine.images import ImageBatches
-from mmsinger.engine.loading import calibrate_on, load_distiller
-from mmsinger.engine.prepare import load_config
+from mmsinger.engine.loading import (calibrate_on, load_distiller,
+                                     open_config)
 from mmsinger.errors import check_output_file, readable_errors
 from mmsinger.files import write_json
 from mmsinger.schema import Count, Natural, Positive, reader
@@ -76,10 +74,7 @@ def parse_args():
 def main():
     args = parse_args()
     check_output_file(args.out)
-    cfg = load_config(args.config, args.cfg_options)
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
-    # Initialisation logs a paragraph for each parameter.
-    MMLogger.get_current_instance().setLevel('WARNING')
+    cfg = open_config(args.config, args.cfg_options)
     set_random_seed(args.seed)
     distiller = load_distiller(cfg, args.checkpoint)
     metrics = args.metrics or applicable_metrics(distiller)

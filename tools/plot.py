@@ -16,15 +16,12 @@ from typing import Annotated, Dict, List, Optional, Sequence
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 import torch
-from mmengine.logging import MMLogger
-from mmengine.registry import init_default_scope
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
 from mmsinger.command_line import ToolParser
 from mmsinger.engine.images import natural_size
-from mmsinger.engine.loading import load_distiller
-from mmsinger.engine.prepare import load_config
+from mmsinger.engine.loading import load_distiller, open_config
 from mmsinger.errors import (ConfigError, near_matches, no_file,
                              readable_errors)
 from mmsinger.figures import (draw_curves, draw_maps, extract_features,
@@ -213,11 +210,8 @@ def read_images(paths: Sequence[str], distiller: FeatureDistiller,
 
 
 def map_figure(args):
-    cfg = load_config(args.config, args.cfg_options)
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
-    # Initialisation logs a paragraph for each parameter.
-    MMLogger.get_current_instance().setLevel('WARNING')
-    distiller = load_distiller(cfg, args.checkpoint)
+    distiller = load_distiller(
+        open_config(args.config, args.cfg_options), args.checkpoint)
     distiller.to('cuda' if torch.cuda.is_available() else 'cpu').eval()
     inputs = read_images(args.images, distiller, args.size)
     features = extract_features(distiller, inputs)

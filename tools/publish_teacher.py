@@ -18,7 +18,7 @@ from mmsinger.engine.checks import check_data_folders
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import (ConfigError, check_output_file,
                              readable_errors)
-from mmsinger.files import atomic_save
+from mmsinger.files import atomic_save, write_text
 
 OUT = 'mmsinger/assets/digits_teacher.pth'
 README = """\
@@ -89,20 +89,18 @@ def main():
     atomic_save(dict(state_dict=weights, meta=meta), args.out)
     digest = sha256(args.out)
     stem = os.path.splitext(args.out)[0]
-    with open(stem + '.sha256', 'w') as file:
-        file.write(f'{digest}  {name}\n')
+    write_text(f'{digest}  {name}\n', stem + '.sha256')
     backbone = cfg.model.backbone
     # Beside the file that ships; elsewhere it would take the place of another
     page = os.path.join(os.path.dirname(args.out), 'README.md') \
         if args.out == OUT else stem + '.md'
-    with open(page, 'w') as file:
-        file.write(README.format(
-            name=name, sha256=digest, size=os.path.getsize(args.out),
-            miou=miou, num_val=len(dataset), recipe=args.config,
-            seed=meta['seed'], iters=meta['iterations'],
-            batch=cfg.train_dataloader.batch_size,
-            dims=backbone.arch.embed_dims, layers=backbone.arch.num_layers,
-            patch=backbone.patch_size))
+    write_text(README.format(
+        name=name, sha256=digest, size=os.path.getsize(args.out),
+        miou=miou, num_val=len(dataset), recipe=args.config,
+        seed=meta['seed'], iters=meta['iterations'],
+        batch=cfg.train_dataloader.batch_size,
+        dims=backbone.arch.embed_dims, layers=backbone.arch.num_layers,
+        patch=backbone.patch_size), page)
     print(f'{args.out}: mIoU {miou:.2f} %, '
           f'{os.path.getsize(args.out) / 1e6:.2f} MB, SHA-256 {digest}')
 

@@ -21,8 +21,7 @@ from mmsinger.command_line import ToolParser
 from mmsinger.errors import (ConfigError, check_choice, near_paths,
                              readable_errors)
 from mmsinger.schema import Count, reader
-from reproduction.evidence import (demo, evidence, evidence_quick, longtail,
-                                   longtail_search, search)
+from reproduction.evidence import TABLES as OURS
 from reproduction.flow import Resources, run_jobs
 from reproduction.plan import all_jobs, wanted_metrics
 from reproduction.profiles import PROFILES
@@ -33,12 +32,6 @@ from reproduction.workspace import Workspace
 
 TABLES = {'1': table1, '3': table3, '4': table4, '5a': table5a,
           '5b': table5b, '7': table7, '8': table8, 'sweep': sweep}
-OURS = {  # by profile
-    'digits': {'search': search, 'evidence': evidence,
-               'evidence_quick': evidence_quick,
-               'longtail_search': longtail_search, 'longtail': longtail,
-               'demo': demo},
-    'photos': {'search': search, 'evidence': evidence}}
 KNOWN = {'full': TABLES, 'digits': {**TABLES, **OURS['digits']},
          'photos': OURS['photos']}
 

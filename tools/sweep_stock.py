@@ -37,14 +37,16 @@ from mmengine.runner import Runner
 from mmsinger.checkpoint import (load_checkpoint, load_strict,
                                  student_state_dict)
 from mmsinger.command_line import ToolParser
+from mmsinger.engine.loading import build_model
 from mmsinger.engine.prepare import (load_config, use_cpu_amp,
                                      use_data_preprocessor,
                                      use_student_constructor)
 from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.export import save_student, student_config
+from mmsinger.files import write_text
+from mmsinger.images import first_view
 from mmsinger.models.features.anatomy import (find_features, find_part,
                                               unmasked)
-from mmsinger.registry import MODELS
 from mmsinger.schema import Count, reader
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -195,13 +197,6 @@ def backward(model, batch):
     return logged
 
 
-def plain_model(cfg):
-    model = cfg.model.copy()
-    if cfg.get('data_preprocessor') is not None:
-        model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    return MODELS.build(model)
-
-
 def try_plain(name):
     """Load a config, cut it, and train the plain model for a step.
 
@@ -225,7 +220,7 @@ def try_plain(name):
         try:
             torch.manual_seed(0)
             batch = random_batch(cfg)
-            model = plain_model(cfg)
+            model = build_model(cfg)
             model.train()
             shapes = shapes_of(model)
             backward(model, batch)
@@ -272,7 +267,7 @@ def distil(name, cfg, batch, **options):
                         use_data_preprocessor):
             prepare(recipe)
         torch.manual_seed(0)
-        model = plain_model(recipe)
+        model = build_model(recipe)
         model.init_weights()
         model.train()
         runner = Runner.__new__(Runner)
@@ -289,7 +284,7 @@ def distil(name, cfg, batch, **options):
         if not moved or not float(logged['distill.loss_kd']):
             raise AssertionError('The step changes nothing in the student')
         save_student(student_state_dict(model.state_dict()), {}, paths[2])
-        plain = plain_model(student_config(recipe))
+        plain = build_model(student_config(recipe))
         exported = load_checkpoint(paths[2])['state_dict']
         load_strict(plain, exported, what='The exported student', fix='')
         # LoRA's files lack what both have from a pretrained model
@@ -320,9 +315,7 @@ def outputs(model, data):
     """All tensors that a model gives in evaluation mode."""
     model.eval()
     torch.manual_seed(0)
-    first = data['inputs']
-    while isinstance(first, (list, tuple)):  # views
-        first = first[0]
+    first = first_view(data['inputs'])
     try:
         if isinstance(data['inputs'], (list, tuple)):
             raise TypeError
@@ -467,8 +460,7 @@ def write_page(results, groups, path):
                 by_message[message].append(result['name'])
         lines += [f'- {", ".join(f"`{n}`" for n in names)}: {message}'
                   for message, names in sorted(by_message.items())]
-    with open(path, 'w') as file:
-        file.write('\n'.join(lines) + '\n')
+    write_text('\n'.join(lines) + '\n', path)
 
 
 def read_results(path):

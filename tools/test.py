@@ -16,9 +16,8 @@ from mmsinger.checkpoint import load_strict, safe_loading
 from mmsinger.command_line import ToolParser
 from mmsinger.engine.checks import check_data_folders, check_work_dir
 from mmsinger.engine.hooks import RunGuardHook
-from mmsinger.engine.logs import demote_details, import_datasets
-from mmsinger.engine.prepare import (fit_workers, limit_waiting,
-                                     load_config)
+from mmsinger.engine.logs import demote_details
+from mmsinger.engine.prepare import fit_workers, load_config
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import (ConfigError, check_output_file,
                              readable_errors)
@@ -133,9 +132,7 @@ def main():
     cfg.launcher = args.launcher
     if args.work_dir:
         cfg.work_dir = args.work_dir
-    scope = cfg.get('default_scope') or 'mmengine'
-    init_default_scope(scope)
-    import_datasets(scope)
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
     if not cfg.get('model'):
         raise ConfigError(f'{args.config!r} has no model: give a recipe.')
     if cfg.get('test_dataloader') is None or cfg.get('test_evaluator') is None:
@@ -151,7 +148,6 @@ def main():
                               'visualization hook that could paint.')
         paint(cfg, args.show_dir)
     fit_workers(cfg)
-    limit_waiting(cfg)
     check_work_dir(cfg.work_dir, '--work-dir')
     check_data_folders(cfg, ('test_dataloader', ))
 
@@ -159,8 +155,7 @@ def main():
     cfg = student_config(cfg)
     if args.tta:
         augment(cfg)
-    weights = load_student(args.checkpoint)['state_dict'] \
-        if args.checkpoint else None
+    weights = load_student(args.checkpoint) if args.checkpoint else None
     cfg.load_from, cfg.resume = None, False
     runner = TestRunner.from_cfg(cfg)
     runner.logger.addFilter(demote_details)

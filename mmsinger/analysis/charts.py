@@ -132,18 +132,17 @@ def _svg(figure: Any) -> Markup:
                          element))
 
 
-def photo_uri(image: Tensor, longest: int = 256) -> str:
-    """Encode an image as a data URI, scaled down where it is larger.
+def photo_uri(image: Tensor) -> str:
+    """Encode an image as a data URI, its longer side at most 256 pixels.
 
     Args:
         image (Tensor): RGB, uint8, shape (3, H, W).
-        longest (int): Pixels of its longer side at most. Defaults to 256.
 
     Returns:
         str: The URI of a PNG.
     """
     pixels = image.permute(1, 2, 0).numpy()
-    scale = longest / max(pixels.shape)
+    scale = 256 / max(pixels.shape)
     if scale < 1:
         height, width = (max(1, round(scale * length))
                          for length in pixels.shape[:2])

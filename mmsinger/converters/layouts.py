@@ -4,7 +4,7 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 from torch import Tensor
 
-from mmsinger.errors import ConfigError, check_choice, near_matches
+from mmsinger.errors import ConfigError, near_matches
 
 
 class Layout(NamedTuple):
@@ -272,7 +272,6 @@ def rename(weights: Dict[str, Tensor], family: str, head: bool = False
     Raises:
         ConfigError: If a key is neither mapped nor dropped on purpose.
     """
-    check_choice('--source', family, LAYOUTS)
     layout = LAYOUTS[family]
     inner = {}  # the keys without the wrapper; None outside of it
     for key in weights:

@@ -115,7 +115,7 @@ def export_timm(checkpoint: str, cfg: Config, out: Optional[str] = None,
     check_not_itself(out, checkpoint)
     model = student_config(cfg).model
     prefix = 'backbone.' if 'backbone' in model else ''
-    weights = load_student(checkpoint)['state_dict']
+    weights = load_student(checkpoint)
     found = to_timm(
         {key[len(prefix):]: value for key, value in weights.items()
          if key.startswith(prefix)}, model.get('backbone', model), model_name)

@@ -5,11 +5,14 @@ from statistics import fmean
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from mmengine.config import Config
-from torch import Tensor
+from mmengine.logging import MMLogger
+from mmengine.registry import init_default_scope
+from torch import Tensor, nn
 
 from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
 from mmsinger.engine.hooks.calibration_hook import NUM_IMAGES
 from mmsinger.engine.images import ImageBatches
+from mmsinger.engine.prepare import load_config
 from mmsinger.engine.resume import check_checkpoint_files
 from mmsinger.errors import ConfigError
 from mmsinger.export import is_distiller
@@ -21,6 +24,26 @@ from mmsinger.models.teachers.frozen import (FrozenTeacher, Normalisation,
 from mmsinger.registry import MODELS, check_arguments, find_type
 
 IMAGENET = Normalisation((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+
+
+def open_config(path: str, options: Optional[dict] = None) -> Config:
+    """A config of what is looked at, see
+    :func:`~mmsinger.engine.prepare.load_config`. Its scope becomes the default
+    one, and the log has warnings alone: initialisation logs a paragraph for
+    each parameter."""
+    cfg = load_config(path, options)
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    MMLogger.get_current_instance().setLevel('WARNING')
+    return cfg
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """The model of a config, with the data preprocessor beside it, as a
+    Runner builds it."""
+    model = cfg.model.copy()
+    if cfg.get('data_preprocessor') is not None:
+        model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    return MODELS.build(model)
 
 
 def load_distiller(cfg: Config, checkpoint: Optional[str] = None
@@ -52,10 +75,7 @@ def load_distiller(cfg: Config, checkpoint: Optional[str] = None
             'outputs, which is what is measured. Give a recipe of a method '
             'that does: SiNGERDistiller, FitNetDistiller, ViTKDDistiller.')
     check_checkpoint_files(cfg)
-    model_cfg = cfg.model.copy()
-    if cfg.get('data_preprocessor') is not None:  # as a Runner does
-        model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
-    distiller = MODELS.build(model_cfg)
+    distiller = build_model(cfg)
     distiller.teacher.feature_cache = 0  # some measures watch its blocks
     distiller.init_weights()
     if checkpoint is None:
@@ -145,8 +165,12 @@ def load_subject(cfg: Config, checkpoint: Optional[str] = None,
     source, settings = teacher_settings(cfg)
     if checkpoint is not None:
         settings['checkpoint'] = checkpoint
-    if source == 'model.backbone' and _prefixed(settings, cfg):
-        settings['prefix'] = 'backbone.'
+    if source == 'model.backbone':  # whose file may hold more than that
+        path = settings.setdefault('checkpoint', cfg.get('load_from'))
+        if path is not None and any(
+                key.startswith('backbone.')
+                for key in weights_of(load_checkpoint(path), path)):
+            settings['prefix'] = 'backbone.'
     if mean is not None:
         settings.update(mean=mean, std=std, swap_channels=False)
     check_arguments(source, FrozenTeacher, settings)
@@ -208,15 +232,6 @@ def distilled_layers(cfg: Config, source: str) -> Optional[list]:
         owners = [cfg.model, cfg.model.teacher]
     return next((list(owner['layers']) for owner in owners
                  if owner.get('layers') is not None), None)
-
-
-def _prefixed(settings: Dict[str, Any], cfg: Config) -> bool:
-    """Whether a plain model's checkpoint holds more than the backbone."""
-    settings.setdefault('checkpoint', cfg.get('load_from'))
-    path = settings['checkpoint']
-    return path is not None and any(
-        key.startswith('backbone.')
-        for key in weights_of(load_checkpoint(path), path))
 
 
 def _feeding(cfg: Config, source: str, teacher: FrozenTeacher

@@ -3,7 +3,7 @@ import contextlib
 import importlib
 import io
 import logging
-from typing import Dict, Iterator, List, Tuple
+from typing import Dict, List, Tuple
 
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
@@ -39,22 +39,15 @@ def import_datasets(scope: str) -> None:
     Args:
         scope (str): ``'mmseg'``, ``'mmpretrain'``; others are left alone.
     """
-    if scope in ('mmpretrain', 'mmseg'):
-        with _without_line('Could not import OneDL'), \
-                contextlib.suppress(ImportError):  # said where it is used
-            importlib.import_module(f'{scope}.datasets')
-
-
-@contextlib.contextmanager
-def _without_line(text: str) -> Iterator[None]:
+    if scope not in ('mmpretrain', 'mmseg'):
+        return
     printed = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(printed):
-            yield
-    finally:
-        for line in printed.getvalue().splitlines():
-            if line != text:
-                print(line)
+    with contextlib.redirect_stdout(printed), \
+            contextlib.suppress(ImportError):  # said where it is used
+        importlib.import_module(f'{scope}.datasets')
+    for line in printed.getvalue().splitlines():
+        if line != 'Could not import OneDL':
+            print(line)
 
 
 class ParameterGroupsHook(Hook):

@@ -130,7 +130,6 @@ def prepare_training(cfg: Config) -> None:
     check_validation(cfg)
     add_required_hooks(cfg)
     fit_workers(cfg)
-    limit_waiting(cfg)
     compile_blocks_alone(cfg)
     use_cpu_amp(cfg)
     use_student_constructor(cfg)
@@ -192,7 +191,8 @@ def add_required_hooks(cfg: Config) -> None:
         raise ConfigError(
             f'custom_hooks={hooks!r} must be a list of dict(type=…), on the '
             "command line custom_hooks=\"[dict(type='EMAHook')]\".")
-    present = {_class_name(hook) for hook in hooks}
+    present = {getattr(hook['type'], '__name__', str(hook['type'])
+                       ).split('.')[-1] for hook in hooks}
     added = [name for name in getattr(
         find_type(cfg.model.get('type')), 'required_hooks', PLAIN_HOOKS)
         if name not in present]
@@ -203,18 +203,11 @@ def add_required_hooks(cfg: Config) -> None:
         ConfigDict(type=f'mmsinger.{name}') for name in added)]
 
 
-def _class_name(hook: dict) -> str:
-    kind = hook['type']
-    return getattr(kind, '__name__', str(kind)).split('.')[-1]
-
-
 def compile_blocks_alone(cfg: Config) -> None:
     """Hand mmengine's ``compile`` over to a distiller that compares block
     outputs: traced as a whole, a step breaks into pieces where it reads
     them."""
-    model_class = find_type(cfg.model.get('type'))
-    if cfg.get('compile') and isinstance(model_class, type) and \
-            issubclass(model_class, FeatureDistiller):
+    if cfg.get('compile') and is_distiller(cfg.model, FeatureDistiller):
         cfg.model.setdefault('compile', cfg.pop('compile'))
 
 
@@ -411,9 +404,9 @@ def use_strategy(cfg: Config) -> None:
 
 def fit_workers(cfg: Config) -> None:
     """Keep data workers alive between epochs unless the config says
-    otherwise, as mmpretrain's own ``tools/train.py`` does, and wait for them
-    :data:`TIMEOUT` seconds; without workers, drop what torch takes for a
-    mistake then."""
+    otherwise, as mmpretrain's own ``tools/train.py`` does, and wait for them,
+    and for other processes, :data:`TIMEOUT` seconds; without workers, drop
+    what torch takes for a mistake then."""
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         loader = cfg.get(name)
         if not isinstance(loader, dict):
@@ -424,11 +417,6 @@ def fit_workers(cfg: Config) -> None:
         else:
             for key in ('persistent_workers', 'prefetch_factor', 'timeout'):
                 loader.pop(key, None)
-
-
-def limit_waiting(cfg: Config) -> None:
-    """Let processes wait :data:`TIMEOUT` seconds for each other unless the
-    config says otherwise (``env_cfg.dist_cfg.timeout``)."""
     env = cfg.setdefault('env_cfg', ConfigDict())
     env.setdefault('dist_cfg', ConfigDict(backend='nccl'))
     env.dist_cfg.setdefault('timeout', TIMEOUT)

@@ -44,7 +44,8 @@ class Sample:
         self.seed = seed
         self._generator: Optional[torch.Generator] = None
         self._keys: Optional[Tensor] = None
-        self._rows: Optional[Tensor] = None
+        #: The sample, shape (at most size, k); None before the first row
+        self.rows: Optional[Tensor] = None
 
     def add(self, rows: Tensor) -> None:
         """Take in rows, shape (n, k), of the same k and device each time."""
@@ -54,15 +55,10 @@ class Sample:
             self._generator.manual_seed(self.seed)
         keys = torch.rand(len(rows), generator=self._generator,
                           device=rows.device, dtype=torch.float64)
-        if self._rows is not None:
+        if self.rows is not None:
             keys = torch.cat([self._keys, keys])
-            rows = torch.cat([self._rows, rows])
+            rows = torch.cat([self.rows, rows])
         if len(keys) > self.size:
             keys, chosen = keys.topk(self.size)
             rows = rows[chosen]
-        self._keys, self._rows = keys, rows
-
-    @property
-    def rows(self) -> Tensor:
-        """The sample, shape (at most size, k)."""
-        return self._rows
+        self._keys, self.rows = keys, rows

@@ -7,7 +7,8 @@ import copy
 import dataclasses
 import io
 import os
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Set, Tuple
+import re
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 
 import cv2
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 from dataset_check.known import KNOWN, TEST, TRAIN, VAL, Known
 from mmsinger import paths
 from mmsinger.engine.prepare import load_config
-from mmsinger.errors import ConfigError, check_choice
+from mmsinger.errors import ConfigError, check_choice, places
 
 SHOWN = 5  # files or values that a message lists
 
@@ -105,7 +106,9 @@ def check_config(cfg: Config, title: str, root: Optional[str] = None,
                           'dataset. Give a config of a whole recipe.')
     for loader, dataset_cfg in copy.deepcopy(loaders).items():
         if root is not None:
-            _replace_root(dataset_cfg, root)
+            for _, node in [('', dataset_cfg), *places(dataset_cfg)]:
+                if isinstance(node, dict) and 'data_root' in node:
+                    node['data_root'] = root
         missing = _missing_files(known, dataset_cfg) if known else []
         for path in missing:
             report.problem(f'{path!r} is missing (working directory '
@@ -124,16 +127,6 @@ def check_config(cfg: Config, title: str, root: Optional[str] = None,
             _Check(report, cfg, loader.split('_')[0], dataset, samples, known,
                    source).run(known.images[loader] if known else ())
     return report
-
-
-def _replace_root(node, root: str) -> None:
-    if isinstance(node, dict):
-        if 'data_root' in node:
-            node['data_root'] = root
-        node = node.values()
-    if not isinstance(node, (str, bytes)) and isinstance(node, Iterable):
-        for value in node:
-            _replace_root(value, root)
 
 
 def _missing_files(known: Known, dataset: dict) -> List[str]:
@@ -214,9 +207,10 @@ class _Check:
         if not count:
             return
         self.check_folder_names()
-        for key, number in _heads(self.cfg.get('model'), 'model') \
-                if self.classes else ():
-            if number != len(self.classes):
+        for key, number in places(self.cfg.get('model'), 'model'):
+            if self.classes and number != len(self.classes) and re.search(
+                    r'\.(decode_)?head\.num_classes$', key) and \
+                    '.teacher.' not in key:
                 self.problem(f'{key}={number}, but {name} has '
                              f'{len(self.classes)} classes',
                              f'Set {key}={len(self.classes)}.')
@@ -395,17 +389,6 @@ def _some(values) -> str:
     text = ', '.join(str(value) for value in values[:SHOWN])
     return text if len(values) <= SHOWN else \
         f'{text}, … ({len(values)} in all)'
-
-
-def _heads(node, key: str) -> Iterator[Tuple[str, int]]:
-    """Keys and numbers of classes of a model's classification heads."""
-    if isinstance(node, dict):
-        for name, value in node.items():
-            if name != 'teacher':
-                yield from _heads(value, f'{key}.{name}')
-        if key.split('.')[-1] in ('head', 'decode_head') and \
-                'num_classes' in node:
-            yield f'{key}.num_classes', node['num_classes']
 
 
 def _image_size(info: dict) -> Tuple[int, int]:

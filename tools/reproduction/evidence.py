@@ -9,6 +9,7 @@ a few digits are seldom seen.
 import json
 import os
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import mean, stdev
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -261,7 +262,6 @@ PHOTOS = Study(
              'model.teacher.feature_cache=8000', 'train_cfg.max_iters=2000',
              'param_scheduler.0.end=100', 'param_scheduler.1.begin=100',
              'param_scheduler.1.end=2000'))
-STUDIES = {'digits': WHOLE, 'photos': PHOTOS}  # by profile
 
 LEAST_LOSS = 3.  # points below which a planting decides nothing
 LEAST_RECOVERY = 0.8
@@ -269,19 +269,9 @@ LEAST_RECOVERY_OF_A_SEED = 0.6
 MOST_LOSS = 1.  # points against FitNet, clean; against the best simple filter
 
 
-def search(profile: Profile, seeds: Sequence[int], quick: bool = False
-           ) -> Table:
+def search(name: str, study: Study, profile: Profile, seeds: Sequence[int],
+           quick: bool = False) -> Table:
     """Learning rates of every method with every teacher, seed 0."""
-    return _search('search', STUDIES[profile.name], profile, quick)
-
-
-def longtail_search(profile: Profile, seeds: Sequence[int],
-                    quick: bool = False) -> Table:
-    """Learning rates where a few digits are seldom seen, seed 0."""
-    return _search('longtail_search', LONGTAIL, profile, quick)
-
-
-def _search(name: str, study: Study, profile: Profile, quick: bool) -> Table:
     table = Table(
         name, 'Search of learning rates',
         f'{SCORE.title} on images of the training data that are neither '
@@ -351,28 +341,10 @@ def _say_chosen(found: Dict[str, Any]) -> List[str]:
     return ['## Chosen', '', *lines]
 
 
-def evidence(profile: Profile, seeds: Sequence[int], quick: bool = False
-             ) -> Table:
-    """Every method with every teacher, tuned."""
-    return _compare('evidence', STUDIES[profile.name], profile, seeds, quick)
-
-
-def evidence_quick(profile: Profile, seeds: Sequence[int],
-                   quick: bool = False) -> Table:
-    """The clean teacher and one planting, three methods."""
-    return _compare('evidence_quick', QUICK, profile, seeds, quick)
-
-
-def longtail(profile: Profile, seeds: Sequence[int], quick: bool = False
-             ) -> Table:
-    """Where a few digits are seldom seen: by how often they are."""
-    return _compare('longtail', LONGTAIL, profile, seeds, quick)
-
-
 def demo(profile: Profile, seeds: Sequence[int], quick: bool = False
          ) -> Table:
     """A teacher with artifacts, and students with and without it."""
-    table = _compare('demo', DEMO, profile, seeds, quick)
+    table = compare('demo', DEMO, profile, seeds, quick)
     table.rows = [(label.split(': ')[1], cells)
                   for label, cells in table.rows]
     planner = Planner(table, profile, seeds, quick)
@@ -390,8 +362,9 @@ def _cells(planner: Planner, tasks: Tasks,
     return planner.cells(list(by_column), None, evaluate, by_column)
 
 
-def _compare(name: str, study: Study, profile: Profile,
-             seeds: Sequence[int], quick: bool) -> Table:
+def compare(name: str, study: Study, profile: Profile, seeds: Sequence[int],
+            quick: bool = False) -> Table:
+    """Methods with the rates that were found for them."""
     with open(TUNED) as file:
         tuned = json.load(file)
     table = Table(
@@ -436,6 +409,17 @@ def _compare(name: str, study: Study, profile: Profile,
         {(label.removesuffix(' *'), column): result
          for (label, column), result in results.items()}, shown)
     return table
+
+
+TABLES = {  # by profile
+    'digits': dict(
+        search=partial(search, 'search', WHOLE),
+        evidence=partial(compare, 'evidence', WHOLE),
+        evidence_quick=partial(compare, 'evidence_quick', QUICK),
+        longtail_search=partial(search, 'longtail_search', LONGTAIL),
+        longtail=partial(compare, 'longtail', LONGTAIL), demo=demo),
+    'photos': dict(search=partial(search, 'search', PHOTOS),
+                   evidence=partial(compare, 'evidence', PHOTOS))}
 
 
 def row(method: str, case: str, value: Optional[float] = None) -> str:

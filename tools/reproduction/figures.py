@@ -5,7 +5,7 @@ import os
 import re
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
-from mmsinger.errors import ConfigError, near_paths
+from mmsinger.errors import ConfigError, no_file
 from mmsinger.figures.style import add_caption, line_style, new_figure
 
 # Methods keep their line in all panels; others follow.
@@ -41,8 +41,7 @@ def read_table(path: str, name: str) -> Cells:
     """
     fix = f'Give the {name}.csv that `python tools/reproduce.py` writes.'
     if not os.path.isfile(path):
-        raise ConfigError(f'{path!r}: no such file (working directory '
-                          f'{os.getcwd()}).{near_paths(path)} {fix}')
+        raise ConfigError(f'{path!r}: {no_file(path)} {fix}')
     needed = ('table', 'row', 'column', 'published', 'measured', 'std',
               'seeds')
     try:

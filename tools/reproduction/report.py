@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import Dict, Iterator, List, Optional, Tuple
 
 from mmsinger.figures.style import COLOURS, new_figure, save_figure
-from mmsinger.files import write_json
+from mmsinger.files import write_json, write_text
 from reproduction.plan import Cell, Column, Table
 from reproduction.workspace import Record
 
@@ -89,8 +89,7 @@ class Report:
         path = os.path.join(folder, self.table.name)
         for extension, text in (('md', self.markdown()),
                                 ('tex', self.latex())):
-            with open(f'{path}.{extension}', 'w', encoding='utf-8') as file:
-                file.write(text)
+            write_text(text, f'{path}.{extension}')
         self.write_csv(f'{path}.csv')
         self.plot(f'{path}.png')
         extensions = ['md', 'csv', 'tex', 'png']

@@ -109,18 +109,14 @@ class CacheFeaturesHook(Hook):
         return loader.collate_fn(items)
 
 
-def check_not_random(dataset: Dataset, count: int = 8) -> None:
-    """Raise :class:`ConfigError` if loading an item draws random numbers, or
-    gives another image the second time.
-
-    Args:
-        dataset (Dataset): With ``inputs`` in its items.
-        count (int): Items to try, evenly spaced. Defaults to 8.
-    """
+def check_not_random(dataset: Dataset) -> None:
+    """Raise :class:`ConfigError` if loading an item of a data set, with
+    ``inputs`` in it, draws random numbers, or gives another image the second
+    time; eight are tried, evenly spaced."""
     total = len(dataset)
     with preserved_random_states(seed=0):
         expected = _next_numbers()
-    for i in sorted({i * total // count for i in range(count)}):
+    for i in sorted({i * total // 8 for i in range(8)}):
         with preserved_random_states(seed=0):
             first = dataset[i]['inputs']
             drawn = _next_numbers() != expected

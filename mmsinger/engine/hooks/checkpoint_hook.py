@@ -22,7 +22,7 @@ from mmsinger.engine.resume import (changed_settings, check_fit, fit_epochs,
                                     warn_of_settings_of_the_start)
 from mmsinger.errors import TrainingError
 from mmsinger.files import (atomic_write, lock_folder, remove_leftovers,
-                            unlock_folder)
+                            unlock_folder, write_text)
 from mmsinger.registry import HOOKS
 
 SUPERSEDED = 'superseded_ckpts'
@@ -218,9 +218,8 @@ class SafeCheckpointHook(Hook):
             return
         self._remove(runner)
         if is_main_process():
-            path = os.path.join(runner.work_dir, VALIDATED)
-            with atomic_write(path) as temporary, open(temporary, 'w') as file:
-                file.write(str(runner.iter))
+            write_text(str(runner.iter),
+                       os.path.join(runner.work_dir, VALIDATED))
 
     # -- the next start ----------------------------------------------------
 
@@ -360,10 +359,7 @@ class SafeCheckpointHook(Hook):
         runner.message_hub.update_info('last_ckpt', path)
         runner.save_checkpoint(hook.out_dir, name, meta=meta, by_epoch=False)
         if is_main_process():
-            pointer = os.path.join(runner.work_dir, 'last_checkpoint')
-            with atomic_write(pointer) as temporary, \
-                    open(temporary, 'w') as file:
-                file.write(path)
+            write_text(path, os.path.join(runner.work_dir, 'last_checkpoint'))
 
 
 class _LateRemoval:

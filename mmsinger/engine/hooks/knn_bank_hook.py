@@ -31,14 +31,8 @@ class KNNBankHook(Hook):
                 f'{dataloader!r}.')
         self.dataloader = dataloader
 
-    def before_val(self, runner) -> None:
-        self._fill(runner)
-
-    def before_test(self, runner) -> None:
-        self._fill(runner)
-
     @torch.no_grad()
-    def _fill(self, runner) -> None:
+    def before_val(self, runner) -> None:
         model = unwrap(runner.model)
         if not isinstance(model, KNNClassifier):
             raise ConfigError(
@@ -58,6 +52,8 @@ class KNNBankHook(Hook):
         model.fill_bank(_all(torch.cat(features), total),
                         _all(torch.cat(labels), total))
         runner.logger.info(f'k-NN: {total} training images in the bank')
+
+    before_test = before_val
 
 
 def _all(share: Tensor, total: int) -> Tensor:

@@ -10,7 +10,7 @@ from mmsinger.errors import ConfigError
 from mmsinger.export import (SUFFIX, export_student, is_distiller,
                              save_student, student_config, student_path,
                              student_state_dict)
-from mmsinger.files import atomic_write
+from mmsinger.files import write_text
 from mmsinger.registry import HOOKS
 
 
@@ -55,8 +55,7 @@ class StudentCheckpointHook(Hook):
         name = os.path.basename(runner.cfg.filename or 'config.py')
         stem = os.path.splitext(name)[0]
         path = os.path.join(runner.work_dir, f'{stem}{SUFFIX}.py')
-        with atomic_write(path) as temporary, open(temporary, 'w') as file:
-            file.write(student_config(runner.cfg).pretty_text)
+        write_text(student_config(runner.cfg).pretty_text, path)
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         if is_main_process():

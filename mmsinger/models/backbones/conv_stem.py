@@ -3,7 +3,7 @@ from typing import Tuple, Union
 
 from mmcv.cnn import build_norm_layer
 from mmengine.utils import to_2tuple
-from torch import Tensor, nn
+from torch import nn
 
 from mmsinger.errors import ConfigError
 from mmsinger.registry import MODELS
@@ -11,7 +11,8 @@ from mmsinger.registry import MODELS
 
 @MODELS.register_module()
 class ConvStem(nn.Sequential):
-    """3x3 convolutions of stride 2 down to the patch grid, then a 1x1 one.
+    """3x3 convolutions of stride 2 down to the patch grid, then a 1x1 one:
+    (B, in_channels, H, W) to (B, out_channels, H / stride, W / stride).
 
     Takes a convolution's arguments, so that mmcv's ``PatchEmbed`` and the
     vision transformers on it use it by name::
@@ -73,14 +74,3 @@ class ConvStem(nn.Sequential):
             in_channels = channels
         layers.append(nn.Conv2d(in_channels, out_channels, 1, bias=bias))
         super().__init__(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Embed the patches of an image.
-
-        Args:
-            x (Tensor): [B, in_channels, H, W].
-
-        Returns:
-            Tensor: [B, out_channels, H / stride, W / stride].
-        """
-        return super().forward(x)

@@ -452,9 +452,8 @@ class FeatureDistiller(BaseDistiller):
         kept: Dict[int, List[Tensor]] = {layer: [] for layer in layers}
         for batch in batches:
             padding = find_padding(batch['inputs'], batch.get('data_samples'))
-            with self.teacher.uncounted():
-                taps = self.teacher(batch['inputs'], layers,
-                                    self.student_normalisation)
+            taps = self.teacher(batch['inputs'], layers,
+                                self.student_normalisation, count=False)
             for layer in layers:
                 tokens = taps.tokens(layer)
                 chosen = evenly_spaced(tokens.patches.shape[1],

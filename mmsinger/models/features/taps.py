@@ -18,7 +18,7 @@ class _StopForward(Exception):
     """Ends a forward pass after the last block that is needed."""
 
 
-class BlockTaps:
+class BlockTaps(contextlib.ExitStack):
     """Record what blocks, or stages, of a backbone give in a forward pass.
 
     A context manager; its hooks live only inside it::
@@ -40,6 +40,7 @@ class BlockTaps:
     def __init__(self, blocks: Features, layers: Sequence[int],
                  stop: bool = False,
                  dtype: Optional[torch.dtype] = None) -> None:
+        super().__init__()
         self.blocks = blocks
         self.layers = sorted(set(layers))
         self.stop = stop
@@ -49,10 +50,9 @@ class BlockTaps:
         # position bias, patch resolution, …
         self._extras: Dict[int, Tuple[tuple, Dict[str, Any]]] = {}
         self._grid: Optional[Grid] = None
-        self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> 'BlockTaps':
-        hold = self._hooks.enter_context
+        hold = self.enter_context
         hold(self.blocks.watch_input(self._record_grid))
         for layer in self.layers:
             block = self.blocks.modules[layer]
@@ -61,9 +61,6 @@ class BlockTaps:
             hold(block.register_forward_hook(
                 partial(self._record_output, layer)))
         return self
-
-    def __exit__(self, *_) -> None:
-        self._hooks.close()
 
     def run(self, backbone: nn.Module, images: Tensor) -> None:
         """Forward images of shape (B, 3, H, W), up to the last tap if

@@ -1,5 +1,6 @@
 """Images of which the teacher is unsure count less."""
 import math
+from collections import OrderedDict
 from typing import Annotated, Dict, List, Literal, Sequence, Tuple
 
 import torch
@@ -9,25 +10,6 @@ from mmsinger.errors import ConfigError, near_matches
 from mmsinger.models.targets.step import Targets, TargetStep, TeacherOutputs
 from mmsinger.registry import MODELS
 from mmsinger.schema import Range, Share
-
-
-class LinearReadout(nn.Module):
-    """The final norm and the linear layer of a teacher's head, frozen.
-
-    Args:
-        dim (int): Channels D.
-        num_classes (int): Classes K.
-    """
-
-    def __init__(self, dim: int, num_classes: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.linear = nn.Linear(dim, num_classes)
-        self.requires_grad_(False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Raw tokens of the final block (B, N, D) to logits (B, N, K)."""
-        return self.linear(self.norm(tokens.float()))
 
 
 @MODELS.register_module()
@@ -81,7 +63,10 @@ class WeighByEntropy(TargetStep):
         if self.tokens == 'cls' and not teacher.blocks.has_cls:
             raise ConfigError("tokens='cls': the teacher has no class token. "
                               "Set tokens='patches'.")
-        self.readout = LinearReadout(teacher.blocks.dim, self.num_classes)
+        dim = teacher.blocks.dim
+        self.readout = nn.Sequential(OrderedDict(
+            norm=nn.LayerNorm(dim, eps=1e-6),
+            linear=nn.Linear(dim, self.num_classes))).requires_grad_(False)
 
     def extra_layers(self, layers: Sequence[int]) -> List[int]:
         """The final block, which the head reads."""
@@ -134,7 +119,7 @@ class WeighByEntropy(TargetStep):
             tokens = outputs.padding.weigh(tokens)
         read = tokens.prefix[:, :1] if self.tokens == 'cls' \
             else tokens.patches
-        log_p = self.readout(read).log_softmax(dim=-1)  # (B, n, K)
+        log_p = self.readout(read.float()).log_softmax(dim=-1)  # (B, n, K)
         entropy = -(log_p.exp() * log_p).sum(dim=-1)  # (B, n)
         if self.tokens == 'patches' and tokens.weight is not None:
             share = tokens.patch_weight

@@ -3,7 +3,7 @@
 Not from the paper: baselines that any refinement has to beat.
 """
 import math
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -57,12 +57,15 @@ class ClipNorms(FilterStep):
     def __init__(self, quantile: Optional[Quantile] = None,
                  mad: Optional[Positive] = None) -> None:
         super().__init__()
-        self.limit = norm_limit(quantile=quantile, mad=mad)
+        check_one('quantile=0.95 or mad=6.0', quantile, mad)
+        self.quantile, self.mad = quantile, mad
 
     def filter(self, tokens: Tokens) -> Tokens:
         """See :meth:`FilterStep.filter`."""
-        norms = token_norms(tokens.patches)
-        limit = self.limit(norms, tokens.patch_weight)
+        norms, weight = token_norms(tokens.patches), tokens.patch_weight
+        limit = outlier_threshold(norms, self.quantile, weight) \
+            if self.mad is None else robust_threshold(
+                norms, self.mad, weight=weight)[1]
         return tokens.with_patches(clip_norms(tokens.patches, norms, limit))
 
 
@@ -87,12 +90,8 @@ class MaskTokens(FilterStep):
     def __init__(self, mad: Optional[Positive] = None,
                  oracle: bool = False) -> None:
         super().__init__()
-        self.oracle = oracle
-        if not oracle or mad is not None:
-            self.limit = norm_limit(' or oracle=True', mad=mad)
-        if oracle and mad is not None:
-            raise ConfigError(f'mad={mad!r} has no effect with '
-                              'oracle=True. Give one of the two.')
+        check_one('mad=6.0 or oracle=True', mad, oracle or None)
+        self.mad, self.oracle = mad, oracle
 
     def prepare(self, teacher: nn.Module, layers: List[int]) -> None:
         """Raise :class:`ConfigError` if the teacher cannot give the mask."""
@@ -116,7 +115,8 @@ class MaskTokens(FilterStep):
         if self.oracle:
             return tokens.weighed(~_planter(self._teacher).planted_mask)
         norms = token_norms(tokens.patches)
-        return tokens.weighed(norms <= self.limit(norms, tokens.patch_weight))
+        return tokens.weighed(norms <= robust_threshold(
+            norms, self.mad, weight=tokens.patch_weight)[1])
 
 
 def _planter(teacher: nn.Module) -> Optional[nn.Module]:
@@ -178,33 +178,10 @@ def clip_norms(patches: Tensor, norms: Tensor, limit: Tensor) -> Tensor:
     return patches * scale.unsqueeze(-1).to(patches.dtype)
 
 
-Limit = Callable[[Tensor, Optional[Tensor]], Tensor]
-
-
-def norm_limit(more: str = '', **given: Any) -> Limit:
-    """A limit of norms from what the user wrote.
-
-    Args:
-        more (str): What else would be valid, for messages.
-        **given (float, optional): ``quantile``, ``mad``, or both of which
-            one is None.
-
-    Returns:
-        Callable: Takes norms and their weights, both (B, P), and returns the
-        limit, (B, 1) or a scalar.
-
-    Raises:
-        ConfigError: Unless exactly one is given.
-    """
-    chosen = {name: value for name, value in given.items()
-              if value is not None}
-    form = ' or '.join(f'{name}={0.95 if name == "quantile" else 6.0}'
-                       for name in given) + more
-    if len(chosen) != 1:
-        raise ConfigError(f'{next(iter(given))}: give {form}'
-                          f'{", not both" if chosen else ""}.')
-    (name, value), = chosen.items()
-    if name == 'quantile':
-        return lambda norms, weight: outlier_threshold(norms, value, weight)
-    return lambda norms, weight: robust_threshold(
-        norms, value, weight=weight)[1]
+def check_one(form: str, *given: Any) -> None:
+    """Raise :class:`ConfigError` unless one of two settings is given; the
+    form shows both, the first one's name first."""
+    count = sum(value is not None for value in given)
+    if count != 1:
+        raise ConfigError(f'{form.split("=")[0]}: give {form}'
+                          f'{", not both" if count else ""}.')

@@ -172,11 +172,6 @@ class RemoveOutlierSubspace(TargetStep):
             self._num_prefix = count - self._grid[0] * self._grid[1]
         return change_patches(output, count - self._num_prefix, part)
 
-    @property
-    def needs_calibration(self) -> bool:
-        """See :attr:`TargetStep.needs_calibration`."""
-        return not all(part.calibrated for part in self.subspaces.values())
-
     def calibrate_teacher(self, look: Look) -> str:
         """Find where the outliers of the targets arise, again until none is
         left, see :meth:`TargetStep.calibrate_teacher`."""

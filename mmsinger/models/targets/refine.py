@@ -214,11 +214,6 @@ class Refine(TargetStep):
                 f"{start['num_random']} random directions, E_safe "
                 f'{e_safe:.4f}, E_prob {e_prob:.4f}', logger='current')
 
-    @property
-    def needs_calibration(self) -> bool:
-        """See :attr:`TargetStep.needs_calibration`."""
-        return not all(part.calibrated for part in self.gates.values())
-
     def calibrate(self, patches: Dict[int, Tensor]) -> str:
         """Set the thresholds of the gate, see :meth:`TargetStep.calibrate`."""
         said = []

@@ -100,8 +100,12 @@ class TargetStep(nn.Module):
             teacher (FrozenTeacher): The teacher.
         """
 
-    #: Whether :meth:`calibrate` is still to be called before the first step
-    needs_calibration = False
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether :meth:`calibrate` is still to be called before the first
+        step: a part of the step says that it is not ``calibrated``."""
+        return not all(getattr(part, 'calibrated', True)
+                       for part in self.modules() if part is not self)
 
     def calibrate_teacher(self, look: Look) -> str:
         """Look at training images before anything else is calibrated, and

@@ -1,8 +1,6 @@
 """The frozen teacher: a backbone that is only ever read."""
-import contextlib
 import functools
-from typing import (Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple,
-                    Union)
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from mmengine.logging import print_log
@@ -289,7 +287,6 @@ class FrozenTeacher(FrozenModule):
         self.layers = layers
         self.feature_cache = feature_cache
         self._cached = FeatureCache(feature_cache)
-        self._counting = True
 
     def load_weights(self) -> None:
         """See :class:`FrozenModule`; tokens of other weights are dropped."""
@@ -300,18 +297,9 @@ class FrozenTeacher(FrozenModule):
         """Drop the tokens in ``feature_cache``: the teacher has changed."""
         self._cached = FeatureCache(self.feature_cache)
 
-    @contextlib.contextmanager
-    def uncounted(self) -> Iterator[None]:
-        """Images inside this context are none of an epoch: ``feature_cache``
-        does not count how often they come again."""
-        self._counting = False
-        try:
-            yield
-        finally:
-            self._counting = True
-
     def forward(self, images: Tensor, layers: Sequence[int],
-                normalisation: Normalisation) -> BlockTaps:
+                normalisation: Normalisation, count: bool = True
+                ) -> BlockTaps:
         """Run the backbone up to the deepest of some blocks.
 
         Args:
@@ -319,6 +307,7 @@ class FrozenTeacher(FrozenModule):
             layers (Sequence[int]): Indices of the blocks to record.
             normalisation (Normalisation): What the images were normalised
                 with.
+            count (bool): See :meth:`FeatureCache.recall`. Defaults to True.
 
         Returns:
             BlockTaps: The recorded outputs, raw (before any final norm),
@@ -334,7 +323,7 @@ class FrozenTeacher(FrozenModule):
 
         images = self.prepare(images, normalisation)
         if self.feature_cache:
-            return self._cached.recall(images, layers, run, self._counting)
+            return self._cached.recall(images, layers, run, count)
         return run(images)
 
     @functools.cached_property
