@@ -12,6 +12,10 @@ from urllib.error import URLError
 
 # Environment variable: show tracebacks of mistakes in a config too
 TRACEBACK = 'MMSINGER_TRACEBACK'
+# Classes of sections that need no type, and where these stand
+UNTYPED = {'OptimWrapper': 'optim_wrapper',
+           'ClsDataPreprocessor': 'data_preprocessor',
+           'SegDataPreProcessor': 'data_preprocessor'}
 
 
 class ConfigError(ValueError):
@@ -209,6 +213,8 @@ def _as_config_error(error: Exception) -> Optional[ConfigError]:
                 if place.endswith('.type'):
                     name = getattr(kind, '__name__', str(kind)).split('.')[-1]
                     found.setdefault(name, []).append(place[:-len('.type')])
+            for name, place in UNTYPED.items():
+                found.setdefault(name, [place])
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     hint = ''
     for frame, _ in reversed(frames):

@@ -86,9 +86,9 @@ def _teacher(source: Config, checkpoint: Optional[str]
     part, teacher = teacher_settings(source)
     if part == 'model.backbone':
         raise ConfigError(
-            f'--teacher: the source config is a {source.model.get("type")}, '
-            'which has no teacher. Give a distillation recipe or a file of '
-            'configs/_base_/teachers, or leave out --teacher.')
+            f'{source.filename!r} is a {source.model.get("type")}, which has '
+            'no teacher: give a distillation recipe or a file of '
+            'configs/_base_/teachers.')
     given = {key: teacher[key] for key in ('ignore_keys', 'input_size')
              if key in teacher}
     weights = dict(

@@ -529,6 +529,7 @@ def test_non_finite_loss_stops_the_run(tmp_path, place):
     ('value.py', "size = int('x')", 'ValueError: invalid literal'),
     ('broken.json', '{"model": ', 'JSONDecodeError'),
     ('bytes.py', b'model = "\xff\xfe"', 'UnicodeDecodeError'),
+    ('mark.py', '\ufeffmodel = 1', 'without a byte order mark'),
     ('picture.png', '', 'Only py/yml/yaml/json')])
 def test_config_files_that_raise(tmp_path, name, content, words):
     path = tmp_path / name

@@ -494,6 +494,10 @@ def test_dinov2_training_file(tmp_path):
         convert_checkpoint(path, out)
     with pytest.raises(ConfigError, match="Did you mean 'teacher'"):
         convert_checkpoint(path, out, key='techer')
+    flat = str(tmp_path / 'flat.pth')
+    torch.save(half, flat)
+    with pytest.raises(ConfigError, match='under no key. Leave --key out'):
+        convert_checkpoint(flat, out, key='teacher')
     result = convert_checkpoint(path, out, key='teacher', num_heads=HEADS)
     assert result.family == 'dinov2'
     assert_same_features(loaded(result), model, torch.randn(1, 3, 70, 70))

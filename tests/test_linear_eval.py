@@ -584,6 +584,11 @@ def test_a_head_is_for_the_backbone_it_was_trained_on(place, runs):
     refused = evaluated('another.pth')
     assert refused.returncode == 1 and 'Traceback' not in refused.stdout
     assert "trained on other weights than 'another.pth'" in refused.stdout
+    refused = forked.run(
+        'linear_eval.py', os.path.join(CONFIGS, 'cls_digits.py'), 'source.py',
+        'student.pth', '--head', 'cls/iter_5.pth', '--resume', cwd=place,
+        check=False)
+    assert refused.returncode == 2 and '--head trains nothing' in refused.stdout
 
 
 def test_resumed(place, runs):

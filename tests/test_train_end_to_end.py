@@ -211,6 +211,10 @@ def test_testing_leaves_the_records_of_the_run(place, long_run):
 @pytest.mark.parametrize('args, words', [
     (['--cfg-options', 'test_dataloader=None', 'test_evaluator=None',
       'test_cfg=None'], 'tools/linear_eval.py'),
+    (['--cfg-options', 'test_cfg=None'], 'no test_cfg'),
+    (['--cfg-options', 'test_evaluator=[]'], 'no test_evaluator'),
+    (['--show-dir', 'painted', '--cfg-options', 'visualizer=None'],
+     '--show-dir'),
     (['--out', 'maps', '--cfg-options',
       "test_evaluator=dict(_delete_=True, type='mmpretrain.Accuracy')"],
      'ends with .pkl'),

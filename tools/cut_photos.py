@@ -111,8 +111,9 @@ def main():
         raise ConfigError(
             f'--classes {args.classes}: {args.pictures!r} has {len(found)} '
             f'pictures ({", ".join(SUFFIXES)}) that serve: distinct, detailed '
-            f'and at least {CROP[0]} x {5 * CROP[0]} px. Ask for fewer, or '
-            'add pictures.')
+            f'and at least {CROP[0]} x {5 * CROP[0]} px, with the short side '
+            f'brought down to {SHORT_SIDE} (so squares are none). Ask for '
+            'fewer, or add pictures.')
     random = np.random.default_rng(0)
     with complete_folder(args.out) as out:
         for i in range(args.classes):

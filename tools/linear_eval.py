@@ -52,7 +52,10 @@ def parse_args():
     parser.add_cfg_options('the task config')
     parser.add_cfg_options('the source config', '--source-options')
     parser.add_launcher()
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.head and args.resume:
+        parser.error('--head trains nothing that --resume could go on with')
+    return args
 
 
 def stem(path):

@@ -68,7 +68,7 @@ def parse_args():
         maps.add_cfg_options('the config')
         if name == 'similarity':
             maps.add_argument('--patch', nargs=2, type=reader(
-                Annotated[float, Range(0, 1)]), metavar=('DOWN', 'RIGHT'),
+                Annotated[float, Range(0, 1, '[)')]), metavar=('DOWN', 'RIGHT'),
                               help='where the marked patch is, as shares of '
                               'height and width')
     sweep = add('sweep', 'figure 6: depth error by rank and quantile',
@@ -219,6 +219,8 @@ def map_figure(args):
     note = f'{os.path.basename(args.config)}, ' \
         f'{os.path.basename(args.checkpoint)}; images: ' \
         f'{", ".join(map(os.path.basename, args.images))}.'
+    # File names may hold bytes that no text can
+    note = note.encode(errors='backslashreplace').decode()
     return draw_maps(args.kind, images, features, note, tuple(args.patch))
 
 

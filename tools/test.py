@@ -135,17 +135,21 @@ def main():
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     if not cfg.get('model'):
         raise ConfigError(f'{args.config!r} has no model: give a recipe.')
-    if cfg.get('test_dataloader') is None or cfg.get('test_evaluator') is None:
+    lacking = [key for key in ('test_dataloader', 'test_evaluator', 'test_cfg')
+               if cfg.get(key) in (None, [])]
+    if lacking:
         raise ConfigError(
-            f'{args.config!r} has no test_dataloader and test_evaluator: there '
-            'is nothing to test on. A student without a head is evaluated by '
+            f'{args.config!r} has no {" and no ".join(lacking)}: there is '
+            'nothing to test. A student without a head is evaluated by '
             'tools/linear_eval.py.')
     if args.out:
         keep_predictions(cfg, args.out)
     if args.show_dir:
-        if 'visualization' not in cfg.get('default_hooks', {}):
+        if not (cfg.get('default_hooks') or {}).get('visualization') or \
+                not cfg.get('visualizer'):
             raise ConfigError('--show-dir: the config has no default_hooks.'
-                              'visualization hook that could paint.')
+                              'visualization hook that could paint, or no '
+                              'visualizer.')
         paint(cfg, args.show_dir)
     fit_workers(cfg)
     check_work_dir(cfg.work_dir, '--work-dir')

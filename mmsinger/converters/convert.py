@@ -281,6 +281,9 @@ def _chosen_weights(checkpoint: dict, source: str, key: Optional[str]
                if isinstance(value, dict) and any(
                    map(torch.is_tensor, value.values()))]
     if key is not None:
+        if not holding:
+            raise ConfigError(f'--key={key!r}: {source!r} has its tensors at '
+                              'the top, under no key. Leave --key out.')
         check_choice('--key', key, holding)
         return weights_of(checkpoint[key], source)
     try:

@@ -59,7 +59,11 @@ def dry_run(cfg: Config) -> str:
     cfg.visualizer = dict(type='mmengine.Visualizer')  # a report is kept
     if cfg.get('log_level') in (None, 'INFO'):
         cfg.log_level = 'WARNING'  # what matters is in the report
-    if cfg.get('default_hooks', {}).get('checkpoint'):
+    for hook in cfg.get('custom_hooks') or ():
+        for key in ('begin_iter', 'begin_epoch'):  # EMAHook's, after the end
+            if key in hook:
+                hook[key] = 0
+    if (cfg.get('default_hooks') or {}).get('checkpoint'):
         cfg.default_hooks.checkpoint.update(interval=STEPS + 1,
                                             save_last=False, out_dir=None)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

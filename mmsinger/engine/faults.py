@@ -44,6 +44,7 @@ def guard_loops(runner: Any) -> None:
         loop.run = explained(
             loop.run, TrainingError, lambda error, _, loop=loop, key=key: (
                 _loader_fault(error, loop.dataloader, key)
+                or _gradient_fault(error)
                 or _process_fault(error, runner)
                 or _folder_fault(error, runner)))
         loop.run_iter = explained(
@@ -111,10 +112,14 @@ def batch_fault(error: Exception, batch: Any, model: nn.Module, key: str
             map(torch.is_tensor, images)):
         return said
     sizes = [tuple(image.shape[-2:]) for image in images]
-    if len(set(sizes)) == 1 and min(sizes[0]) >= SMALL:
+    samples = batch_samples(batch)
+    known = {tuple(shape[:2]) for sample in samples
+             if (shape := getattr(sample, 'img_shape', None))}
+    if len(set(sizes)) == 1 and min(sizes[0]) >= SMALL or \
+            known and not known & set(sizes):  # features in their place
         return None
     names = [str(getattr(sample, 'img_path', '')) for sample
-             in batch_samples(batch)] + [''] * len(sizes)
+             in samples] + [''] * len(sizes)
     listed = dict.fromkeys(
         f'{name} {size[0]}x{size[1]}' for size, name in sorted(
             zip(sizes, names)))
@@ -268,6 +273,16 @@ def _kill(workers: List[Any]) -> None:
     for worker in workers:
         worker.kill()
         worker.join(5)
+
+
+def _gradient_fault(error: Exception) -> Optional[str]:
+    """Parameters that no loss reaches, for which processes would wait."""
+    return (
+        'Some parameters have no part in the losses, and processes wait for '
+        "each other's gradients of them (a head without a loss, blocks behind "
+        'the last one that is distilled). Freeze them, or set '
+        '--cfg-options find_unused_parameters=True.'
+    ) if 'find_unused_parameters=True' in str(error) else None
 
 
 def _process_fault(error: Exception, runner: Any) -> Optional[str]:

@@ -1,16 +1,14 @@
-"""How parameters are optimised: mixed precision on a CPU, the host toolboxes'
-own ways for the student, gradient clips of their own."""
+"""How parameters get their learning rates: mixed precision on a CPU, and the
+host toolboxes' own ways for the student."""
 import copy
 import difflib
 from contextlib import contextmanager
 from typing import Any, Dict, List, Literal, Optional, Sequence
 
 import torch
-from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
-from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch import nn
 
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError
@@ -76,6 +74,10 @@ class StudentFirstConstructor(DefaultOptimWrapperConstructor):
                 'optim_wrapper.constructor.')
         self.student_constructor = paramwise_cfg.pop('student_constructor')
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
+        # Of the student alone, whose parameters have no such prefix there
+        self._of_student = dict(paramwise_cfg, custom_keys={
+            key.removeprefix('student.'): settings for key, settings
+            in paramwise_cfg.get('custom_keys', {}).items()})
         self._given = copy.deepcopy(optim_wrapper_cfg)
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
@@ -93,7 +95,7 @@ class StudentFirstConstructor(DefaultOptimWrapperConstructor):
         build = OPTIM_WRAPPER_CONSTRUCTORS.build(dict(
             type=self.student_constructor,
             optim_wrapper_cfg=copy.deepcopy(self._given),
-            paramwise_cfg=copy.deepcopy(self.paramwise_cfg)))
+            paramwise_cfg=copy.deepcopy(self._of_student)))
         try:
             wrapper = build(model.student)
         except NotImplementedError:  # a backbone that it does not know
@@ -144,7 +146,7 @@ class StudentFirstConstructor(DefaultOptimWrapperConstructor):
     def _decay_by_block(self, model: nn.Module) -> OptimWrapper:
         """Decay by the student's blocks, as the toolboxes do it for ViTs:
         embeddings are layer 0, block i is i + 1, the rest comes last."""
-        options: Dict[str, Any] = dict(self.paramwise_cfg)
+        options: Dict[str, Any] = dict(self._of_student)
         rate = options.get('layer_decay_rate', options.get('decay_rate', 1.))
         if 'num_layers' in options:  # mmseg's, whose biases do not decay
             options = dict(options, norm_decay_mult=0., bias_decay_mult=0.,
@@ -185,63 +187,6 @@ def blocks_of(backbone: nn.Module) -> Optional[Sequence[nn.Module]]:
         return None
 
 
-class ClipApartHook(Hook):
-    """Clips gradients by a norm of their own, and leaves them out of
-    ``optim_wrapper.clip_grad``, where an entry of ``custom_keys`` has a
-    ``max_norm``::
-
-        optim_wrapper = dict(
-            clip_grad=dict(max_norm=1.0),
-            paramwise_cfg=dict(custom_keys={
-                'adapters': dict(lr_mult=0.03, max_norm=1.0)}))
-
-    :func:`~mmsinger.engine.prepare.build_runner` adds it to such a config.
-    The log has the norm before clipping as ``grad_norm_adapters``.
-
-    Args:
-        custom_keys (dict[str, dict]): Of ``paramwise_cfg``; a parameter
-            belongs to the longest key that is in its name, as for mmengine.
-
-    Raises:
-        ConfigError: If the others are not clipped by their norm too, or it
-            takes several processes to know it (FSDP).
-    """
-
-    def __init__(self, custom_keys: Dict[str, dict]) -> None:
-        self.keys = sorted(custom_keys, key=lambda key: (-len(key), key))
-        self.max_norms: Dict[str, float] = {
-            key: settings['max_norm'] for key, settings in custom_keys.items()
-            if 'max_norm' in settings}
-
-    def before_train(self, runner) -> None:
-        wrapper = runner.optim_wrapper
-        if not getattr(wrapper, 'clip_grad_kwargs', None) or \
-                wrapper.clip_func is not clip_grad_norm_:
-            raise ConfigError(
-                'max_norm in optim_wrapper.paramwise_cfg.custom_keys['
-                f'{next(iter(self.max_norms))!r}] needs optim_wrapper.'
-                'clip_grad=dict(max_norm=...) for all other parameters, and '
-                'a strategy that leaves gradients whole (not FSDP). Set '
-                'that, or remove it.')
-        keys = {id(parameter): next((k for k in self.keys if k in name), None)
-                for name, parameter in unwrap(runner.model).named_parameters()}
-
-        def clip(parameters: List[nn.Parameter], **kwargs: Any) -> Tensor:
-            apart: Dict[Optional[str], List[nn.Parameter]] = {
-                key: [] for key in (*self.max_norms, None)}
-            for parameter in parameters:
-                key = keys[id(parameter)]
-                apart[key if key in apart else None].append(parameter)
-            for key, max_norm in self.max_norms.items():
-                norm = clip_grad_norm_(apart[key],
-                                       **dict(kwargs, max_norm=max_norm))
-                runner.message_hub.update_scalar(f'train/grad_norm_{key}',
-                                                 float(norm))
-            return clip_grad_norm_(apart[None], **kwargs)
-
-        wrapper.clip_func = clip
-
-
 def check_custom_keys(model: nn.Module, custom_keys: Dict[str, dict]) -> None:
     """Hold ``custom_keys`` of a config against the names of parameters.
 
@@ -257,7 +202,8 @@ def check_custom_keys(model: nn.Module, custom_keys: Dict[str, dict]) -> None:
         ConfigError: If a key that matches nothing is a misspelt part of the
             model.
     """
-    names = [f'.{name}' for name, _ in model.named_parameters()]
+    names = [name if '.' in name else f'.{name}'  # as mmengine has them
+             for name, _ in model.named_parameters()]
     parts = [name for name, _ in model.named_children()]
     unused = [key for key in custom_keys if key != 'adapters' and not any(key in name for name in names)]
     for key in unused:

@@ -8,8 +8,8 @@ import inspect
 import math
 import re
 from collections.abc import Mapping
-from typing import (Annotated, Any, Callable, Iterable, List, Literal,
-                    NamedTuple, Optional, Union, get_args)
+from typing import (Annotated, Any, Callable, Iterable, Iterator, List,
+                    Literal, NamedTuple, Optional, Tuple, Union, get_args)
 
 import torch
 from mmengine import registry as mmengine_registry
@@ -81,8 +81,24 @@ HOOK_TYPES = dict(
     runtime_info='RuntimeInfoHook', timer='IterTimerHook',
     sampler_seed='DistSamplerSeedHook', logger='LoggerHook',
     param_scheduler='ParamSchedulerHook', checkpoint='CheckpointHook')
-# Numbers of other packages' classes, which check little
-NUMBERS = dict(
+# What a section is; another plain value would end in a bare traceback
+SECTIONS = {
+    **dict.fromkeys((
+        'optim_wrapper', 'optim_wrapper.paramwise_cfg',
+        'optim_wrapper.clip_grad', 'train_cfg', 'val_cfg', 'test_cfg',
+        'default_hooks', 'default_hooks.*', 'visualizer', 'log_processor',
+        'auto_scale_lr', 'model_wrapper_cfg', 'strategy', *LOADERS[:3]),
+        Optional[dict]),
+    **dict.fromkeys((
+        'env_cfg', 'env_cfg.dist_cfg', 'env_cfg.mp_cfg', 'randomness',
+        'optim_wrapper.optimizer', 'optim_wrapper.paramwise_cfg.custom_keys',
+        *(f'{loader}.{key}' for loader in LOADERS[:3]
+          for key in ('dataset', 'sampler'))), dict),
+    'param_scheduler': Union[dict, List[dict], None],
+    'log_level': Union[str, int], 'default_scope': Optional[str]}
+# Values of other packages' classes, which check little
+VALUES = dict(
+    data_root=Optional[str], out_dir=Optional[str],
     max_epochs=Count, max_iters=Count, val_interval=Count, batch_size=Count,
     num_classes=Count, num_workers=Natural, lr=NonNegative,
     weight_decay=NonNegative, loss_weight=NonNegative,
@@ -122,6 +138,7 @@ def check_parts(cfg: Config) -> None:
         if near:
             raise ConfigError(f'{key}: nothing reads it. Did you mean '
                               f'{near[0]!r}? A variable needs another name.')
+    check_sections(cfg)
     scope = cfg.get('default_scope') or 'mmengine'
     import_datasets(scope)
     with DefaultScope.overwrite_default_scope(scope):
@@ -142,6 +159,28 @@ def check_parts(cfg: Config) -> None:
                 _check_values(key, cfg[key], None, None)
         if isinstance(cfg.get('log_level'), str):
             check_choice('log_level', cfg.log_level, LEVELS)
+
+
+def check_sections(cfg: Config) -> None:
+    """Raise :class:`ConfigError` for a section that is a number, a text or a
+    list where a dict is expected."""
+    whole = {key: cfg[key] for key in cfg}
+    for place, hint in SECTIONS.items():
+        for found, value in _at(whole, place.split('.')):
+            if value is None or isinstance(value, (int, float, str, list,
+                                                   tuple)):
+                check_value(found, value, hint)
+
+
+def _at(node: Any, keys: List[str], place: str = ''
+        ) -> Iterator[Tuple[str, Any]]:
+    """What stands at a place, of which ``*`` is any key."""
+    if not keys:
+        yield place[1:], node
+    elif isinstance(node, Mapping):
+        for key in list(node) if keys[0] == '*' else keys[:1]:
+            if key in node:
+                yield from _at(node[key], keys[1:], f'{place}.{key}')
 
 
 def _top_slot(key: str, value: Any) -> Optional[Slot]:
@@ -276,9 +315,9 @@ def _check_values(place: str, node: Mapping, slot: Optional[Slot],
                   target: Any) -> None:
     defaults = arguments_of(target).defaults if target is not None else {}
     for key, value in node.items():
-        if key in NUMBERS and not isinstance(value, (list, tuple, Mapping)) \
+        if key in VALUES and not isinstance(value, (list, tuple, Mapping)) \
                 and (value is not None or defaults.get(key, 0) is not None):
-            check_value(f'{place}.{key}', value, NUMBERS[key])
+            check_value(f'{place}.{key}', value, VALUES[key])
         elif key == 'interval' and slot is not None and slot.name == 'HOOKS' \
                 and slot.also and arguments_of(target).hints.get(key) is Any:
             check_value(f'{place}.{key}', value, HOOK_INTERVAL)
@@ -322,7 +361,7 @@ def _check_paramwise(place: str, node: Mapping) -> None:
             known |= constants_in(_find(
                 f'{place}.{name}', kind, Slot('OPTIM_WRAPPER_CONSTRUCTORS')))
     _check_words(f'{place}.paramwise_cfg', options, known)
-    settings = {'lr_mult', 'decay_mult', 'max_norm'}
+    settings = {'lr_mult', 'decay_mult'}
     optimizer = node.get('optimizer')
     if isinstance(optimizer, Mapping) and 'type' in optimizer:
         kind = _find(f'{place}.optimizer', optimizer['type'],

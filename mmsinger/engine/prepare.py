@@ -26,7 +26,7 @@ from mmsinger.engine.checks import (check_data_folders, check_pretrained,
                                     inner_datasets)
 from mmsinger.engine.logs import (ParameterGroupsHook, demote_details,
                                   drop_starts)
-from mmsinger.engine.optim import ClipApartHook, check_custom_keys
+from mmsinger.engine.optim import check_custom_keys
 from mmsinger.engine.options import apply_options
 from mmsinger.engine.parts import check_parts
 from mmsinger.engine.resume import (check_checkpoint_files,
@@ -87,8 +87,11 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
         with onedl_config_packages():
             cfg = Config.fromfile(path)
     except Exception as error:  # it is a program, and may raise anything
-        raise ConfigError(f'config {path!r} cannot be read: '
-                          f'{_said(error)}') from error
+        said = _said(error)
+        if 'U+FEFF' in said:
+            said += '. Save the file without a byte order mark (plain UTF-8)'
+        raise ConfigError(f'config {path!r} cannot be read: {said}'
+                          ) from error
     object.__setattr__(cfg, '__class__', RunConfig)
     if options:
         apply_options(cfg, options)
@@ -163,12 +166,10 @@ def build_runner(cfg: Config) -> Runner:
         else Runner.from_cfg(cfg)
     model = unwrap(runner.model)
     check_pretrained(cfg.model, model)
-    keys = ((cfg.get('optim_wrapper') or {}).get('paramwise_cfg')
-            or {}).get('custom_keys') or {}
     if isinstance(model, torch.nn.Module):  # FlexibleRunner builds it later
-        check_custom_keys(model, keys)
-    if any('max_norm' in settings for settings in keys.values()):
-        runner.register_hook(ClipApartHook(keys))
+        check_custom_keys(model, (
+            (cfg.get('optim_wrapper') or {}).get('paramwise_cfg')
+            or {}).get('custom_keys', {}))
     runner.logger.addFilter(demote_details)
     if cfg.get('resume') and cfg.get('load_from'):
         runner.logger.addFilter(drop_starts)

@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 import torch
 from mmengine.config import Config
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop
@@ -171,6 +171,13 @@ def check_fit(runner: Any, checkpoint: Dict[str, Any], changed: List[str]
                 'a teacher, a best or a published checkpoint). Give an '
                 'iter_*.pth or epoch_*.pth of this run, or begin anew from '
                 f'these weights with --cfg-options load_from={source}.')
+        if 'ema_state_dict' in checkpoint and not any(
+                isinstance(hook, EMAHook) for hook in runner.hooks):
+            raise ConfigError(
+                f'{name} is of a run with an EMAHook: its weights are '
+                'averages, its optimizer is that of others. Put the hook back '
+                'into custom_hooks, or begin anew from the averages with '
+                f'--cfg-options load_from={source}.')
     model = unwrap(runner.model)
     if is_sharded(runner.model) or not (
             resume or isinstance(model, BaseDistiller)):

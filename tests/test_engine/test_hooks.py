@@ -24,15 +24,13 @@ from torch.utils.data import default_collate
 from yapf.yapflib import yapf_api
 
 from mmsinger.checkpoint import load_checkpoint
-from mmsinger.engine.hooks import (DiagnosticsHook, RandomStateHook,
-                                   RunGuardHook, SafeCheckpointHook,
-                                   SiNGERAdapterHook, StudentCheckpointHook,
-                                   CalibrationHook, calibration_hook,
+from mmsinger.engine.hooks import (CalibrationHook, DiagnosticsHook,
+                                   RandomStateHook, RunGuardHook,
+                                   SafeCheckpointHook, SiNGERAdapterHook,
+                                   StudentCheckpointHook, calibration_hook,
                                    knn_bank_hook)
-from mmsinger.engine.optim import ClipApartHook
-from mmsinger.engine.prepare import (add_required_hooks, build_runner,
-                                     fit_workers, load_config,
-                                     prepare_training)
+from mmsinger.engine.prepare import (add_required_hooks, fit_workers,
+                                     load_config, prepare_training)
 from mmsinger.errors import ConfigError, TrainingError
 from mmsinger.export import student_config
 from mmsinger.files import LOCK, unlock_folder
@@ -142,10 +140,8 @@ def files(folder, pattern='*.pth'):
 
 # -- gradient clips ----------------------------------------------------------
 
-KEYS = 'optim_wrapper.paramwise_cfg.custom_keys'
 
-
-def one_step(make, **custom_keys):
+def one_step(make, **options):
     """How far each part of the model gets in a step of SGD at a rate of 1,
     which is the norm of the gradient that it is given; and what is logged."""
     starts, squares = {}, {}
@@ -155,12 +151,12 @@ def one_step(make, **custom_keys):
                        in runner.model.named_parameters()})
 
     runner = make(
-        max_iters=1, hooks=[ClipApartHook(custom_keys),
-                            Spy('LOWEST', before_train=keep)],
+        max_iters=1, hooks=[Spy('LOWEST', before_train=keep)],
         **{'optim_wrapper.clip_grad': dict(max_norm=0.5),
            'optim_wrapper.optimizer': dict(
                _delete_=True, type='SGD', lr=1., weight_decay=0.),
-           KEYS: dict(_delete_=True, **custom_keys)})
+           'optim_wrapper.paramwise_cfg': dict(
+               _delete_=True, norm_decay_mult=0.), **options})
     runner.train()
     for name, value in runner.model.named_parameters():
         part = name.split('.')[0]
@@ -171,40 +167,45 @@ def one_step(make, **custom_keys):
          in runner.message_hub.log_scalars.items() if 'grad_norm' in name}
 
 
-def test_gradients_under_a_key_are_clipped_apart(make):
-    shared, logged = one_step(make, adapters=dict(), projectors=dict())
+def apart(**max_norms):
+    return dict(custom_hooks=[dict(type='mmsinger.ClipApartHook',
+                                   max_norms=max_norms)])
+
+
+def test_gradients_of_a_part_are_clipped_apart(make):
+    shared, logged = one_step(make)
     assert set(logged) == {'train/grad_norm'}
     assert sum(v**2 for v in shared.values())**0.5 == pytest.approx(
         0.5, rel=1e-4)
-    apart, logged = one_step(make, adapters=dict(max_norm=1e-3),
-                             projectors=dict())
-    assert apart.pop('adapters') == pytest.approx(1e-3, rel=1e-4)
+    others, logged = one_step(make, **apart(adapters=1e-3))
+    assert others.pop('adapters') == pytest.approx(1e-3, rel=1e-4)
     assert logged['train/grad_norm_adapters'] > 1e-3
     # The others are clipped without them
-    assert sum(v**2 for v in apart.values())**0.5 == pytest.approx(
+    assert sum(v**2 for v in others.values())**0.5 == pytest.approx(
         0.5, rel=1e-4)
-    assert all(apart[part] > shared[part] for part in apart)
+    assert all(others[part] > shared[part] for part in others)
 
 
-def test_a_clip_apart_needs_one_of_the_others(make):
-    hook = ClipApartHook(dict(adapters=dict(max_norm=1.)))
-    runner = make(hooks=[hook], **{'optim_wrapper.clip_grad': None})
-    with pytest.raises(ConfigError, match=r"custom_keys\['adapters'\] needs "
-                       r'optim_wrapper\.clip_grad='):
-        runner.train()
+def test_the_longest_part_of_a_name_counts(make):
+    found, _ = one_step(make, **apart(**{
+        'student': 1e-2, 'student.backbone': 1e-3}))
+    assert found['student'] == pytest.approx((1e-4 + 1e-6)**0.5, rel=1e-3)
 
 
-def test_a_config_with_a_clip_apart_gets_its_hook(make, tiny_config,
-                                                  tmp_path):
-    cfg = copy.deepcopy(tiny_config)
-    for value, expected in ((None, []), (2., [dict(adapters=2.)])):
-        if value:
-            cfg.merge_from_dict({f'{KEYS}.adapters.max_norm': value})
-        cfg.work_dir = str(tmp_path / str(value))
-        cfg.experiment_name = uuid.uuid4().hex
-        prepare_training(cfg)
-        assert [hook.max_norms for hook in build_runner(cfg).hooks
-                if isinstance(hook, ClipApartHook)] == expected
+@pytest.mark.parametrize('options, said', [
+    ({'optim_wrapper.clip_grad': None}, r'needs optim_wrapper\.clip_grad='),
+    ({'optim_wrapper.clip_grad': dict(_delete_=True, type='value',
+                                      clip_value=1.)},
+     r'needs optim_wrapper\.clip_grad='),
+    (apart(adaptors=1.), "'adaptors'.*no parameter.*'adapters'")])
+def test_what_cannot_be_clipped_apart(make, options, said):
+    with pytest.raises(ConfigError, match=said):
+        make(**{**apart(adapters=1.), **options}).train()
+
+
+def test_a_negative_norm_is_refused(make):
+    with pytest.raises(ConfigError, match=r'max_norms.adapters=-1'):
+        make(**apart(adapters=-1.))
 
 
 # -- adapters ----------------------------------------------------------------
@@ -529,6 +530,16 @@ def test_the_student_of_an_averaged_model(make, tmp_path, validate):
                 assert torch.equal(value, averages[step - 1][key]), key
         assert any(not torch.equal(value, raw[step - 1][key])
                    for key, value in student.items())
+
+
+def test_a_run_with_averages_does_not_go_on_without(make, tmp_path):
+    hooks = {'custom_hooks': [dict(type='EMAHook', momentum=0.5)]}
+    make(2, **SAVING, **hooks).train()
+    make(3, resume=True, **SAVING, **hooks).train()
+    with pytest.raises(ConfigError, match='EMAHook.*load_from='):
+        make(4, resume=True, **SAVING).train()
+    path = str(tmp_path / 'iter_2.pth')
+    make(1, load_from=path, work_dir=str(tmp_path / 'new')).train()
 
 
 def test_a_missing_student_is_written_when_the_run_is_resumed(make, tmp_path):

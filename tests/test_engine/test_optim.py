@@ -214,6 +214,20 @@ def test_a_backbone_without_blocks(tmp_path):
         groups_of(Distiller(student), cfg.optim_wrapper)
 
 
+def test_a_key_with_the_students_name():
+    """As it is called without a constructor of its own."""
+    student = nn.ModuleDict({'backbone': nn.Linear(1, 1)})
+    build = optim.StudentFirstConstructor(
+        dict(optimizer=dict(type='SGD', lr=1.)), dict(
+            student_constructor='DefaultOptimWrapperConstructor',
+            custom_keys={'student.backbone': dict(lr_mult=0.5),
+                         'adapters': dict(lr_mult=0.1)}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Distiller, 'student_backbone', student['backbone'])
+        groups = build(Distiller(student)).optimizer.param_groups
+    assert [group['lr'] for group in groups] == [0.5, 0.5, 1., 1., 0.1]
+
+
 def test_keys_without_effect(monkeypatch):
     said = []
     monkeypatch.setattr(optim, 'print_log',
@@ -222,7 +236,9 @@ def test_keys_without_effect(monkeypatch):
     check_custom_keys(model, {
         'norm': dict(), '.weight': dict(), 'adapters': dict()})
     assert len(said) == 1 and "'norm' are in the name of no" in said[0]
+    check_custom_keys(model, {'.adapters': dict(), 'adapters.w': dict()})
+    assert len(said) == 2 and "'.adapters' are in the name of no" in said[1]
     check_custom_keys(nn.ModuleDict(), {'adapters': dict()})
-    assert len(said) == 1  # FitNet on SiNGER's schedule
+    assert len(said) == 2  # FitNet on SiNGER's schedule
     with pytest.raises(ConfigError, match="'adaptors'.*Did you mean 'adapt"):
         check_custom_keys(model, {'adaptors': dict()})

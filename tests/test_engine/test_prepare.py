@@ -138,6 +138,7 @@ def test_dry_run_leaves_nothing(place):
     output = forked.run(
         'train.py', tiny.SEG_CONFIG, '--dry-run', '--cfg-options',
         'visualizer.save_dir=pictures', 'default_hooks.checkpoint.out_dir=out',
+        "custom_hooks=[dict(type='EMAHook',begin_iter=5)]",  # of 6
         cwd=place).stdout
     assert [name for name in sorted(os.listdir(place)) if name not in before
             and not name.startswith('output_')] == []

@@ -307,6 +307,13 @@ def test_missing_keys(saved):
     assert 'unexpected' not in text
 
 
+def test_a_checkpoint_of_a_distillation_holds_no_teacher(saved):
+    text = message(saved({'student.backbone.cls_token': torch.zeros(2),
+                          'adapters.1.up': torch.zeros(2)}, prefix='teacher'))
+    assert 'checkpoint of a distillation, which never holds the teacher' in \
+        text and 'adapters.' not in text
+
+
 def test_unexpected_keys(saved):
     file = dict(weights(), **{'head.weight': torch.zeros(2)})
     text = message(saved(file))

@@ -154,6 +154,11 @@ class FrozenModule(nn.Module):
                  if k.startswith(self.prefix)}
         if not found:
             tops = sorted({k.split('.')[0] + '.' for k in weights})
+            if 'student.' in tops:
+                raise ConfigError(
+                    f'{key}={self.checkpoint!r} is a checkpoint of a '
+                    f'distillation, which never holds the {self.role}. Give '
+                    'the weights that it was distilled from.')
             raise ConfigError(
                 f'{self.role}.prefix={self.prefix!r}: no key of '
                 f'{self.checkpoint!r} begins with it. They begin with '
