@@ -60,9 +60,10 @@ def dry_run(cfg: Config) -> str:
     if cfg.get('log_level') in (None, 'INFO'):
         cfg.log_level = 'WARNING'  # what matters is in the report
     for hook in cfg.get('custom_hooks') or ():
-        for key in ('begin_iter', 'begin_epoch'):  # EMAHook's, after the end
-            if key in hook:
-                hook[key] = 0
+        # EMAHook's may be after these few steps
+        for key in {'begin_iter', 'begin_epoch'} & set(
+                hook if isinstance(hook, dict) else ()):
+            hook[key] = 0
     if (cfg.get('default_hooks') or {}).get('checkpoint'):
         cfg.default_hooks.checkpoint.update(interval=STEPS + 1,
                                             save_last=False, out_dir=None)

@@ -87,13 +87,12 @@ SECTIONS = {
         'optim_wrapper', 'optim_wrapper.paramwise_cfg',
         'optim_wrapper.clip_grad', 'train_cfg', 'val_cfg', 'test_cfg',
         'default_hooks', 'default_hooks.*', 'visualizer', 'log_processor',
-        'auto_scale_lr', 'model_wrapper_cfg', 'strategy', *LOADERS[:3]),
-        Optional[dict]),
+        'auto_scale_lr', 'model_wrapper_cfg', 'strategy', *LOADERS[:3],
+        *(f'{loader}.sampler' for loader in LOADERS[:3])), Optional[dict]),
     **dict.fromkeys((
         'env_cfg', 'env_cfg.dist_cfg', 'env_cfg.mp_cfg', 'randomness',
         'optim_wrapper.optimizer', 'optim_wrapper.paramwise_cfg.custom_keys',
-        *(f'{loader}.{key}' for loader in LOADERS[:3]
-          for key in ('dataset', 'sampler'))), dict),
+        *(f'{loader}.dataset' for loader in LOADERS[:3])), dict),
     'param_scheduler': Union[dict, List[dict], None],
     'log_level': Union[str, int], 'default_scope': Optional[str]}
 # Values of other packages' classes, which check little

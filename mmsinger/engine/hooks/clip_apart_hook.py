@@ -60,7 +60,7 @@ class ClipApartHook(Hook):
             apart: Dict[Optional[str], List[nn.Parameter]] = {
                 key: [] for key in (*self.max_norms, None)}
             for parameter in parameters:
-                apart[keys[id(parameter)]].append(parameter)
+                apart[keys.get(id(parameter))].append(parameter)
             for key, max_norm in self.max_norms.items():
                 norm = clip_grad_norm_(apart[key],
                                        **dict(kwargs, max_norm=max_norm))
