@@ -150,10 +150,10 @@ METHODS: Dict[str, Method] = {
     'singer': Method('SiNGER', 'singer', setting=MULTIPLIER, seconds=143.),
     # The distiller's own refinement comes before the steps in `targets`
     'singer_entropy': Method(
-        'SiNGER, L_KD and L_outlier weighed by the teacher\'s entropy',
-        'fitnet', (*_ENTROPY, 'model.targets.step.strength=0.5',
-                   'model.targets.refine.type=mmsinger.Refine',
-                   'model.over_layers=mean'), MULTIPLIER),
+        'SiNGER, weighed by the teacher\'s entropy', 'fitnet',
+        (*_ENTROPY, 'model.targets.step.strength=0.5',
+         'model.targets.refine.type=mmsinger.Refine',
+         'model.over_layers=mean'), MULTIPLIER),
     'removing': Method('SiNGER, gain -1', 'singer',
                        ('model.adapter.gain=-1', ), MULTIPLIER),
     'settled': Method('SiNGER, adapters trained first, then frozen', 'singer',
