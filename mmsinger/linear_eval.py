@@ -86,8 +86,8 @@ def _teacher(source: Config, checkpoint: Optional[str]
     part, teacher = teacher_settings(source)
     if part == 'model.backbone':
         raise ConfigError(
-            f'{source.filename!r} is a {source.model.get("type")}, which has '
-            'no teacher: give a distillation recipe or a file of '
+            f'{source.filename or "The config"} is a '
+            f'{source.model.get("type")}, which has no teacher: give a distillation recipe or a file of '
             'configs/_base_/teachers.')
     given = {key: teacher[key] for key in ('ignore_keys', 'input_size')
              if key in teacher}

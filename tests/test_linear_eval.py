@@ -407,7 +407,7 @@ def test_errors_of_composing():
     with pytest.raises(ConfigError, match='configs/linear_eval'):
         evaluation_config(source, source, 'x.pth')
     plain = Config(dict(model=source.model.student))
-    with pytest.raises(ConfigError, match='--teacher: .*EncoderDecoder'):
+    with pytest.raises(ConfigError, match='EncoderDecoder, which has no teacher: give'):
         evaluation_config(task(), plain, teacher=True)
 
 
