@@ -87,8 +87,8 @@ def _teacher(source: Config, checkpoint: Optional[str]
     if part == 'model.backbone':
         raise ConfigError(
             f'{source.filename or "The config"} is a '
-            f'{source.model.get("type")}, which has no teacher: give a distillation recipe or a file of '
-            'configs/_base_/teachers.')
+            f'{source.model.get("type")}, which has no teacher: give a '
+            'distillation recipe or a file of configs/_base_/teachers.')
     given = {key: teacher[key] for key in ('ignore_keys', 'input_size')
              if key in teacher}
     weights = dict(
