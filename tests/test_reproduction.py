@@ -724,17 +724,24 @@ def searched(scores):
     return found
 
 
+RATES = evidence.WHOLE.rates
+
+
+def best_of(scores, study=evidence.WHOLE):
+    return evidence.chosen(searched(scores), study)
+
+
 def test_the_best_rate_is_chosen():
     scores = {('clean', 'fitnet', None, rate): score for rate, score
-              in zip(evidence.WHOLE.rates, (18, 35, 60.5, 61.5, 40))}
-    best = evidence.chosen(searched(scores), evidence.WHOLE)
+              in zip(RATES, (18, 35, 60.5, 61.5, 40))}
+    best = best_of(scores)
     assert best == {'clean/fitnet': dict(
         rate=0.03, setting=None, score=61.5, edge=False)}
     # the best at the edge, and a search that is not finished, are marked
     scores['clean', 'fitnet', None, 0.1] = 70
-    assert evidence.chosen(searched(scores), evidence.WHOLE)['clean/fitnet']['edge']
+    assert best_of(scores)['clean/fitnet']['edge']
     del scores['clean', 'fitnet', None, 0.1]
-    assert evidence.chosen(searched(scores), evidence.WHOLE)['clean/fitnet']['edge']
+    assert best_of(scores)['clean/fitnet']['edge']
 
 
 @pytest.mark.parametrize('place, edge', [
@@ -745,9 +752,9 @@ def test_adapters_rates_have_edges_too(place, edge):
     scores = {('direction', 'singer', value, rate):
               10. + 9. * ((i, j) == place)
               for i, value in enumerate(values)
-              for j, rate in enumerate(evidence.WHOLE.rates)}
-    best = evidence.chosen(searched(scores), evidence.WHOLE)['direction/singer']
-    assert best == dict(rate=evidence.WHOLE.rates[place[1]], score=19., edge=edge,
+              for j, rate in enumerate(RATES)}
+    best = best_of(scores)['direction/singer']
+    assert best == dict(rate=RATES[place[1]], score=19., edge=edge,
                         setting=values[place[0]])
 
 
@@ -758,9 +765,9 @@ def test_a_setting_may_end_where_nothing_is_beyond(place, edge):
     values = evidence.METHODS['entropy'].values
     scores = {('imbalance50', 'entropy', value, rate): float((i, j) == place)
               for i, value in enumerate(values)
-              for j, rate in enumerate(evidence.WHOLE.rates)}
-    best, = evidence.chosen(searched(scores), evidence.LONGTAIL).values()
-    assert best == dict(rate=evidence.WHOLE.rates[place[1]], score=1., edge=edge,
+              for j, rate in enumerate(RATES)}
+    best, = best_of(scores, evidence.LONGTAIL).values()
+    assert best == dict(rate=RATES[place[1]], score=1., edge=edge,
                         setting=values[place[0]])
 
 
@@ -1068,7 +1075,7 @@ def test_adapters_that_settle_first_stay_as_they_are():
     assert 'model.loss_kd.loss_weight=0' in first.options
     students = [job for job in table.jobs.values()
                 if job.needs == [name] and job.tool == 'train.py']
-    assert len(students) == len(evidence.WHOLE.rates)
+    assert len(students) == len(RATES)
     for job in students:
         assert f'{evidence.ADAPTERS}.lr_mult=0' in job.options
         assert f'load_from={{checkpoint:{name}}}' in job.options

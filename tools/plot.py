@@ -68,9 +68,9 @@ def parse_args():
         maps.add_cfg_options('the config')
         if name == 'similarity':
             maps.add_argument('--patch', nargs=2, type=reader(
-                Annotated[float, Range(0, 1, '[)')]), metavar=('DOWN', 'RIGHT'),
-                              help='where the marked patch is, as shares of '
-                              'height and width')
+                Annotated[float, Range(0, 1, '[)')]),
+                              metavar=('DOWN', 'RIGHT'), help='where the '
+                              'marked patch is, as shares of height and width')
     sweep = add('sweep', 'figure 6: depth error by rank and quantile',
                 sweep_figure)
     sweep.add_argument('csv', help='sweep.csv of tools/reproduce.py')

@@ -205,7 +205,8 @@ def check_custom_keys(model: nn.Module, custom_keys: Dict[str, dict]) -> None:
     names = [name if '.' in name else f'.{name}'  # as mmengine has them
              for name, _ in model.named_parameters()]
     parts = [name for name, _ in model.named_children()]
-    unused = [key for key in custom_keys if key != 'adapters' and not any(key in name for name in names)]
+    unused = [key for key in custom_keys
+              if key != 'adapters' and not any(key in name for name in names)]
     for key in unused:
         near = difflib.get_close_matches(key.split('.')[0], parts, 1, 0.75)
         if near and near[0] != key.split('.')[0]:

@@ -16,7 +16,8 @@ from reproduction.workspace import Record, Workspace, fingerprint
 
 from mmsinger.errors import ConfigError
 
-SINGLE = ('measure.py', 'explained_variance.py')  # tools that run in one process only
+# Tools that run in one process only
+SINGLE = ('measure.py', 'explained_variance.py')
 
 
 @dataclass
