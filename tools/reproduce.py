@@ -90,7 +90,7 @@ def chosen_tables(args):
             raise ConfigError(f'table {name!r} needs --profile '
                               f'{" or ".join(where)}.')
         check_choice('table', name, (
-            *known, *['all'] * (args.profile != 'photos')))
+            *known, *(['all'] if TABLES.keys() <= known.keys() else [])))
     names = dict.fromkeys(
         each for name in args.table
         for each in (TABLES if name == 'all' else [name]))

@@ -60,10 +60,9 @@ def dry_run(cfg: Config) -> str:
     if cfg.get('log_level') in (None, 'INFO'):
         cfg.log_level = 'WARNING'  # what matters is in the report
     for hook in cfg.get('custom_hooks') or ():
-        # EMAHook's may be after these few steps
-        for key in {'begin_iter', 'begin_epoch'} & set(
-                hook if isinstance(hook, dict) else ()):
-            hook[key] = 0
+        if isinstance(hook, dict):  # EMAHook's may be after these few steps
+            hook.update({key: 0 for key in ('begin_iter', 'begin_epoch')
+                         if key in hook})
     if (cfg.get('default_hooks') or {}).get('checkpoint'):
         cfg.default_hooks.checkpoint.update(interval=STEPS + 1,
                                             save_last=False, out_dir=None)

@@ -8,8 +8,8 @@ import inspect
 import math
 import re
 from collections.abc import Mapping
-from typing import (Annotated, Any, Callable, Iterable, Iterator, List,
-                    Literal, NamedTuple, Optional, Tuple, Union, get_args)
+from typing import (Annotated, Any, Callable, Iterable, List, Literal,
+                    NamedTuple, Optional, Union, get_args)
 
 import torch
 from mmengine import registry as mmengine_registry
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from mmsinger.engine.logs import import_datasets
 from mmsinger.engine.options import READ
-from mmsinger.errors import ConfigError, check_choice, check_keys
+from mmsinger.errors import ConfigError, check_choice, check_keys, places
 from mmsinger.images import check_scale
 from mmsinger.registry import arguments_of, check_arguments, source_of
 from mmsinger.schema import (Count, DefaultType, Natural, NonNegative,
@@ -137,7 +137,7 @@ def check_parts(cfg: Config) -> None:
         if near:
             raise ConfigError(f'{key}: nothing reads it. Did you mean '
                               f'{near[0]!r}? A variable needs another name.')
-    check_sections(cfg)
+    _check_sections(cfg)
     scope = cfg.get('default_scope') or 'mmengine'
     import_datasets(scope)
     with DefaultScope.overwrite_default_scope(scope):
@@ -160,26 +160,15 @@ def check_parts(cfg: Config) -> None:
             check_choice('log_level', cfg.log_level, LEVELS)
 
 
-def check_sections(cfg: Config) -> None:
+def _check_sections(cfg: Config) -> None:
     """Raise :class:`ConfigError` for a section that is a number, a text or a
     list where a dict is expected."""
-    whole = {key: cfg[key] for key in cfg}
-    for place, hint in SECTIONS.items():
-        for found, value in _at(whole, place.split('.')):
-            if value is None or isinstance(value, (int, float, str, list,
-                                                   tuple)):
-                check_value(found, value, hint)
-
-
-def _at(node: Any, keys: List[str], place: str = ''
-        ) -> Iterator[Tuple[str, Any]]:
-    """What stands at a place, of which ``*`` is any key."""
-    if not keys:
-        yield place[1:], node
-    elif isinstance(node, Mapping):
-        for key in list(node) if keys[0] == '*' else keys[:1]:
-            if key in node:
-                yield from _at(node[key], keys[1:], f'{place}.{key}')
+    for place, value in places({key: cfg[key] for key in cfg}):
+        hint = SECTIONS.get(re.sub(r'^default_hooks\.[^.]+$',
+                                   'default_hooks.*', place))
+        if hint is not None and (value is None or isinstance(
+                value, (int, float, str, list, tuple))):
+            check_value(place, value, hint)
 
 
 def _top_slot(key: str, value: Any) -> Optional[Slot]:
