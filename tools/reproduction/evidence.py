@@ -188,6 +188,8 @@ class Study:
             none.
         whole (bool): With columns for equal time and for what the teacher's
             own head says. Defaults to False.
+        search (str): The table that finds the rates. Defaults to
+            ``'search'``.
     """
     title: str
     data: str
@@ -198,6 +200,7 @@ class Study:
     steps: int = 1000  # of configs/_base_/schedules/adamw_digits_distil.py
     options: Tuple[str, ...] = ()
     whole: bool = False
+    search: str = 'search'
 
 
 WHOLE = Study(
@@ -223,6 +226,7 @@ DEMO = replace(
     plan=(('subspace', ('fitnet', 'singer', 'robust')), ))
 LONGTAIL = replace(
     WHOLE, title='Tuned methods on long-tailed scenes', whole=False,
+    search='longtail_search',
     data='Distilled from the clean teacher, and probed, on scenes in which '
     'digit 0 is so many times (the imbalance) as frequent as digit 9; '
     'accuracy and recall on balanced scenes.',
@@ -269,11 +273,11 @@ LEAST_RECOVERY_OF_A_SEED = 0.6
 MOST_LOSS = 1.  # points against FitNet, clean; against the best simple filter
 
 
-def search(name: str, study: Study, profile: Profile, seeds: Sequence[int],
+def search(study: Study, profile: Profile, seeds: Sequence[int],
            quick: bool = False) -> Table:
     """Learning rates of every method with every teacher, seed 0."""
     table = Table(
-        name, 'Search of learning rates',
+        study.search, 'Search of learning rates',
         f'{SCORE.title} on images of the training data that are neither '
         'distilled from nor probed with; seed 0. In each row the rate of the '
         'student; the rows of a method differ in what else is searched.',
@@ -285,7 +289,8 @@ def search(name: str, study: Study, profile: Profile, seeds: Sequence[int],
             for value in METHODS[method].values:
                 table.add_row(row(method, case, value), [
                     Cell(((Source(planner.evaluate_student(_distil(
-                        planner, study, method, case, 0, rate, value),
+                        planner, study, method, case, 0, rate, value,
+                        study.steps),
                         tuning, 0), tuning.metric), ), ))
                     for rate in study.rates])
     table.conclude = lambda results: _say_chosen(chosen(results, study))
@@ -369,7 +374,7 @@ def compare(name: str, study: Study, profile: Profile, seeds: Sequence[int],
         tuned = json.load(file)
     table = Table(
         name, study.title, f'{study.data} Mean ± std over seeds. Rates by '
-        '`search`; a * marks those at the edge of what was tried.',
+        f'`{study.search}`; a * marks those at the edge of what was tried.',
         [column for column, _ in study.tasks] + [TIMED, OWN] * study.whole)
     planner = Planner(table, profile, seeds, quick)
     shown: List[Tuple[str, str]] = []
@@ -413,12 +418,12 @@ def compare(name: str, study: Study, profile: Profile, seeds: Sequence[int],
 
 TABLES = {  # by profile
     'digits': dict(
-        search=partial(search, 'search', WHOLE),
+        search=partial(search, WHOLE),
         evidence=partial(compare, 'evidence', WHOLE),
         evidence_quick=partial(compare, 'evidence_quick', QUICK),
-        longtail_search=partial(search, 'longtail_search', LONGTAIL),
+        longtail_search=partial(search, LONGTAIL),
         longtail=partial(compare, 'longtail', LONGTAIL), demo=demo),
-    'photos': dict(search=partial(search, 'search', PHOTOS),
+    'photos': dict(search=partial(search, PHOTOS),
                    evidence=partial(compare, 'evidence', PHOTOS))}
 
 
@@ -454,8 +459,7 @@ def _plain(value: object) -> str:
 
 
 def _distil(planner: Planner, study: Study, method: str, case: str, seed: int,
-            rate: float, value: Optional[float], steps: Optional[int] = None
-            ) -> str:
+            rate: float, value: Optional[float], steps: int) -> str:
     chosen_method = METHODS[method]
 
     def distil(name: str, rate: float, *options: str) -> str:
@@ -477,7 +481,7 @@ def _distil(planner: Planner, study: Study, method: str, case: str, seed: int,
     elif chosen_method.setting is not None:
         options = [f'{chosen_method.setting.key}={value:g}']
         name += f'-x{value:g}'
-    if steps not in (None, study.steps):
+    if steps != study.steps:
         options += [f'train_cfg.max_iters={steps}',
                     f'param_scheduler.1.end={steps}']
         name += f'-{steps}steps'
