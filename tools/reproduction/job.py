@@ -53,7 +53,7 @@ def run(plan: dict, name: str) -> str:
         record = Record('running', job.config, job.seed, shlex.join(command),
                         commit(), output, made_of=made_of)
         workspace.save(name, record)
-        print(f'start  {name}', flush=True)
+        _say(f'start  {name}')
         begin = time.monotonic()
         with open(output, 'wb') as log:
             code = subprocess.run(
@@ -77,9 +77,15 @@ def run(plan: dict, name: str) -> str:
             file.write(uuid.uuid4().hex)  # another one for each run
     record.status = 'failed' if record.error else 'finished'
     workspace.save(name, record)
-    print(f'{record.status} {name} ({record.seconds:.0f} s)'
-          + (f': {record.error}' if record.error else ''), flush=True)
+    _say(f'{record.status} {name} ({record.seconds:.0f} s)'
+         + (f': {record.error}' if record.error else ''))
     return record.error
+
+
+def _say(line: str) -> None:
+    """Print a line at once: other jobs print, too, and unbuffered print()
+    writes the line and its end apart."""
+    print(f'{line}\n', end='', flush=True)
 
 
 @contextlib.contextmanager
