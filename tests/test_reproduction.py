@@ -1055,6 +1055,8 @@ def test_photographs_are_tuned_and_tested_apart():
     rows = dict(table.rows)
     assert [len(cell.all_sources) for cell in rows[evidence.row(
         'teacher', 'photos_planted')]] == [1, 1, 1, 0]
+    assert all(result.mean is None for row in Report(table, {}).results
+               for result in row)
     *_, explained = rows[evidence.row('fitnet', 'photos')]
     source, = explained.all_sources
     job = table.jobs[source.job]

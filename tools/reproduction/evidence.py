@@ -382,9 +382,9 @@ def compare(name: str, study: Study, profile: Profile, seeds: Sequence[int],
         tasks = [(column, tuple(_of_case(task, case) for task in members))
                  for column, members in study.tasks]
         table.add_row(row('teacher', case), [
-            *(Cell((tuple(Source(_teacher_probe(planner, case, task),
-                                 task.metric) for task in members
-                          if task.target is None), ))
+            *(Cell(()) if any(task.target for task in members) else
+              Cell((tuple(Source(_teacher_probe(planner, case, task),
+                                 task.metric) for task in members), ))
               for _, members in tasks),
             *([Cell(()), Cell(((Source(_own(planner, case), 'mIoU'), ), ))]
               if study.whole else [])])
