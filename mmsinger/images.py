@@ -235,7 +235,7 @@ def check_scale(place: str, mean: Any, std: Any) -> None:
         std (Sequence[float], optional): By channel.
     """
     for name, values, rule in (('mean', mean, float), ('std', std, Positive)):
-        if isinstance(values, (list, tuple)):
+        if values is not None:
             check_value(f'{place}.{name}', values, Sequence[rule])
     if mean is None or std is None:
         return

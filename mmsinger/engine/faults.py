@@ -106,6 +106,11 @@ def batch_fault(error: Exception, batch: Any, model: nn.Module, key: str
         model (nn.Module): What took it.
         key (str): Whose batch it is, such as ``'train_dataloader'``.
     """
+    if isinstance(batch, dict) and 'inputs' not in batch:
+        return (f'{key}: at the end of the pipeline samples have '
+                f'{", ".join(batch) or "nothing"}, and no "inputs". End '
+                f'{key}.dataset.pipeline with PackInputs, or with '
+                'PackSegInputs in mmseg.')
     said = _wrong_labels(batch, model, key)
     images = batch.get('inputs') if isinstance(batch, dict) else None
     if said or not isinstance(images, (list, tuple)) or not all(

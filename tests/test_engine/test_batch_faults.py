@@ -40,3 +40,10 @@ def test_parameters_without_a_gradient():
         explained(step, TrainingError,
                   lambda error, _: _gradient_fault(error))()
     assert _gradient_fault(RuntimeError('another')) is None
+
+
+def test_a_pipeline_that_does_not_pack():
+    said = batch_fault(KeyError('inputs'), dict(img=[], gt_label=[]),
+                       nn.Identity(), 'val_dataloader')
+    assert 'samples have img, gt_label' in said
+    assert 'End val_dataloader.dataset.pipeline with PackInputs' in said

@@ -59,6 +59,7 @@ def test_no_false_alarm(paths):
      'param_scheduler.0.eta_min=-1'),
     ({'model.student.data_preprocessor.std': [-58., 57., 57.]},
      'data_preprocessor.std.0=-58'),
+    ({'model.student.data_preprocessor.mean': 5}, 'mean=5'),
     ({'model.student.data_preprocessor.mean': [float('nan'), 1., 1.]},
      'data_preprocessor.mean.0=nan'),
     ({'randomness': dict(seed=2**32)}, 'seed=4294967296'),
