@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import mean, stdev
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from reproduction.plan import (WORK_DIR, Cell, Column, Job, Source, Table,
                                checkpoint)
@@ -57,9 +57,9 @@ CASES = {
     'clean': Case('clean', dict(share=0.), clean=True),
     'direction': Case('3 %, one direction'),
     'subspace': Case('30 %, 8 dimensions', dict(
-        share=0.3, norm=(6., 10.), dims=8)),
+        share=0.3, norm='[6.0,10.0]', dims=8)),
     'content': Case('30 %, 8 dimensions, on content', dict(
-        share=0.3, norm=(6., 10.), dims=8, on='content')),
+        share=0.3, norm='[6.0,10.0]', dims=8, on='content')),
     **{f'imbalance{ratio}': Case(
         f'imbalance {ratio}', dict(share=0.),
         f'meta/train_imbalance{ratio}.txt') for ratio in (10, 50, 100)},
@@ -276,23 +276,21 @@ MOST_LOSS = 1.  # points against FitNet, clean; against the best simple filter
 def search(study: Study, profile: Profile, seeds: Sequence[int],
            quick: bool = False) -> Table:
     """Learning rates of every method with every teacher, seed 0."""
-    table = Table(
-        study.search, 'Search of learning rates',
+    table = Planner(
+        profile, [0], quick, study.search, 'Search of learning rates',
         f'{SCORE.title} on images of the training data that are neither '
         'distilled from nor probed with; seed 0. In each row the rate of the '
         'student; the rows of a method differ in what else is searched.',
         [Column(f'{rate:g}') for rate in study.rates])
-    planner = Planner(table, profile, [0], quick)
     for case, methods in study.plan:
-        tuning = _of_case(study.tuning, case)
         for method in methods:
             for value in METHODS[method].values:
                 table.add_row(row(method, case, value), [
-                    Cell(((Source(planner.evaluate_student(_distil(
-                        planner, study, method, case, 0, rate, value,
-                        study.steps),
-                        tuning, 0), tuning.metric), ), ))
-                    for rate in study.rates])
+                    cell for rate in study.rates for cell in table.cells(
+                        [(_of_case(study.tuning, case), )],
+                        lambda task, seed: table.evaluate_student(_distil(
+                            table, study, method, case, seed, rate, value,
+                            study.steps), task, seed))])
     table.conclude = lambda results: _say_chosen(chosen(results, study))
     table.data = lambda results: chosen(results, study)
     return table
@@ -352,41 +350,33 @@ def demo(profile: Profile, seeds: Sequence[int], quick: bool = False
     table = compare('demo', DEMO, profile, seeds, quick)
     table.rows = [(label.split(': ')[1], cells)
                   for label, cells in table.rows]
-    planner = Planner(table, profile, seeds, quick)
-    table.add_row('No teacher: labels of 3000 scenes alone', _cells(
-        planner, DEMO.tasks,
-        lambda task, seed: planner.evaluate_model('vits_cls', task, seed)))
+    table.add_row('No teacher: labels of 3000 scenes alone', table.cells(
+        [tasks for _, tasks in DEMO.tasks],
+        lambda task, seed: table.evaluate_model('vits_cls', task, seed)))
     table.conclude = None
     return table
 
 
-def _cells(planner: Planner, tasks: Tasks,
-           evaluate: Callable[[Task, int], str]) -> List[Cell]:
-    """One cell for each column, over all seeds."""
-    by_column = {column.title: members for column, members in tasks}
-    return planner.cells(list(by_column), None, evaluate, by_column)
-
-
 def compare(name: str, study: Study, profile: Profile, seeds: Sequence[int],
-            quick: bool = False) -> Table:
+            quick: bool = False) -> Planner:
     """Methods with the rates that were found for them."""
     with open(TUNED) as file:
         tuned = json.load(file)
-    table = Table(
-        name, study.title, f'{study.data} Mean ± std over seeds. Rates by '
-        f'`{study.search}`; a * marks those at the edge of what was tried.',
+    table = Planner(
+        profile, seeds, quick, name, study.title,
+        f'{study.data} Mean ± std over seeds. Rates by `{study.search}`; a * '
+        'marks those at the edge of what was tried.',
         [column for column, _ in study.tasks] + [TIMED, OWN] * study.whole)
-    planner = Planner(table, profile, seeds, quick)
     shown: List[Tuple[str, str]] = []
     for case, methods in study.plan:
-        tasks = [(column, tuple(_of_case(task, case) for task in members))
-                 for column, members in study.tasks]
+        tasks = [tuple(_of_case(task, case) for task in members)
+                 for _, members in study.tasks]
         table.add_row(row('teacher', case), [
             *(Cell(()) if any(task.target for task in members) else
-              Cell((tuple(Source(_teacher_probe(planner, case, task),
+              Cell((tuple(Source(_teacher_probe(table, case, task),
                                  task.metric) for task in members), ))
-              for _, members in tasks),
-            *([Cell(()), Cell(((Source(_own(planner, case), 'mIoU'), ), ))]
+              for members in tasks),
+            *([Cell(()), Cell(((Source(_own(table, case), 'mIoU'), ), ))]
               if study.whole else [])])
         for method in methods:
             best = tuned.get(f'{case}/{method}')
@@ -394,13 +384,13 @@ def compare(name: str, study: Study, profile: Profile, seeds: Sequence[int],
                 continue
             shown.append((case, method))
 
-            def cells(tasks: Tasks, steps: int) -> List[Cell]:
-                students = {seed: _distil(
-                    planner, study, method, case, seed, best['rate'],
-                    best['setting'], steps) for seed in seeds}
-                return _cells(planner, tasks,
-                              lambda task, seed: planner.evaluate_student(
-                                  students[seed], task, seed))
+            def cells(tasks: Sequence[Tuple[Task, ...]], steps: int
+                      ) -> List[Cell]:
+                return table.cells(tasks, lambda task, seed:
+                                   table.evaluate_student(_distil(
+                                       table, study, method, case, seed,
+                                       best['rate'], best['setting'], steps),
+                                       task, seed))
 
             shown_cells = cells(tasks, study.steps)
             if study.whole:
@@ -436,9 +426,8 @@ def row(method: str, case: str, value: Optional[float] = None) -> str:
 
 
 def _planted(case: str, key: str) -> Tuple[str, ...]:
-    return tuple(
-        f'{key}.{name}={_plain(value)}'
-        for name, value in CASES[case].planted.items())
+    return tuple(f'{key}.{name}={value}'
+                 for name, value in CASES[case].planted.items())
 
 
 def _scenes(case: str) -> Tuple[str, ...]:
@@ -451,11 +440,6 @@ def _scenes(case: str) -> Tuple[str, ...]:
 def _of_case(task: Task, case: str) -> Task:
     """The evaluation with a case's scenes to train the probe."""
     return replace(task, options=(*task.options, *_scenes(case)))
-
-
-def _plain(value: object) -> str:
-    return '[' + ','.join(map(str, value)) + ']' \
-        if isinstance(value, tuple) else str(value)
 
 
 def _distil(planner: Planner, study: Study, method: str, case: str, seed: int,
@@ -503,7 +487,7 @@ def _own(planner: Planner, case: str) -> str:
     """The teacher's own predictions, with the head that it was trained
     with."""
     config = planner.profile.path('digits/planted_teacher.py')
-    return planner.table.add_job(Job(
+    return planner.add_job(Job(
         f'teacher-{case}/own', 'test.py',
         (config, 'mmsinger://digits_teacher.pth', '--work-dir', WORK_DIR),
         config, 0, _planted(case, 'model.backbone')))
