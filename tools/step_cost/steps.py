@@ -1,6 +1,7 @@
 """The steps that a benchmark compares, on random images and weights."""
 import contextlib
 import re
+from functools import partial
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 from unittest import mock
 
@@ -140,7 +141,7 @@ class Steps:
                                     0.)
         info = mock.patch.object(self.singer.loss_info, 'loss_weight', 0.)
         return {
-            'FitNet': Step(self._fitnet),
+            'FitNet': Step(partial(self._distil, self.fitnet)),
             'robust preset': Step(self._robust),
             'SiNGER': self._varied(),
             'SiNGER without L_outlier': self._varied(outlier),
@@ -184,14 +185,13 @@ class Steps:
         @contextlib.contextmanager
         def setting() -> Iterator[None]:
             _set_classes(blocks, compiled)
-            try:
-                yield
-            finally:
-                _set_classes(blocks, plain)
+            yield
+            _set_classes(blocks, plain)
 
         _set_classes(blocks, plain)
-        return {'FitNet, compiled': Step(self._fitnet, setting),
-                'SiNGER, compiled': Step(self._singer, setting)}
+        return {f'{name}, compiled': Step(
+            partial(self._distil, model), setting) for name, model in (
+                ('FitNet', self.fitnet), ('SiNGER', self.singer))}
 
     def _varied(self, *changes: Any) -> Step:
         """A SiNGER step under patches or other context managers, or functions
@@ -204,7 +204,7 @@ class Steps:
                         change if hasattr(change, '__enter__') else change())
                 yield
 
-        return Step(self._singer, setting)
+        return Step(partial(self._distil, self.singer), setting)
 
     # -- how they run ------------------------------------------------------
 
@@ -224,15 +224,9 @@ class Steps:
                         for t in tokens.values())
         total.backward()
 
-    def _fitnet(self) -> None:
-        self._distil(self.fitnet)
-
     def _robust(self) -> None:
         with mock.patch.object(self.outliers, '_rank', 8):
             self._distil(self.fitnet)
-
-    def _singer(self) -> None:
-        self._distil(self.singer)
 
     def _distil(self, model: FeatureDistiller) -> None:
         model.zero_grad()
@@ -244,7 +238,7 @@ class Steps:
         """What DiagnosticsHook adds to a step, apart from the logging."""
         record = StepRecord()
         self.singer.records.append(record)
-        self._singer()
+        self._distil(self.singer)
         self.singer.records.remove(record)
         numbers = step_diagnostics(record)
         torch.stack([value for layer in numbers.values()
@@ -271,11 +265,9 @@ class Steps:
     def _cast_teacher(self) -> Iterator[None]:
         teacher = self.singer.teacher
         teacher.cast(torch.bfloat16)
-        try:
-            yield
-        finally:
-            teacher.cast(torch.float32)
-            teacher.dtype = None
+        yield
+        teacher.cast(torch.float32)
+        teacher.dtype = None
 
     @contextlib.contextmanager
     def _channels_last(self) -> Iterator[None]:
@@ -283,11 +275,9 @@ class Steps:
                       self.singer.student_features.patch_embed]
         for module in embeddings:
             module.to(memory_format=torch.channels_last)
-        try:
-            yield
-        finally:
-            for module in embeddings:
-                module.to(memory_format=torch.contiguous_format)
+        yield
+        for module in embeddings:
+            module.to(memory_format=torch.contiguous_format)
 
     @contextlib.contextmanager
     def _weight_gradients(self) -> Iterator[None]:
@@ -296,12 +286,10 @@ class Steps:
                   if layer != self.singer.refinement.last_layer]
         for block in blocks:
             block.requires_grad_(True)
-        try:
-            yield
-        finally:
-            for block in blocks:
-                block.requires_grad_(False)
-                block.zero_grad()
+        yield
+        for block in blocks:
+            block.requires_grad_(False)
+            block.zero_grad()
 
 
 def selected_quantile(norms: Tensor, quantile: float,
