@@ -76,7 +76,7 @@ def check_known(name: str, root: Optional[str] = None,
 
 def check_config(cfg: Config, title: str, root: Optional[str] = None,
                  samples: Optional[int] = 64,
-                 known: Optional[Known] = None) -> Report:
+                 known: Known = Known()) -> Report:
     """Check the data sets that a config's data loaders read.
 
     Args:
@@ -85,7 +85,7 @@ def check_config(cfg: Config, title: str, root: Optional[str] = None,
         root (str, optional): Replaces every ``data_root``. Defaults to None.
         samples (int, optional): How many images of a split to read, evenly
             spaced. Defaults to 64; None reads all.
-        known (Known, optional): What a complete copy has. Defaults to None.
+        known (Known): What a complete copy has. Defaults to nothing known.
 
     Returns:
         Report: Facts and problems.
@@ -95,9 +95,8 @@ def check_config(cfg: Config, title: str, root: Optional[str] = None,
     """
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     report = Report(title)
-    source = f'Get it from {known.source}.' if known else ''
     loaders = {}  # equal ones once
-    for name in known.images if known else (TRAIN, VAL, TEST):
+    for name in known.images or (TRAIN, VAL, TEST):
         found = (cfg.get(name) or {}).get('dataset')
         if found and found not in loaders.values():
             loaders[name] = found
@@ -109,23 +108,22 @@ def check_config(cfg: Config, title: str, root: Optional[str] = None,
             for _, node in [('', dataset_cfg), *places(dataset_cfg)]:
                 if isinstance(node, dict) and 'data_root' in node:
                     node['data_root'] = root
-        missing = _missing_files(known, dataset_cfg) if known else []
+        missing = _missing_files(known, dataset_cfg) if known.source else []
         for path in missing:
             report.problem(f'{path!r} is missing (working directory '
-                           f'{os.getcwd()})', f'{source} Or say where it is '
-                           'with --root.')
+                           f'{os.getcwd()})', f'{known.fix} Or say where it '
+                           'is with --root.')
         if missing:
             break
         try:
             built = DATASETS.build(dataset_cfg)
         except Exception as error:  # whatever a dataset class does not expect
             report.problem(f'{loader}: cannot be built: {_said(error)}',
-                           source or 'Make the folders as the class '
+                           known.fix or 'Make the folders as the class '
                            f'{dataset_cfg.type} documents them.')
             continue
         for dataset in _innermost(built):
-            _Check(report, cfg, loader.split('_')[0], dataset, samples, known,
-                   source).run(known.images[loader] if known else ())
+            _Check(report, cfg, loader, dataset, samples, known).run()
     return report
 
 
@@ -150,32 +148,28 @@ def _innermost(dataset) -> Iterator:
         yield from _innermost(one)
 
 
-@dataclasses.dataclass
 class _Check:
     """The checks of one data set.
 
     Args:
         report (Report): Where findings go.
         cfg (Config): The config, for its model and evaluator.
-        split (str): How the findings call the data set.
+        loader (str): The data loader that reads it.
         dataset: As built.
         samples (int, optional): How many items to read; None reads all.
-        known (Known, optional): What a complete copy has.
-        source (str): What to do for a complete copy.
+        known (Known): What a complete copy has.
     """
-    report: Report
-    cfg: Config
-    split: str
-    dataset: Any
-    samples: Optional[int]
-    known: Optional[Known]
-    source: str
 
-    def __post_init__(self) -> None:
-        self.classes = self.dataset.metainfo.get('classes') or ()
-        count = len(self.dataset)
+    def __init__(self, report: Report, cfg: Config, loader: str, dataset: Any,
+                 samples: Optional[int], known: Known) -> None:
+        self.report, self.cfg, self.known = report, cfg, known
+        self.dataset = dataset
+        self.split = loader.split('_')[0]  # how the findings call it
+        self.counts = known.images.get(loader, ())
+        self.classes = dataset.metainfo.get('classes') or ()
+        count = len(dataset)
         self.chosen = np.linspace(0, max(count - 1, 0), min(
-            count, self.samples or count), dtype=int)
+            count, samples or count), dtype=int)
         self.faults: Dict[str, List[str]] = {}  # what is wrong: with which
         self.mask_values: Set[int] = set()
         self.depths: List[float] = []  # medians in metres
@@ -186,21 +180,16 @@ class _Check:
     def problem(self, what: str, fix: str = '') -> None:
         self.report.problem(
             f'{self.split}: {what}',
-            fix or self.source or 'Mend these files, or remove them.')
+            fix or self.known.fix or 'Mend these files, or remove them.')
 
-    def run(self, counts: Tuple[int, ...]) -> None:
-        """Make all checks.
-
-        Args:
-            counts (tuple[int]): Numbers of images that a complete copy may
-                have; none if that is not known.
-        """
+    def run(self) -> None:
+        """Make all checks."""
         count, name = len(self.dataset), type(self.dataset).__name__
         self.fact(f'{count:,} images, {len(self.chosen):,} of them read, '
                   f'{name}')
-        if counts and count not in counts:
+        if self.counts and count not in self.counts:
             self.problem(f'{count:,} images, but a complete copy has '
-                         + ' or '.join(f'{c:,}' for c in counts))
+                         + ' or '.join(f'{c:,}' for c in self.counts))
         elif not count:
             self.problem('no images', 'Point data_root and data_prefix to '
                          'the images, and check img_suffix.')
@@ -234,7 +223,7 @@ class _Check:
     def check_folder_names(self) -> None:
         """Class indices are positions in the sorted list of folders."""
         folders = getattr(self.dataset, 'folder_to_idx', None)
-        if not (self.known and self.known.wnid_folders and folders):
+        if not (self.known.wnid_folders and folders):
             return
         from mmsinger.datasets.imagenet_variants import imagenet_wnids
         wrong = sorted(set(imagenet_wnids()) ^ set(folders))
@@ -258,7 +247,7 @@ class _Check:
                 f'{found}, but there are {number} classes, 0 to {number - 1}',
                 'Count labels from 0, or set metainfo.classes to the right '
                 'list.')
-        expected = self.known.classes if self.known else 0
+        expected = self.known.classes
         if expected and len(present) != expected:
             self.problem(f'images of {len(present):,} classes, but a '
                          f'complete copy has {expected:,}')
@@ -320,7 +309,7 @@ class _Check:
         highest = labels[-1]
         too_high = f'masks go up to {highest}, but there are {number} classes'
         if highest > number:
-            self.problem(too_high, self.source or 'Set metainfo.classes to '
+            self.problem(too_high, self.known.fix or 'Set metainfo.classes to '
                          'the list of the masks.')
         elif highest == number and not reduce:
             self.problem(

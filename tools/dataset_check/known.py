@@ -14,7 +14,8 @@ class Known:
     """A data set as its authors published it.
 
     Args:
-        source (str): Where to get it, and what to unpack.
+        source (str): Where to get it, and what to unpack. Defaults to ``''``,
+            as what follows to none: nothing is known of the data set.
         files (tuple[str]): What must be in the data root.
         images (dict[str, tuple[int]]): By data loader, the numbers of images
             that a complete copy has; other loaders are not checked.
@@ -23,11 +24,16 @@ class Known:
         wnid_folders (bool): Whether folders are named by the WordNet ids of
             ImageNet-1K, all of them.
     """
-    source: str
-    files: Tuple[str, ...]
+    source: str = ''
+    files: Tuple[str, ...] = ()
     images: Dict[str, Tuple[int, ...]] = field(default_factory=dict)
     classes: int = 0
     wnid_folders: bool = False
+
+    @property
+    def fix(self) -> str:
+        """What to do for a complete copy."""
+        return f'Get it from {self.source}.' if self.source else ''
 
 
 KNOWN: Dict[str, Known] = dict(
@@ -40,13 +46,11 @@ KNOWN: Dict[str, Known] = dict(
         wnid_folders=True),
     imagenet_r=Known(
         source='github.com/hendrycks/imagenet-r: imagenet-r.tar',
-        files=(),
         images={VAL: (30000, )},
         classes=200),
     imagenet_v2=Known(
         source='github.com/modestyachts/ImageNetV2: '
         'imagenetv2-matched-frequency.tar.gz',
-        files=(),
         images={VAL: (10000, )},
         classes=1000),
     inat2019=Known(
