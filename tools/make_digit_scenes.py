@@ -24,7 +24,7 @@ import math
 import os
 import time
 from itertools import combinations
-from typing import Dict, List, Tuple
+from typing import Annotated, Dict, List, Tuple
 
 import numpy as np
 from mmengine.logging import print_log
@@ -33,7 +33,8 @@ from mmsinger.command_line import ToolParser
 from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.files import complete_folder, write_text
 from mmsinger.images import write_png
-from mmsinger.schema import Count, Natural, Positive, Quantile, reader
+from mmsinger.schema import (Count, Natural, Positive, Quantile, Range,
+                             check_value, hints_of, reader)
 
 DIGIT_SCENES_CLASSES = ('background', '0', '1', '2', '3', '4', '5', '6', '7',
                         '8', '9')
@@ -54,16 +55,17 @@ FORMAT = 3  # raise it when the same settings give other scenes
 PIXEL_METRES = 48.  # size of a digit [px] = 48 / its distance [m]
 WALL_METRES = 8.
 INK_THRESHOLD = 0.25
+Side = Annotated[float, Range(8)]  # of a digit in px, which has 8 x 8
 
 
 def make_digit_scenes(root: str,
-                      num_train: int = 12000,
-                      num_val: int = 1000,
-                      canvas: int = 32,
-                      digit_size: Tuple[float, float] = (13., 18.),
-                      max_digits: int = 2,
-                      val_fraction: float = 0.2,
-                      seed: int = 0) -> bool:
+                      num_train: Count = 12000,
+                      num_val: Count = 1000,
+                      canvas: Annotated[int, Range(16)] = 32,
+                      digit_size: Tuple[Side, Side] = (13., 18.),
+                      max_digits: Annotated[int, Range(1, 4)] = 2,
+                      val_fraction: Annotated[float, Range(0.01, 0.99)] = 0.2,
+                      seed: Natural = 0) -> bool:
     """Compose the scenes and write them to disk.
 
     The digits are split before composing: none is in both splits. Scene i of
@@ -94,10 +96,17 @@ def make_digit_scenes(root: str,
             range, or ``root`` holds something else or cannot be written.
     """
     settings = dict(
-        format=FORMAT, num_train=num_train, num_val=num_val, canvas=canvas,
+        num_train=num_train, num_val=num_val, canvas=canvas,
         digit_size=[float(s) for s in digit_size], max_digits=max_digits,
         val_fraction=val_fraction, seed=seed)
-    _check_settings(settings)
+    hints = hints_of(make_digit_scenes)
+    for key, value in settings.items():
+        check_value(f'make_digit_scenes.{key}', value, hints[key])
+    if not digit_size[0] <= digit_size[1] <= canvas:
+        raise ConfigError(
+            f'make_digit_scenes.digit_size={digit_size!r}: give the smallest '
+            f'and the largest, at most canvas={canvas} px.')
+    settings['format'] = FORMAT
     root = os.path.realpath(root)
     if _is_complete(root, settings):
         with contextlib.suppress(PermissionError):  # of an older folder
@@ -283,24 +292,6 @@ def _load_digits() -> Tuple[np.ndarray, np.ndarray]:
         ) from error
     digits = load_digits()
     return (digits.images / 16).astype(np.float32), digits.target
-
-
-def _check_settings(settings: Dict) -> None:
-    smallest, largest = settings['digit_size']
-    canvas = settings['canvas']
-    for key, valid, allowed in (
-            ('num_train', settings['num_train'] >= 1, 'at least 1'),
-            ('num_val', settings['num_val'] >= 1, 'at least 1'),
-            ('canvas', canvas >= 16, 'at least 16 px'),
-            ('digit_size', 8 <= smallest <= largest <= canvas,
-             f'smallest and largest, between 8 and canvas={canvas} px'),
-            ('max_digits', 1 <= settings['max_digits'] <= 4, '1 to 4'),
-            ('val_fraction', 0.01 <= settings['val_fraction'] <= 0.99,
-             'between 0.01 and 0.99'),
-            ('seed', settings['seed'] >= 0, 'at least 0')):
-        if not valid:
-            raise ConfigError(f'make_digit_scenes: {key}={settings[key]!r} is '
-                              f'not valid. Allowed: {allowed}.')
 
 
 def _is_complete(root: str, settings: Dict) -> bool:
