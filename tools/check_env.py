@@ -11,7 +11,6 @@ import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
-import itertools
 import json
 import os
 import platform
@@ -55,7 +54,6 @@ RUNS_WITH = {
     'mmengine-lite': ('numpy<2', 'setuptools<82'),
 }
 TORCH = 'torch==2.13.0 torchvision==0.28.0'
-OTHERS = ('torch', 'torchvision', 'numpy', 'timm', 'setuptools', 'mmsinger')
 
 
 @dataclasses.dataclass
@@ -361,12 +359,10 @@ def collect() -> Facts:
 
 
 def installed() -> Dict[str, str]:
-    """Versions of the installed distributions that matter here."""
-    found = {d.metadata['Name']: d.version
-             for d in importlib.metadata.distributions()}
-    names = (*itertools.chain(*PROVIDERS.values()), *OTHERS)
-    # No version where pip was interrupted
-    return {name: found[name] for name in names if found.get(name)}
+    """Versions of the installed distributions; where pip was interrupted,
+    there is none."""
+    return {d.metadata['Name']: d.version
+            for d in importlib.metadata.distributions() if d.version}
 
 
 def _imports(package: str, facts: Facts) -> Optional[types.ModuleType]:
