@@ -33,6 +33,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import FUNCTIONS, TRANSFORMS, init_default_scope
 from mmengine.runner import Runner
+from torch.utils._pytree import tree_leaves
 
 from mmsinger.checkpoint import (load_checkpoint, load_strict,
                                  student_state_dict)
@@ -166,10 +167,7 @@ def random_batch(cfg, count=2):
     pipeline = Compose([
         TRANSFORMS.build(step) for step in dataset.pipeline
         if not str(step['type']).split('.')[-1].startswith('Load')])
-    shape = (256, 320)
-    preprocessor = cfg.get('data_preprocessor') or \
-        cfg.model.get('data_preprocessor') or {}
-    channels = len(preprocessor.get('mean') or [0] * 3)
+    shape, channels = (256, 320), channels_of(cfg)
     several = 'MultiLabel' in str(cfg.model)
     random = np.random.default_rng(0)
     data = []
@@ -226,8 +224,7 @@ def try_plain(name):
             backward(model, batch)
             if crop and shapes_of(model) != shapes:
                 continue  # a buffer of the image's size
-            Runner.build_optim_wrapper(
-                SimpleNamespace(model=model), cfg.optim_wrapper)
+            optimizer_of(model, cfg)
             return cfg, batch
         except Exception:
             if not crop:
@@ -236,6 +233,18 @@ def try_plain(name):
 
 def shapes_of(model):
     return {k: v.shape for k, v in model.state_dict().items()}
+
+
+def optimizer_of(model, cfg):
+    return Runner.build_optim_wrapper(
+        SimpleNamespace(model=model), cfg.optim_wrapper)
+
+
+def channels_of(cfg):
+    """Channels of the images, by the data preprocessor."""
+    preprocessor = cfg.get('data_preprocessor') or \
+        cfg.model.get('data_preprocessor') or {}
+    return len(preprocessor.get('mean') or [0] * 3)
 
 
 def distil(name, cfg, batch, **options):
@@ -247,14 +256,11 @@ def distil(name, cfg, batch, **options):
         batch (dict): From a data loader.
         **options: Overrides of ``model``.
     """
-    preprocessor = cfg.get('data_preprocessor') or \
-        cfg.model.get('data_preprocessor') or {}
-    channels = len(preprocessor.get('mean') or [0] * 3)
     with tempfile.TemporaryDirectory() as folder:
         paths = [os.path.join(folder, part) for part in (
             'teacher.py', 'recipe.py', 'student.pth')]
         for path, text in zip(paths, (
-                TEACHER.format(channels=channels),
+                TEACHER.format(channels=channels_of(cfg)),
                 STUDENT.format(stock=name, teacher=paths[0], root=ROOT))):
             with open(path, 'w') as file:
                 file.write(text)
@@ -270,9 +276,7 @@ def distil(name, cfg, batch, **options):
         model = build_model(recipe)
         model.init_weights()
         model.train()
-        runner = Runner.__new__(Runner)
-        runner.model = model
-        optimizer = runner.build_optim_wrapper(recipe.optim_wrapper)
+        optimizer = optimizer_of(model, recipe)
         before = {k: p.detach().clone()
                   for k, p in model.student_backbone.named_parameters()}
         logged = backward(model, batch)
@@ -298,16 +302,13 @@ def distil(name, cfg, batch, **options):
         for ours, theirs in pairs:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         features = find_features(model.student_backbone, 'student')
+        ends = dict.fromkeys((features.paths[0], features.paths[-1]))
         return dict(
-            features=describe(features),
-            exact=all(torch.equal(*pair) for pair in pairs), moved=f'{moved} of {len(before)}',
+            features=f'{len(features)}: '
+            + ' to '.join(f'`{path}`' for path in ends),
+            exact=all(torch.equal(*pair) for pair in pairs),
+            moved=f'{moved} of {len(before)}',
             taps=[features.paths[i] for i in model.student_layers])
-
-
-def describe(features):
-    first, last = features.paths[0], features.paths[-1]
-    return f'{len(features)}: `{first}` to `{last}`' \
-        if len(features) > 1 else f'1: `{first}`'
 
 
 @torch.no_grad()
@@ -324,16 +325,8 @@ def outputs(model, data):
         backbone = find_part(model, 'backbone')
         found = backbone(first, **unmasked(backbone, first))
 
-    def flat(value):
-        if isinstance(value, torch.Tensor):
-            yield value.nan_to_num()
-        elif isinstance(value, dict):
-            yield from flat(list(value.values()))
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                yield from flat(item)
-
-    return list(flat(found))
+    return [value.nan_to_num() for value in tree_leaves(found)
+            if isinstance(value, torch.Tensor)]
 
 
 def sweep_one(name, say):
@@ -420,8 +413,8 @@ def write_page(results, groups, path):
         'and mmseg become students of a small random teacher by the one line '
         'of [configs.md](configs.md). Each takes a step with gradients; the '
         'exported student loads strictly into the plain model and gives equal '
-        f'outputs, bit for bit in {sum(r.get("exact", 0) for r in results)}, to '
-        '1e-5 in the others (sums in another order).', '',
+        f'outputs, bit for bit in {sum(r.get("exact", 0) for r in results)}, '
+        'to 1e-5 in the others (sums in another order).', '',
         f'**{works} of {counted} work ({100 * works / max(counted, 1):.1f} '
         '%)**: ' f'{counts["trains"]} with their own loss beside '
         f'distillation, {counts["features only"]} with '
@@ -433,11 +426,10 @@ def write_page(results, groups, path):
         f'{sum(alike.get(r["name"], 1) for r in results)} of '
         f'{sum(alike.values())} configs. Weights are '
         'random, images random through the config\'s own pipeline, cut to '
-        f'{CROPS["mmpretrain"]} (mmpretrain) or {CROPS["mmseg"]} pixels (mmseg) '
-        'where the model takes them. What the '
-        'plain toolbox did not build and train for a step itself on the CPU '
-        f'it was tried on does not count ({counts["not counted"]}: listed '
-        'below).', '',
+        f'{CROPS["mmpretrain"]} (mmpretrain) or {CROPS["mmseg"]} pixels '
+        '(mmseg) where the model takes them. What the plain toolbox did not '
+        'build and train for a step itself on the CPU it was tried on does '
+        f'not count ({counts["not counted"]}: listed below).', '',
         '| family | work | features only | do not | features of the student |',
         '|---|---|---|---|---|']
     for family, found in sorted(families.items()):
