@@ -6,7 +6,7 @@ CONFIG is a distillation recipe and CHECKPOINT a training checkpoint of it;
 without one the recipe is measured as it starts. docs/measure.md says what
 each number means.
 """
-from typing import Any, Dict, Iterator, Tuple
+from typing import Any, Dict
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 import mmengine
@@ -26,19 +26,9 @@ from mmsinger.errors import check_output_file, readable_errors
 from mmsinger.files import write_json
 from mmsinger.schema import Count, Natural, Positive, reader
 
-INFLATION = dict(g_ffn1='G_FFN1', g_ffn2='G_FFN2', delta_ffn='delta FFN',
-                 delta_sa='delta SA')
-TITLES = dict(
-    nullspace='nullspace (Table 5a)', cosine='cosine (Table 3)',
-    gram='gram: D_G (Table 5b)', inflation='inflation (Table 7)',
-    deviation='deviation (Table 8)')
-COLUMNS = dict(
-    nullspace=('layer', 'FFN of block', 'matrix', 'E_prob', 'E_safe'),
-    cosine=('layer', 'of', 'mean +- std'),
-    gram=('layer', 'of', 'mean +- std'),
-    inflation=('block', 'of', 'mean', 'median', 'p95'),
-    deviation=('layer', 'output of block', 'directions', 'relative L2',
-               'cosine', 'CKA'))
+# Tables of the paper
+TABLES = dict(nullspace='5a', cosine='3', gram='5b', inflation='7',
+              deviation='8')
 
 
 def parse_args():
@@ -108,47 +98,29 @@ def format_results(results: Dict[str, Dict[str, Any]]) -> str:
         results (dict): What ``measure`` returned.
 
     Returns:
-        str: One table a metric.
+        str: One table a metric, with the names that the JSON has.
     """
     console = Console(width=100, color_system=None)
     with console.capture() as capture:
         for metric, layers in results.items():
-            table = Table(*COLUMNS[metric], title=TITLES[metric],
+            rows = [{'layer': layer, 'of': name, **_cells(numbers)}
+                    for layer, values in layers.items()
+                    for name, numbers in values.items()
+                    if isinstance(numbers, dict)]
+            table = Table(*rows[0], title=f'{metric} (Table {TABLES[metric]})',
                           title_justify='left', box=box.MARKDOWN)
-            for layer, values in layers.items():
-                for row in _rows(metric, layer, values):
-                    table.add_row(*map(str, row))
+            for row in rows:
+                table.add_row(*row.values())
             console.print(table)
     return '\n'.join(map(str.rstrip, capture.get().splitlines()))
 
 
-def _rows(metric: str, layer: str, values: Dict[str, Any]) -> Iterator[Tuple]:
-    if metric == 'nullspace':
-        for name, key in (('phi_up', 'up'), ('phi_down^T', 'down'),
-                          ('random', 'random')):
-            yield (layer, values['block'], name,
-                   f"{values[key]['e_prob']:.4f}",
-                   f"{values[key]['e_safe']:.4f}")
-    elif metric == 'cosine':
-        yield layer, 'F and F_hat', _spread(values['refined'])
-        if 'next_block' in values:
-            yield (int(layer) + 1, 'block outputs of F and F_hat',
-                   _spread(values['next_block']))
-    elif metric == 'gram':
-        for name, spread in values.items():
-            yield layer, name.replace('_', ' and '), _spread(spread, 3)
-    elif metric == 'inflation':
-        for field, numbers in values.items():
-            yield (layer, INFLATION[field], *(
-                f'{numbers[key]:.4f}' for key in ('mean', 'median', 'p95')))
-    else:
-        for name in ('ours', 'jacobian', 'random'):
-            yield (layer, values['block'], name,
-                   *map(_spread, values[name].values()))
-
-
-def _spread(values: Dict[str, float], digits: int = 4) -> str:
-    return f"{values['mean']:.{digits}f} +- {values['std']:.{digits}f}"
+def _cells(numbers: Dict[str, Any]) -> Dict[str, str]:
+    if numbers.keys() == {'mean', 'std'}:
+        numbers = {'mean +- std': numbers}
+    return {name: '{mean:.4f} +- {std:.4f}'.format(**value)
+            if isinstance(value, dict) else f'{value:.4f}'
+            for name, value in numbers.items()}
 
 
 if __name__ == '__main__':

@@ -17,7 +17,7 @@ from mmsinger.errors import ConfigError, check_choice
 from mmsinger.models.distillers import FeatureDistiller
 from mmsinger.models.targets import TeacherOutputs
 
-REFINEMENT_METRICS = ('nullspace', 'cosine', 'deviation')
+METRICS = ('nullspace', 'cosine', 'deviation')
 METRICS = ('nullspace', 'cosine', 'gram', 'inflation', 'deviation')
 STREAMS = dict(cosine=CosineStream, gram=GramStream,
                inflation=InflationStream)
@@ -26,35 +26,36 @@ Batches = Callable[[], Iterable[Tensor]]
 Results = Dict[str, Dict[str, Any]]
 
 
+def _not_applicable(distiller: FeatureDistiller) -> Dict[str, str]:
+    """The metrics that a method does not have, and why."""
+    if not distiller.refinement:
+        return dict.fromkeys(
+            ('nullspace', 'cosine', 'deviation'),
+            f'{type(distiller).__name__} refines nothing, which it measures. '
+            'Choose from gram, inflation, or give a recipe with a refinement, '
+            'such as a mmsinger.SiNGERDistiller.')
+    if not intermediate_layers(distiller):
+        return dict(deviation='it perturbs the input of the block after a '
+                    f'distilled one, but layers={distiller.layers} has only '
+                    'the last, which has none. Leave it out, or distil an '
+                    'earlier layer too.')
+    return {}
+
+
 def applicable_metrics(distiller: FeatureDistiller) -> List[str]:
     """The metrics that a method has: without a refinement fewer."""
-    if not distiller.refinement:
-        return [name for name in METRICS if name not in REFINEMENT_METRICS]
-    if not intermediate_layers(distiller):
-        return [name for name in METRICS if name != 'deviation']
-    return list(METRICS)
+    lacking = _not_applicable(distiller)
+    return [name for name in METRICS if name not in lacking]
 
 
 def check_metrics(distiller: FeatureDistiller, metrics: Sequence[str]) -> None:
     """Raise :class:`ConfigError` for a metric that is unknown or that the
     method does not have."""
-    possible = applicable_metrics(distiller)
+    lacking = _not_applicable(distiller)
     for name in metrics:
         check_choice('--metrics', name, METRICS)
-        if name in possible:
-            continue
-        kind = type(distiller).__name__
-        if not distiller.refinement:
-            raise ConfigError(
-                f'--metrics {name}: {kind} refines nothing, which it '
-                f'measures. Choose from {", ".join(possible)}, or give a '
-                'recipe with a refinement, such as a '
-                'mmsinger.SiNGERDistiller.')
-        raise ConfigError(
-            f'--metrics {name}: it perturbs the input of the block after a '
-            f'distilled one, but layers={distiller.layers} has only the '
-            'last, which has none. Leave it out, or distil an earlier layer '
-            'too.')
+        if name in lacking:
+            raise ConfigError(f'--metrics {name}: {lacking[name]}')
 
 
 def measure(distiller: FeatureDistiller,
