@@ -1,5 +1,5 @@
 """What figures show of a batch: its images, and their tokens."""
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Dict, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -58,15 +58,10 @@ def pictures_of(distiller: FeatureDistiller, inputs: Tensor) -> np.ndarray:
     """
     images = distiller.student_normalisation.undo(
         inputs.detach().float().cpu())
-    if not _is_rgb(distiller.data_preprocessor):
+    # Read as BGR; turned into RGB by mmpretrain, OneDL's mmseg, original mmseg
+    if not any(getattr(distiller.data_preprocessor, name, False) for name in (
+            'to_rgb', '_channel_conversion', 'channel_conversion')):
         images = images.flip(1)
     if images.shape[1] != 3:
         images = images.mean(1, keepdim=True).expand(-1, 3, -1, -1)
     return images.clamp(0, 255).round().byte().permute(0, 2, 3, 1).numpy()
-
-
-def _is_rgb(preprocessor: Any) -> bool:
-    """Whether it turns images, which are read as BGR, into RGB: mmpretrain's
-    names for it, OneDL's mmseg's and the original mmseg's."""
-    return any(getattr(preprocessor, name, False) for name in (
-        'to_rgb', '_channel_conversion', 'channel_conversion'))

@@ -46,63 +46,58 @@ def draw_maps(kind: str, images: np.ndarray, features: Dict[int, Features],
     Returns:
         matplotlib.figure.Figure: A row an image.
     """
-    columns_of, label, caption = KINDS[kind]
-    columns = [column for layer, views in features.items()
-               for column in columns_of(layer, views, point)]
+    maps_of, label, caption = KINDS[kind]
+    columns = []
+    for layer, views in features.items():
+        tokens = {name: view for name, view in views._asdict().items()
+                  if view is not None}
+        columns += [
+            Column(f'{name}\n{"for " if name == "student" else ""}block '
+                   f'{layer}', maps.cpu().numpy(), limits)
+            for name, (maps, limits) in maps_of(tokens, point).items()]
     return draw_columns(images, columns, label, f'{caption} {note}',
                         point if kind == 'similarity' else None)
 
 
-def _norm_columns(layer: int, views: Features, point: Point) -> List[Column]:
-    maps = {name: _numpy(norm_map(tokens)) for name, tokens in _present(views)}
-    top = max(maps[name].max() for name in maps if name != 'student')
-    return [Column(_title(layer, name), values, (0., float(
-        values.max() if name == 'student' else top)))
-        for name, values in maps.items()]
+# Maps and the ends of their colour scale, by name
+Scaled = Dict[str, Tuple[Tensor, Optional[Tuple[float, float]]]]
 
 
-def _similarity_columns(layer: int, views: Features, point: Point
-                        ) -> List[Column]:
-    maps = {name: _numpy(similarity_map(tokens, patch_at(tokens.grid, point)))
-            for name, tokens in _present(views)}
+def _norms(views: Dict[str, Tokens], point: Point) -> Scaled:
+    maps = {name: norm_map(tokens) for name, tokens in views.items()}
+    tops = {name: float(values.max()) for name, values in maps.items()}
+    shared = max(tops[name] for name in tops if name != 'student')
+    return {name: (values, (0., tops[name] if name == 'student' else shared))
+            for name, values in maps.items()}
+
+
+def _similarities(views: Dict[str, Tokens], point: Point) -> Scaled:
+    maps = {name: similarity_map(tokens, patch_at(tokens.grid, point))
+            for name, tokens in views.items()}
     low = min(float(values.min()) for values in maps.values())
-    return [Column(_title(layer, name), values, (low, 1.))
-            for name, values in maps.items()]
+    return {name: (values, (low, 1.)) for name, values in maps.items()}
 
 
-def _pca_columns(layer: int, views: Features, point: Point) -> List[Column]:
-    shared = principal_components(views.teacher)
-    return [Column(_title(layer, name), _numpy(pca_map(
-        tokens, principal_components(tokens) if name == 'student'
-        else shared))) for name, tokens in _present(views)]
+def _colours(views: Dict[str, Tokens], point: Point) -> Scaled:
+    shared = principal_components(views['teacher'])
+    return {name: (pca_map(tokens, principal_components(tokens)
+                           if name == 'student' else shared), None)
+            for name, tokens in views.items()}
 
 
-# By kind: its columns, the label of its colour scale, its caption
+# By kind: its maps, the label of its colour scale, its caption
 KINDS = dict(
-    norm=(_norm_columns, 'norm',
+    norm=(_norms, 'norm',
           'Norms of patch tokens by distilled teacher block, before and after '
           'the steps that make targets of them. Teacher and target share a '
           'scale, the student has its own.'),
-    similarity=(_similarity_columns, 'cosine',
+    similarity=(_similarities, 'cosine',
                 'Cosine similarity of patch tokens to the marked one, by '
                 'distilled teacher block.'),
-    pca=(_pca_columns, '',
+    pca=(_colours, '',
          "Three principal components of each image's patch tokens as red, "
          'green and blue. Teacher and target share components, so '
          "that equal colours are equal tokens; the student's are its own."))
-
-
-def _present(views: Features) -> List[Tuple[str, Tokens]]:
-    return [(name, tokens) for name, tokens in views._asdict().items()
-            if tokens is not None]
-
-
-def _title(layer: int, name: str) -> str:
-    return f'{name}\n{"for " if name == "student" else ""}block {layer}'
-
-
-def _numpy(maps: Tensor) -> np.ndarray:
-    return maps.cpu().numpy()
 
 
 def draw_columns(images: np.ndarray, columns: List[Column], label: str,

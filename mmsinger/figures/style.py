@@ -76,10 +76,10 @@ def save_figure(figure: Any, path: str) -> None:
         figure.savefig(path, dpi=200)
 
 
-def to_array(figure: Any, dpi: int = 100) -> np.ndarray:
+def to_array(figure: Any) -> np.ndarray:
     """A figure as pixels: RGB, (H, W, 3), uint8."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    figure.set_dpi(dpi)
+    figure.set_dpi(100)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

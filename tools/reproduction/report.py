@@ -7,6 +7,8 @@ from functools import partial
 from statistics import mean, stdev
 from typing import Dict, Iterator, List, Optional, Tuple
 
+import numpy as np
+
 from mmsinger.figures.style import COLOURS, new_figure, save_figure
 from mmsinger.files import write_json, write_text
 from reproduction.plan import Cell, Column, Table
@@ -200,11 +202,13 @@ class Report:
         for number, column in enumerate(table.columns):
             axis = axes.flat[number]
             results = [row[number] for row in self.results]
-            published = [cells[number].published for _, cells in table.rows]
-            if any(value is not None for value in published):
-                axis.plot([_or_nan(v) for v in published], places, 'D', ms=6,
-                          mfc='white', color=COLOURS[0], label='published')
-            axis.errorbar([_or_nan(r.mean) for r in results], places,
+            published, means = (np.array(values, dtype=float) for values in (
+                [cells[number].published for _, cells in table.rows],
+                [r.mean for r in results]))  # None becomes NaN
+            if not np.isnan(published).all():
+                axis.plot(published, places, 'D', ms=6, mfc='white',
+                          color=COLOURS[0], label='published')
+            axis.errorbar(means, places,
                           xerr=[r.std or 0 for r in results], fmt='o', ms=6,
                           capsize=3, color=COLOURS[1], label='measured')
             axis.set_title(_heading(column, arrows=('higher is better',
@@ -257,10 +261,6 @@ def _text(cell: Cell, column: Column, result: Result, bold: str = '') -> str:
     if difference is not None:
         text += f' ({difference:+.{digits}f})'
     return text
-
-
-def _or_nan(value: Optional[float]) -> float:
-    return math.nan if value is None else value
 
 
 def _escape(text: str) -> str:
