@@ -48,7 +48,8 @@ def parse_args():
         return figure
 
     radar = add('radar', 'figure 1b: methods over the columns of Table 1',
-                radar_figure)
+                lambda args: draw_radar(read_table(args.csv, 'table1'),
+                                        args.values))
     radar.add_argument('csv', help='table1.csv of tools/reproduce.py')
     radar.add_argument('--values', default='measured',
                        choices=('measured', 'published'))
@@ -72,7 +73,7 @@ def parse_args():
                               metavar=('DOWN', 'RIGHT'), help='where the '
                               'marked patch is, as shares of height and width')
     sweep = add('sweep', 'figure 6: depth error by rank and quantile',
-                sweep_figure)
+                lambda args: draw_sweep(read_table(args.csv, 'sweep')))
     sweep.add_argument('csv', help='sweep.csv of tools/reproduce.py')
     curves = add('curves', 'training curves of one or several runs',
                  curve_figure)
@@ -82,14 +83,6 @@ def parse_args():
                         "'diagnostics/cosine_*' (default: losses and "
                         'accuracies)')
     return parser.parse_args()
-
-
-def radar_figure(args):
-    return draw_radar(read_table(args.csv, 'table1'), args.values)
-
-
-def sweep_figure(args):
-    return draw_sweep(read_table(args.csv, 'sweep'))
 
 
 def curve_figure(args):

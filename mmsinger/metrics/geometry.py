@@ -85,23 +85,19 @@ def linear_cka(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         Tensor: Shape (B, ), in [0, 1]; 0 if the tokens of one are all equal.
     """
+    a, b = _precise(a), _precise(b)
     with torch.autocast(a.device.type, enabled=False):
-        kernels = [_centred_kernel(tokens) for tokens in (a, b)]
+        centred = [t - t.mean(dim=1, keepdim=True) for t in (a, b)]
+        kernels = [t @ t.transpose(1, 2) for t in centred]  # (B, P, P)
     norms = [torch.linalg.matrix_norm(kernel) for kernel in kernels]
     inner = (kernels[0] * kernels[1]).sum(dim=(1, 2))
     product = norms[0] * norms[1]
     ratio = inner / product.clamp(min=torch.finfo(product.dtype).tiny)
     equal = torch.stack([
         norm <= (8 * torch.finfo(norm.dtype).eps)**2
-        * _precise(tokens).square().sum(dim=(1, 2))
+        * tokens.square().sum(dim=(1, 2))
         for norm, tokens in zip(norms, (a, b))]).any(dim=0)
     return ratio.clamp(0, 1).masked_fill(equal, 0)
-
-
-def _centred_kernel(tokens: Tensor) -> Tensor:
-    tokens = _precise(tokens)
-    centred = tokens - tokens.mean(dim=1, keepdim=True)
-    return centred @ centred.transpose(1, 2)  # (B, P, P)
 
 
 def _precise(tokens: Tensor) -> Tensor:

@@ -60,15 +60,12 @@ def read_table(path: str, name: str) -> Cells:
                           f'not {name}. {fix}')
     try:
         return {(line['row'], line['column']): Value(
-            *(_number(line[key]) for key in ('published', 'measured', 'std')),
+            *(float(line[key]) if line[key] else None
+              for key in ('published', 'measured', 'std')),
             int(line['seeds'] or 0), line.get('data') or '')
             for line in lines}
     except ValueError as error:
         raise ConfigError(f'{path!r}: {error}. {fix}') from error
-
-
-def _number(text: str) -> Optional[float]:
-    return float(text) if text else None
 
 
 def draw_radar(cells: Cells, values: str = 'measured') -> Any:
@@ -128,10 +125,6 @@ def _pairs(cells: Cells) -> Dict[str, Dict[str, str]]:
     return pairs
 
 
-def _lower_is_better(column: str) -> bool:
-    return 'RMSE' in column
-
-
 def _draw_radar(panels: Dict[str, Dict[str, List[float]]],
                 columns: List[str], measured: str, values: str,
                 partial: List[str]) -> Any:
@@ -149,11 +142,12 @@ def _draw_radar(panels: Dict[str, Dict[str, List[float]]],
         for i, column in enumerate(columns):
             ends = [row[i] for row in rows.values()]
             worst, best = min(ends), max(ends)
-            ranges.append((best, worst) if _lower_is_better(column)
+            ranges.append((best, worst) if 'RMSE' in column
                           else (worst, best))
         for method, row in rows.items():
-            radii = [_radius(value, *ends) for value, ends
-                     in zip(row, ranges)]
+            radii = [1. if best == worst else
+                     0.2 + 0.8 * (value - worst) / (best - worst)
+                     for value, (worst, best) in zip(row, ranges)]
             style = line_style(METHODS.index(method) if method in METHODS
                                else len(METHODS))
             handles[method], = axis.plot(
@@ -185,11 +179,6 @@ def _draw_radar(panels: Dict[str, Dict[str, List[float]]],
         caption += f' Left out for missing values: {", ".join(partial)}.'
     add_caption(figure, caption)
     return figure
-
-
-def _radius(value: float, worst: float, best: float) -> float:
-    return 1. if best == worst else \
-        0.2 + 0.8 * (value - worst) / (best - worst)
 
 
 def _seeds(cells: Cells) -> str:

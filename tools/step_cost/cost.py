@@ -164,7 +164,10 @@ def peak_memory(step: Step, device: str) -> Dict[str, int]:
 
 
 def _process_growth(run: Callable[[], None]) -> int:
-    _give_back_freed_memory()
+    # What the allocator keeps for later would hide a step's growth; C
+    # libraries other than glibc cannot
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         with open('/proc/self/clear_refs', 'w') as file:
             file.write('5')  # the peak starts anew
@@ -174,14 +177,6 @@ def _process_growth(run: Callable[[], None]) -> int:
     before = _status('VmRSS')
     run()
     return max(0, _status('VmHWM') - before)
-
-
-def _give_back_freed_memory() -> None:
-    """What the allocator keeps for later would hide a step's growth."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):  # another C library than glibc
-        pass
 
 
 def _status(key: str) -> int:

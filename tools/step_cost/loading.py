@@ -6,7 +6,7 @@ from typing import Any, Dict, List
 import cv2
 import numpy as np
 import torch
-from mmengine.dataset import pseudo_collate
+from mmengine.dataset import Compose, pseudo_collate
 
 from mmsinger.registry import TRANSFORMS
 
@@ -24,10 +24,10 @@ class ImageLoading:
     """
 
     def __init__(self, pipeline: List[Dict[str, Any]], size: int) -> None:
-        self.transforms = [
+        self.transform = Compose([
             TRANSFORMS.build(
                 dict(cfg, scale=size) if cfg['type'] == 'RandomResizedCrop'
-                else cfg) for cfg in pipeline]
+                else cfg) for cfg in pipeline])
 
     def __enter__(self) -> 'ImageLoading':
         self._folder = tempfile.TemporaryDirectory()
@@ -58,12 +58,7 @@ class ImageLoading:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return pseudo_collate([self._image() for _ in range(count)])
+            return pseudo_collate([self.transform(dict(
+                img_path=self._path, gt_label=0)) for _ in range(count)])
         finally:
             torch.set_num_threads(threads)
-
-    def _image(self) -> Dict[str, Any]:
-        results = dict(img_path=self._path, gt_label=0)
-        for transform in self.transforms:
-            results = transform(results)
-        return results

@@ -30,16 +30,9 @@ def map_layers(teacher_layers: Sequence[int], teacher_depth: int,
     Raises:
         ConfigError: If the official map has more layers than student blocks.
     """
-    if layer_map == 'official':
-        return _official_map(teacher_layers, teacher_depth, student_depth)
-    return [
-        max(0, round((layer + 1) / teacher_depth * student_depth) - 1)
-        for layer in teacher_layers
-    ]
-
-
-def _official_map(teacher_layers: Sequence[int], teacher_depth: int,
-                  student_depth: int) -> List[int]:
+    if layer_map == 'relative':
+        return [max(0, round((layer + 1) / teacher_depth * student_depth) - 1)
+                for layer in teacher_layers]
     from scipy.optimize import linear_sum_assignment
     if len(teacher_layers) > student_depth:
         raise ConfigError(

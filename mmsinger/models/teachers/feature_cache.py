@@ -2,7 +2,6 @@
 import hashlib
 from typing import Callable, Dict, List, Sequence
 
-import numpy as np
 import torch
 from mmengine.logging import print_log
 from torch import Tensor
@@ -49,7 +48,12 @@ class FeatureCache:
         # those that calibration took in full precision are as good
         kind = (tuple(layers), tuple(images.shape[1:]), images.dtype,
                 images.device)
-        keys = [_key(kind, image) for image in _as_arrays(images)]
+        pixels = images.detach().cpu().contiguous()
+        if pixels.dtype == torch.bfloat16:  # which numpy lacks
+            pixels = pixels.float()
+        keys = [hashlib.blake2b(repr(kind).encode() + image.tobytes(),
+                                digest_size=16).digest()
+                for image in pixels.numpy()]
         tokens = {key: self._tokens[key] for key in keys
                   if key in self._tokens}
         if count:
@@ -79,14 +83,3 @@ class FeatureCache:
                 'augmentation out of the train pipeline; if it has more, a '
                 'larger cache spares more. feature_cache=0 switches it off.',
                 logger='current', level=30)
-
-
-def _key(kind: tuple, image: np.ndarray) -> bytes:
-    return hashlib.blake2b(
-        repr(kind).encode() + image.tobytes(), digest_size=16).digest()
-
-
-def _as_arrays(images: Tensor) -> np.ndarray:
-    if images.dtype == torch.bfloat16:  # which numpy lacks
-        images = images.float()
-    return images.detach().cpu().contiguous().numpy()
