@@ -158,15 +158,12 @@ def set_aside(work_dir: str) -> None:
 def commit() -> str:
     """The repository's commit, ``+`` after it with changes; empty if there
     is none."""
-
-    def git(*args: str) -> str:
-        return subprocess.run(['git', *args], cwd=TOOLS, text=True,
-                              capture_output=True).stdout.strip()
-
     try:
-        changed = git('status', '--porcelain', '--untracked-files=no')
-        return git('rev-parse', '--short=10', 'HEAD') + '+' * bool(changed)
-    except OSError:
+        return subprocess.run(
+            ['git', 'describe', '--always', '--exclude=*', '--abbrev=10',
+             '--dirty=+'], cwd=TOOLS, text=True, capture_output=True
+        ).stdout.strip()
+    except OSError:  # no git
         return ''
 
 

@@ -233,23 +233,22 @@ class BaseDistiller(BaseModel):
                       'student', logger='current')
 
     def _check_task_loss(self) -> None:
-        if self.task_loss_weight > 0 and \
-                find_part(self.student, 'head') is None:
+        if self.task_loss_weight == 0:
+            return
+        but = f'task_loss_weight={self.task_loss_weight}, but the student ' \
+            f'{type(self.student).__name__}'
+        if find_part(self.student, 'head') is None:
             raise ConfigError(
-                f'task_loss_weight={self.task_loss_weight}, but the student '
-                f'{type(self.student).__name__} has no head to compute a '
-                'task loss with. Set task_loss_weight=0 (features only), or '
-                'give it a head.')
-        if self.task_loss_weight > 0 and any(
-                cls.__name__ == 'BaseSelfSupervisor'  # mmpretrain's
-                for cls in type(self.student).__mro__):
+                f'{but} has no head to compute a task loss with. Set '
+                'task_loss_weight=0 (features only), or give it a head.')
+        if any(cls.__name__ == 'BaseSelfSupervisor'  # mmpretrain's
+               for cls in type(self.student).__mro__):
             raise ConfigError(
-                f'task_loss_weight={self.task_loss_weight}, but the student '
-                f'{type(self.student).__name__} is a method of pre-training, '
-                'which masks its images or compares views of them: what its '
-                "backbone sees there is not what the teacher sees. Set "
-                'task_loss_weight=0: its backbone learns from the teacher '
-                'alone, on the first view of each image.')
+                f'{but} is a method of pre-training, which masks its images '
+                'or compares views of them: what its backbone sees there is '
+                'not what the teacher sees. Set task_loss_weight=0: its '
+                'backbone learns from the teacher alone, on the first view '
+                'of each image.')
 
     def _find_what_learns(self) -> None:
         """See by one small backward pass which student parameters the

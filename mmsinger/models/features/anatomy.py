@@ -335,10 +335,9 @@ def _find_maps(backbone: nn.Module, owner: str, error: ConfigError) -> Maps:
 
 def _returned(outputs: Any, size: Grid) -> list:
     """The maps among what a backbone returned."""
-    if isinstance(outputs, (tuple, list)):
-        return _maps_among([('', i, one) for i, one in enumerate(outputs)],
-                           size)
-    return _maps_among([('', None, outputs)], size)
+    return _maps_among(
+        [('', i, one) for i, one in enumerate(outputs)]
+        if isinstance(outputs, (tuple, list)) else [('', None, outputs)], size)
 
 
 def _maps_among(outputs: list, size: Grid) -> list:
