@@ -32,9 +32,9 @@ AXES = {
                                     (2, 5, 8, 11))),
     'depth of the teacher': ('depth', (6, 12, 24)),
 }
-KINDS = {'FLOPs': 1e-9, 'seconds': 1., 'memory': 2**-20}
+KINDS = {'FLOPs': ('GFLOP', 1e-9), 'seconds': ('s', 1.),
+         'memory': ('MiB', 2**-20)}  # the unit to draw in, and its factor
 PARTS = ('backbones', 'SiNGER beyond FitNet')
-UNITS = {'FLOPs': 'GFLOP', 'seconds': 's', 'memory': 'MiB'}
 
 
 def parse_args():
@@ -104,9 +104,8 @@ def exponent(values, costs):
 
 
 def table(growth):
-    lines = ['', '| exponent of | FLOPs: backbones | SiNGER beyond FitNet | '
-             'seconds: backbones | SiNGER beyond FitNet | memory: backbones | '
-             'SiNGER beyond FitNet |', '|---' * 7 + '|']
+    heads = [f'{kind}: {part}' for kind in KINDS for part in PARTS]
+    lines = ['', f'| exponent of | {" | ".join(heads)} |', '|---' * 7 + '|']
     for axis, grown in growth.items():
         cells = [grown['exponents'][kind][part]
                  for kind in KINDS for part in PARTS]
@@ -119,7 +118,7 @@ def table(growth):
 def draw(result):
     figure = new_figure((3. * len(AXES), 7.2))
     axes = figure.subplots(len(KINDS), len(AXES), squeeze=False)
-    for row, (kind, scale) in zip(axes, KINDS.items()):
+    for row, (kind, (unit, scale)) in zip(axes, KINDS.items()):
         for axis, (name, grown) in zip(row, result['growth'].items()):
             for number, part in enumerate(PARTS):
                 fit = grown['exponents'][kind][part]
@@ -134,7 +133,7 @@ def draw(result):
             axis.set_xticks(grown['values'], map(str, grown['values']))
             axis.minorticks_off()
             axis.set_xlabel(name, fontsize=8)
-            axis.set_ylabel(f'{kind}, {UNITS[kind]}', fontsize=8)
+            axis.set_ylabel(f'{kind}, {unit}', fontsize=8)
             axis.tick_params(labelsize=7)
             axis.grid(alpha=0.3)
             axis.legend(fontsize=6.5, frameon=False)

@@ -12,6 +12,7 @@ import glob
 import json
 import os
 import statistics
+from collections import Counter
 from typing import Any, Dict, List, Optional
 from xml.etree import ElementTree
 
@@ -54,22 +55,19 @@ def collect(work: str) -> Dict[str, Any]:
 def _tests(path: str) -> Optional[Dict[str, Any]]:
     if not os.path.isfile(path):  # pytest writes it at its end
         return None
-    cases = []
     try:
         tree = ElementTree.parse(path)
     except ElementTree.ParseError:  # cut off
         return None
-    for case in tree.iter('testcase'):
-        outcomes = {child.tag for child in case} & {
-            'failure', 'error', 'skipped'}
-        cases.append(dict(
-            name=case.get('name'),
-            outcome=min(outcomes, default='passed'),
-            numbers={item.get('name'): item.get('value')
-                     for item in case.iter('property')}))
-    outcomes = [case['outcome'] for case in cases]
-    return dict(counts={name: outcomes.count(name)
-                        for name in sorted({*outcomes})}, cases=cases)
+    cases = [dict(
+        name=case.get('name'),
+        outcome=min({child.tag for child in case} & {
+            'failure', 'error', 'skipped'}, default='passed'),
+        numbers={item.get('name'): item.get('value')
+                 for item in case.iter('property')})
+        for case in tree.iter('testcase')]
+    counts = Counter(case['outcome'] for case in cases)
+    return dict(counts=dict(sorted(counts.items())), cases=cases)
 
 
 def _distillation(work_dir: str) -> Optional[Dict[str, Any]]:
