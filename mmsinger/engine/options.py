@@ -3,6 +3,7 @@ import ast
 import copy
 import difflib
 import inspect
+import os
 from argparse import ArgumentParser, Namespace
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -10,6 +11,7 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.logging import print_log
 from mmengine.runner import FlexibleRunner, Runner
 
+from mmsinger.compat import onedl_config_packages
 from mmsinger.errors import ConfigError, near_matches, places
 
 # Top-level keys that mmengine's runners read; everything else in a config is
@@ -103,6 +105,43 @@ def apply_options(cfg: Config, options: Dict[str, Any]) -> None:
             raise ConfigError(
                 f'--cfg-options {option}: cannot be set in '
                 f'{cfg.filename!r}: {error.args[0]}') from error
+
+
+def check_variables(cfg: Config) -> None:
+    """Raise :class:`ConfigError` for a variable that a config file sets and
+    nothing reads, such as a ``data_root`` of its own: its bases have made
+    their parts already.
+
+    Args:
+        cfg (Config): As read from a file. Installed recipes are taken as they
+            are; a base without a model is read by others.
+    """
+    path = cfg.filename
+    if 'model' not in cfg or not path.endswith('.py') or \
+            f'{os.sep}.mim{os.sep}' in path or Config._is_lazy_import(path):
+        return
+    with open(path, encoding='utf-8') as file:
+        names = [node for node in ast.walk(ast.parse(file.read()))
+                 if isinstance(node, ast.Name)]
+    unread = {node.id for node in names if isinstance(node.ctx, ast.Store)} \
+        - {node.id for node in names if isinstance(node.ctx, ast.Load)} - READ
+    bases: Dict[str, Any] = {}
+    with onedl_config_packages():
+        for base in Config._get_base_files(path) if unread else ():
+            base, _ = Config._get_cfg_path(base, path)
+            bases.update(Config.fromfile(base, import_custom_modules=False))
+    for name in sorted(unread):
+        if name in bases and bases[name] == cfg.get(name):
+            continue
+        parts = dict(places({key: cfg[key] for key in cfg if key in READ}))
+        meant = [place for place, node in parts.items()
+                 if name in bases and node == bases[name]] or [
+            place for place in parts if place.endswith(f'.{name}')]
+        if meant or name in bases:
+            raise ConfigError(
+                f'{path}: {name} has no effect: nothing reads this variable '
+                'once the bases are read. Set '
+                f'{", ".join(meant[:6]) or "the parts made of it"} instead.')
 
 
 def _check_spelling(cfg: Config, option: str) -> None:

@@ -27,7 +27,7 @@ from mmsinger.engine.checks import (check_data_folders, check_pretrained,
 from mmsinger.engine.logs import (ParameterGroupsHook, demote_details,
                                   drop_starts)
 from mmsinger.engine.optim import check_custom_keys
-from mmsinger.engine.options import apply_options
+from mmsinger.engine.options import apply_options, check_variables
 from mmsinger.engine.parts import check_parts
 from mmsinger.engine.resume import (check_checkpoint_files,
                                     resume_from_intact_checkpoint)
@@ -92,6 +92,7 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
             said += '. Save the file without a byte order mark (plain UTF-8)'
         raise ConfigError(f'config {path!r} cannot be read: {said}'
                           ) from error
+    check_variables(cfg)
     object.__setattr__(cfg, '__class__', RunConfig)
     if options:
         apply_options(cfg, options)

@@ -96,6 +96,25 @@ def test_overrides_that_nothing_would_read(option, text):
     assert text in str(error.value)
 
 
+@pytest.mark.parametrize('text, place', [
+    ("teacher = dict(checkpoint='x.pth')", 'model.teacher instead'),
+    ("data_root = '/mine'", 'train_dataloader.dataset.data_root, val_data'),
+    ("test_pipeline: list = []", 'test_pipeline has no effect'),
+    ("drop_path_rate = 0.5", 'model.student.backbone.drop_path_rate'),
+    ("data_root = '/mine'\n"
+     "train_dataloader = dict(dataset=dict(data_root=data_root))", None),
+    ("mine = 5", None),
+])
+def test_variables_that_nothing_would_read(tmp_path, text, place):
+    config = tmp_path / 'config.py'
+    config.write_text(f'_base_ = [{RECIPE!r}]\n{text}\n')
+    if place is None:
+        load_config(str(config))
+    else:
+        with pytest.raises(ConfigError, match=place):
+            load_config(str(config))
+
+
 @pytest.mark.parametrize('key', ['optim_wraper', 'param_schedulers',
                                  'log_processr', 'custom_hook'])
 def test_a_misspelt_key_beside_the_inherited_one(tmp_path, key):
