@@ -100,8 +100,8 @@ def check_checkpoint_files(cfg: Config) -> None:
         cfg (Config): Its ``load_from``, and the weights that ``model`` names.
 
     Raises:
-        ConfigError: If a local file is not there, was cut off, is damaged or
-            empty. What is in it shows when it is loaded.
+        ConfigError: If a local file is not there, or cannot be meant. What
+            is in it shows when it is loaded.
     """
     source = cfg.get('load_from')
     if not isinstance(source, (str, type(None))):
@@ -122,36 +122,64 @@ def check_checkpoint_files(cfg: Config) -> None:
             raise ConfigError(
                 f'{key}={path!r}: {no_file(path)} Download the weights, or '
                 f'set {key} to where they are.')
-    if isinstance(source, str) and '://' not in source and (
-            os.path.getsize(source) == 0
-            or zipfile.is_zipfile(source) and not is_intact(source)):
-        raise ConfigError(
-            f'load_from (or --resume)={source!r} is empty, was cut off or is '
-            'damaged: its checksums do not fit. Choose another checkpoint; '
-            '--resume without a path takes the newest one that is intact.')
 
 
 # -- what is in it, once it is loaded ---------------------------------------
 
 
-def check_fit(runner: Any, checkpoint: Dict[str, Any], changed: List[str]
-              ) -> None:
-    """Check that a checkpoint is one of this run's model.
+def take_up(runner: Any, checkpoint: Dict[str, Any]) -> None:
+    """Check that a checkpoint is one of this run's model, and let the config
+    hold where it differs from the one that it was made with.
 
     mmengine loads what fits and warns of the rest, so that adapters would
-    begin anew, or the optimizer's moments go to other tensors. A run goes on
-    from its own checkpoints only. ``load_from`` takes those and, for a
-    distiller, any of the plain student.
+    begin anew, or the optimizer's moments go to other tensors; and it goes on
+    with the checkpoint's learning rates, weight decay and schedule. Here the
+    moments come from the checkpoint, each to the parameter of its name; what
+    the config has changed comes from the config, as if it had been so from
+    the beginning, and is logged. Without changes nothing is touched.
+
+    A run goes on from its own checkpoints only. ``load_from`` takes those
+    and, for a distiller, any of the plain student.
 
     Args:
-        runner (Runner): Its model is built.
-        checkpoint (dict): What it is about to load.
-        changed (list[str]): See :func:`changed_settings`.
+        runner (Runner): About to load it; in training, with optimizer and
+            schedulers built where it resumes.
+        checkpoint (dict): Changed in place.
 
     Raises:
         ConfigError: If tensors are missing, left over or of other shapes; it
-            names the settings that differ.
+            names the settings that differ. If the moments belong to another
+            optimizer or to other parameters; or if the checkpoint was written
+            within an epoch of another length: which images were seen does not
+            say what to go on with.
     """
+    changed = _changed_settings(checkpoint, runner.cfg)
+    _check_fit(runner, checkpoint, changed)
+    start_only = {f'{step.place}.{name}'
+                  for step in getattr(unwrap(runner.model), 'steps', ())
+                  for name in step.start_only}
+    begun = [line for line in changed if line.split(':')[0] in start_only]
+    no_effect = ('\nThese have no effect any more: what came of them before '
+                 'the first step is in the checkpoint.' + _listed(begun)
+                 if begun else '')
+    if not runner._resume:
+        weights = checkpoint.get('state_dict', checkpoint)
+        if begun and any(STUDENT in key for key in weights):
+            runner.logger.warning(
+                f'load_from={runner._load_from!r}{no_effect}')
+        return
+    _fit_epochs(runner, checkpoint)
+    if changed:
+        runner.logger.warning(
+            'The config differs from the one that the checkpoint was made '
+            'with; the values of now hold.'
+            + _listed([line for line in changed if line not in begun])
+            + no_effect)
+    _take_over_settings(runner, checkpoint, changed)
+
+
+def _check_fit(runner: Any, checkpoint: Dict[str, Any], changed: List[str]
+               ) -> None:
     resume, source = runner._resume, runner._load_from
     name = f'--resume {source!r}' if resume else f'load_from={source!r}'
     weights = checkpoint.get('state_dict', checkpoint)
@@ -212,18 +240,9 @@ def check_fit(runner: Any, checkpoint: Dict[str, Any], changed: List[str]
         'dir), or a checkpoint of this one.')
 
 
-def fit_epochs(runner: Any, checkpoint: Dict[str, Any]) -> None:
+def _fit_epochs(runner: Any, checkpoint: Dict[str, Any]) -> None:
     """Count iterations anew where an epoch has another number of them than in
-    the run so far: with other images, batches or processes.
-
-    Args:
-        runner (Runner): Resuming; its training loop is built.
-        checkpoint (dict): Its ``meta`` is changed in place.
-
-    Raises:
-        ConfigError: If the checkpoint was written within an epoch: which
-            images were seen does not say what to go on with.
-    """
+    the run so far: with other images, batches or processes."""
     before, loop = checkpoint.get('epoch_length'), runner.train_loop
     if not isinstance(loop, EpochBasedTrainLoop) or \
             before in (None, len(loop.dataloader)):
@@ -242,18 +261,11 @@ def fit_epochs(runner: Any, checkpoint: Dict[str, Any]) -> None:
     meta['iter'] = meta['epoch'] * now
 
 
-def changed_settings(checkpoint: Dict[str, Any], cfg: Config) -> List[str]:
-    """How the config differs from the one that a checkpoint was made with.
-
-    Args:
-        checkpoint (dict): Of mmengine's runner; its ``meta['cfg']`` is read,
-            not executed.
-        cfg (Config): The config now.
-
-    Returns:
-        list[str]: ``'model.adapter.rank: 4 then, 8 now'`` for each setting of
-        model, optimizer, schedule and length; empty if it does not say.
-    """
+def _changed_settings(checkpoint: Dict[str, Any], cfg: Config) -> List[str]:
+    """``'model.adapter.rank: 4 then, 8 now'`` for each setting of model,
+    optimizer, schedule and length that differs from those that a checkpoint
+    was made with; none if it does not say. Its config is read, not
+    executed."""
     parts = ('model', 'optim_wrapper', 'param_scheduler', 'train_cfg')
     meta = checkpoint.get('meta')
     then = _literals(meta.get('cfg') if isinstance(meta, dict) else None)
@@ -329,33 +341,11 @@ def optimizer_names(runner: Any) -> List[str]:
     return [] if None in found else found
 
 
-def take_over_settings(runner: Any, checkpoint: Dict[str, Any],
-                       changed: List[str]) -> None:
-    """Let learning rates, weight decay and schedule of the config hold where
-    they differ from those that a checkpoint was made with.
-
-    mmengine would go on with the checkpoint's and pass the config's over.
-    Here the moments come from the checkpoint, each to the parameter of its
-    name; what the config has changed comes from the config, as if it had been
-    so from the beginning, and is logged. Without changes nothing is touched.
-
-    Args:
-        runner (Runner): Resuming; optimizer and schedulers are built.
-        checkpoint (dict): Changed in place.
-        changed (list[str]): See :func:`changed_settings`.
-
-    Raises:
-        ConfigError: If the moments belong to another optimizer or to other
-            parameters.
-    """
+def _take_over_settings(runner: Any, checkpoint: Dict[str, Any],
+                        changed: List[str]) -> None:
+    """Let learning rates, weight decay and schedule of the config hold, see
+    :func:`take_up`."""
     names, saved = optimizer_names(runner), checkpoint.get('optimizer', {})
-    begun = _of_the_start(runner, changed)
-    if changed:
-        runner.logger.warning(
-            'The config differs from the one that the checkpoint was made '
-            'with; the values of now hold.'
-            + _listed([line for line in changed if line not in begun])
-            + _without_effect(begun))
     if not names or 'param_groups' not in saved:
         return
     if any(line.startswith('optim_wrapper.optimizer.type:')
@@ -385,16 +375,16 @@ def take_over_settings(runner: Any, checkpoint: Dict[str, Any],
             + (f'; {sorted(strangers)[:3]} differ' if strangers else '')
             + '. Set optim_wrapper back, or begin anew from the weights with '
             'load_from.')
-    groups = wrapper.state_dict()['param_groups']
-    schedules = runner.param_schedulers
+    schedules = runner.param_schedulers or []
     if ids != names and before == names and \
-            not _changed_groups(saved['param_groups'], groups) and \
-            not _changed_schedules(checkpoint, schedules):
+            _settings(saved['param_groups']) == _settings(
+                wrapper.state_dict()['param_groups']) and \
+            _settings(checkpoint.get('param_schedulers') or []) == _settings(
+                [schedule.state_dict() for schedule in schedules]):
         return
-    if isinstance(schedules, list):
-        _replay(schedules, runner, checkpoint['meta'])
-        checkpoint['param_schedulers'] = [
-            schedule.state_dict() for schedule in schedules]
+    _replay(schedules, runner, checkpoint['meta'])
+    checkpoint['param_schedulers'] = [
+        schedule.state_dict() for schedule in schedules]
     checkpoint['optimizer'] = {**saved, **wrapper.state_dict(),
                                'state': state}
     runner.logger.info(
@@ -402,57 +392,12 @@ def take_over_settings(runner: Any, checkpoint: Dict[str, Any],
         'they had been from the beginning; the moments are the checkpoint\'s.')
 
 
-def warn_of_settings_of_the_start(runner: Any, checkpoint: Dict[str, Any],
-                                  changed: List[str]) -> None:
-    """With ``load_from``, say which changed settings have no effect, since
-    what came of them is in a distiller's checkpoint.
-
-    Args:
-        runner (Runner): Its model is built.
-        checkpoint (dict): What it is about to load.
-        changed (list[str]): See :func:`changed_settings`.
-    """
-    begun = _of_the_start(runner, changed)
-    weights = checkpoint.get('state_dict', checkpoint)
-    if begun and any(STUDENT in key for key in weights):
-        runner.logger.warning(f'load_from={runner._load_from!r}'
-                              + _without_effect(begun))
-
-
-def _of_the_start(runner: Any, changed: List[str]) -> List[str]:
-    """Those of settings that are read before the first step alone."""
-    names = {f'{step.place}.{name}'
-             for step in getattr(unwrap(runner.model), 'steps', ())
-             for name in step.start_only}
-    return [line for line in changed if line.split(':')[0] in names]
-
-
-def _without_effect(lines: List[str]) -> str:
-    return ('\nThese have no effect any more: what came of them before the '
-            'first step is in the checkpoint.' + _listed(lines)
-            if lines else '')
-
-
-def _changed_groups(first: List[dict], second: List[dict]) -> bool:
-    """Whether settings differ, other than what a schedule has moved."""
-    def settings(groups):
-        return [(group['params'], {key: value for key, value in group.items()
-                                   if f'initial_{key}' not in group})
-                for group in groups]
-    return settings(first) != settings(second)
-
-
-def _changed_schedules(checkpoint: Dict[str, Any], schedules: Any) -> bool:
+def _settings(states: List[dict]) -> List[dict]:
+    """Groups of an optimizer, or schedules, without what schedules move."""
     moving = ('last_step', '_global_step', '_last_value', 'base_values')
-
-    def settings(states):
-        return [{key: value for key, value in state.items()
-                 if key not in moving} for state in states]
-    saved = checkpoint.get('param_schedulers')
-    if not isinstance(schedules, list) or not isinstance(saved, list):
-        return False
-    return settings(saved) != settings(
-        [schedule.state_dict() for schedule in schedules])
+    return [{key: value for key, value in state.items()
+             if key not in moving and f'initial_{key}' not in state}
+            for state in states]
 
 
 def _replay(schedules: list, runner: Any, meta: Dict[str, Any]) -> None:

@@ -16,10 +16,7 @@ from mmengine.runner import BaseLoop, EpochBasedTrainLoop
 from mmsinger.checkpoint import safe_loading
 from mmsinger.engine.hooks.random_state_hook import RandomStateHook
 from mmsinger.engine.hooks.run_guard_hook import RunGuardHook
-from mmsinger.engine.resume import (changed_settings, check_fit, fit_epochs,
-                                    is_intact, optimizer_names,
-                                    take_over_settings,
-                                    warn_of_settings_of_the_start)
+from mmsinger.engine.resume import is_intact, optimizer_names, take_up
 from mmsinger.errors import TrainingError
 from mmsinger.files import (atomic_write, lock_folder, remove_leftovers,
                             unlock_folder, write_text)
@@ -284,15 +281,8 @@ class SafeCheckpointHook(Hook):
             val_loop.run()
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        if not isinstance(runner._train_loop, BaseLoop):
-            return
-        changed = changed_settings(checkpoint, runner.cfg)
-        check_fit(runner, checkpoint, changed)
-        if runner._resume:
-            fit_epochs(runner, checkpoint)
-            take_over_settings(runner, checkpoint, changed)
-        else:
-            warn_of_settings_of_the_start(runner, checkpoint, changed)
+        if isinstance(runner._train_loop, BaseLoop):
+            take_up(runner, checkpoint)
 
     # -- SIGTERM -----------------------------------------------------------
 
