@@ -13,7 +13,7 @@ import tiny
 from mmsinger.analysis.measure import (METRICS, applicable_metrics,
                                        check_metrics, measure)
 from mmsinger.analysis.nullspace import distilled_null_directions
-from mmsinger.engine.images import ImageBatches
+from mmsinger.engine.loading import ImageBatches
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError
 from mmsinger.metrics.jacobian import random_signs

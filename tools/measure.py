@@ -19,9 +19,8 @@ from rich.table import Table
 from mmsinger.analysis.measure import (METRICS, applicable_metrics,
                                        check_metrics, measure)
 from mmsinger.command_line import ToolParser
-from mmsinger.engine.images import ImageBatches
-from mmsinger.engine.loading import (calibrate_on, load_distiller,
-                                     open_config)
+from mmsinger.engine.loading import (ImageBatches, calibrate_on,
+                                     load_distiller, open_config)
 from mmsinger.errors import check_output_file, readable_errors
 from mmsinger.files import write_json
 from mmsinger.schema import Count, Natural, Positive, reader

@@ -20,8 +20,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor
 
 from mmsinger.command_line import ToolParser
-from mmsinger.engine.images import natural_size
-from mmsinger.engine.loading import load_distiller, open_config
+from mmsinger.engine.loading import load_distiller, natural_size, open_config
 from mmsinger.errors import (ConfigError, near_matches, no_file,
                              readable_errors)
 from mmsinger.figures import (draw_curves, draw_maps, extract_features,

@@ -1,8 +1,7 @@
 from mmsinger.analysis.analyse import Analysis, analyse
 from mmsinger.analysis.report import render
 from mmsinger.analysis.verdict import Evidence, Suggestion, Verdict
-from mmsinger.engine.images import natural_size
-from mmsinger.engine.loading import Subject, load_subject
+from mmsinger.engine.loading import Subject, load_subject, natural_size
 from mmsinger.images import ImageFolder
 
 __all__ = [

@@ -1,27 +1,34 @@
-"""Teachers and distillers that are looked at, not trained: from a config."""
+"""Teachers and distillers that are looked at, not trained, and the images for
+it: from a config."""
 import itertools
 import math
 from statistics import fmean
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import (Any, Dict, Iterator, List, NamedTuple, Optional, Sequence,
+                    Tuple)
 
+import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
-from mmengine.registry import init_default_scope
+from mmengine.registry import DATASETS, init_default_scope
+from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
 from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
+from mmsinger.engine.checks import check_data_folders
 from mmsinger.engine.hooks.calibration_hook import NUM_IMAGES
-from mmsinger.engine.images import ImageBatches
 from mmsinger.engine.prepare import load_config
+from mmsinger.engine.random_states import preserved_random_states
 from mmsinger.engine.resume import check_checkpoint_files
+from mmsinger.engine.samples import guard_samples
 from mmsinger.errors import ConfigError
 from mmsinger.export import is_distiller
-from mmsinger.images import with_channels
+from mmsinger.images import Size, dataset_batches, with_channels
 from mmsinger.models.distillers import FeatureDistiller
-from mmsinger.models.features.anatomy import image_channels
+from mmsinger.models.features.anatomy import image_channels, image_size
 from mmsinger.models.teachers.frozen import (FrozenTeacher, Normalisation,
                                              feature_settings)
 from mmsinger.registry import MODELS, check_arguments, find_type
+from mmsinger.schema import Count, check_value
 
 IMAGENET = Normalisation((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
@@ -89,6 +96,65 @@ def load_distiller(cfg: Config, checkpoint: Optional[str] = None
         'is dumped in its work dir; or leave the checkpoint out to measure '
         'the recipe as it starts.')
     return distiller
+
+
+class ImageBatches:
+    """Preprocessed images of a recipe, equal each time they are read.
+
+    From ``val_dataloader`` if the recipe has one, else from
+    ``train_dataloader`` with its training transforms. They are a random
+    choice, and random transforms are seeded too.
+
+    Args:
+        cfg (Config): The recipe.
+        distiller (FeatureDistiller): Its data preprocessor is used.
+        count (int): How many images; all if there are fewer.
+        seed (int): Seeds choice and transforms. Defaults to 0.
+
+    Raises:
+        ConfigError: If there are no images.
+    """
+
+    def __init__(self, cfg: Config, distiller: FeatureDistiller, count: int,
+                 seed: int = 0) -> None:
+        check_value('--images', count, Count)
+        self.source = next(
+            (name for name in ('val_dataloader', 'train_dataloader')
+             if cfg.get(name)), None)
+        if self.source is None:
+            raise ConfigError(
+                f'{cfg.filename!r} has no val_dataloader and no '
+                'train_dataloader, so there are no images to measure on. Add '
+                'one of them.')
+        check_data_folders(cfg, (self.source, ))
+        loader = cfg[self.source]
+        self.dataset = guard_samples(DATASETS.build(loader['dataset']),
+                                     f'{self.source}.dataset')
+        total = len(self.dataset)
+        if not total:
+            raise ConfigError(
+                f'{self.source}.dataset has no images. Point its data_root '
+                '(and ann_file, if it has one) to your data set.')
+        self.batch_size = loader.get('batch_size', 1)
+        self.seed = seed
+        self._preprocess = distiller.data_preprocessor
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(total, generator=generator)[:count]
+        self.indices = chosen.tolist()  # any part of them is a fair sample
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.indices)
+
+    def __call__(self) -> Iterator[Tensor]:
+        """Yield images (B, 3, H, W)."""
+        for start in range(0, len(self), self.batch_size):
+            with preserved_random_states(self.seed + start):
+                batch, = dataset_batches(
+                    self.dataset, self.indices[start:start + self.batch_size],
+                    self.batch_size, self._preprocess,
+                    self.source == 'train_dataloader')
+            yield batch['inputs']
 
 
 def calibrate_on(distiller: FeatureDistiller, batches: ImageBatches) -> None:
@@ -261,3 +327,17 @@ def converts_to_rgb(preprocessor: dict) -> bool:
     """Whether a data preprocessor's config turns images, which are read as
     BGR, into RGB: mmpretrain's key for it, or mmseg's."""
     return bool(preprocessor.get('to_rgb') or preprocessor.get('bgr_to_rgb'))
+
+
+def natural_size(model: nn.Module) -> Size:
+    """The image size (H, W) that a model was made for.
+
+    Args:
+        model (nn.Module): A teacher, or a backbone.
+
+    Returns:
+        tuple[int, int]: A teacher's ``input_size``, or the first ``img_size``
+        of a module; 224 if it does not say.
+    """
+    return tuple(to_2tuple(
+        getattr(model, 'input_size', None) or image_size(model) or 224))
