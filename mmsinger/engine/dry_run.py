@@ -1,12 +1,10 @@
 """A run's first steps, for what they show: ``tools/train.py --dry-run``."""
 import resource
 import tempfile
-import time
-from typing import List, Optional
+from typing import List, Optional, Sequence
 
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmengine.utils import to_2tuple
 
@@ -17,23 +15,6 @@ from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError
 
 STEPS = 3
-
-
-class _StepTimes(Hook):
-    """Seconds of each step, its data included."""
-
-    priority = 'LOWEST'
-
-    def before_train(self, runner) -> None:
-        self.seconds: List[float] = []
-        self.last = time.perf_counter()
-
-    def after_train_iter(self, runner, *args, **kwargs) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds.append(now - self.last)
-        self.last = now
 
 
 def dry_run(cfg: Config) -> str:
@@ -63,21 +44,23 @@ def dry_run(cfg: Config) -> str:
         if isinstance(hook, dict):  # EMAHook's may be after these few steps
             hook.update({key: 0 for key in ('begin_iter', 'begin_epoch')
                          if key in hook})
-    if (cfg.get('default_hooks') or {}).get('checkpoint'):
-        cfg.default_hooks.checkpoint.update(interval=STEPS + 1,
-                                            save_last=False, out_dir=None)
+    hooks = cfg.get('default_hooks') or {}
+    hooks.pop('timer', None)  # mmengine's own is there then
+    if hooks.get('checkpoint'):
+        hooks.checkpoint.update(interval=STEPS + 1, save_last=False,
+                                out_dir=None)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         cfg.work_dir = folder
         prepare_training(cfg)
         runner = build_runner(cfg)
-        times = _StepTimes()
-        runner.register_hook(times)
         runner.train()
+    # By mmengine's IterTimerHook, after RunGuardHook has waited for a GPU
+    seconds, _ = runner.message_hub.get_scalar('train/time').data
     steps = length.get('max_iters')
     if steps is None and not missing:
         steps = length['max_epochs'] * len(runner.train_dataloader)
     return '\n'.join(['', *missing, *_taps(runner), parameter_groups(runner),
-                      *_costs(times.seconds, steps)])
+                      *_costs(seconds, steps)])
 
 
 def use_random_images(cfg: Config) -> List[str]:
@@ -123,7 +106,7 @@ def _taps(runner: Runner) -> List[str]:
     return lines
 
 
-def _costs(seconds: List[float], steps: Optional[int]) -> List[str]:
+def _costs(seconds: Sequence[float], steps: Optional[int]) -> List[str]:
     each = min(seconds[1:])  # the first one warms up
     if torch.cuda.is_available():
         memory, where = torch.cuda.max_memory_allocated(), 'GPU'

@@ -8,9 +8,11 @@ from mmengine._strategy import FSDPStrategy as MMEngineFSDPStrategy
 from mmengine.device import get_device
 from mmengine.optim import BaseOptimWrapper
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (FullOptimStateDictConfig,
                                     FullStateDictConfig)
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 
 from mmsinger.errors import ConfigError
@@ -85,7 +87,9 @@ class FSDPStrategy(MMEngineFSDPStrategy):
         self.shard_teacher = shard_teacher
 
     def _wrap_model(self, model: nn.Module) -> FSDP:
-        device = this_device()
+        kind = get_device()
+        device = torch.device(kind) if kind == 'cpu' else \
+            torch.device(kind, int(os.environ['LOCAL_RANK']))
         teacher = getattr(model, 'teacher', None)
         if teacher is not None:
             teacher.to(device)
@@ -96,7 +100,16 @@ class FSDPStrategy(MMEngineFSDPStrategy):
                     'model.teacher.feature_cache do not go together: all '
                     'processes gather the blocks in each pass, and one that '
                     'knows its images makes none. Leave one of them out.')
-            shard_blocks(teacher)
+            if not isinstance(teacher, FrozenTeacher):
+                raise ConfigError(
+                    'strategy.shard_teacher=True: this model has no vision '
+                    'transformer as teacher. Set shard_teacher=False.')
+            # Leaves the modules in place, so that taps and repeated passes
+            # through a block work as before
+            mesh = init_device_mesh(
+                device.type, (torch.distributed.get_world_size(), ))
+            for block in teacher.blocks.modules:
+                fully_shard(block, mesh=mesh, reshard_after_forward=True)
         self.model_wrapper.setdefault('device_id', device)
         if isinstance(model, FeatureDistiller):
             blocks = set(model.student_features.modules)
@@ -154,35 +167,3 @@ class FSDPStrategy(MMEngineFSDPStrategy):
             param_groups=[
                 dict(group, params=[names[i] for i in group['params']])
                 for group in state_dict['param_groups']])
-
-
-def this_device() -> torch.device:
-    """The accelerator of this process, or the CPU."""
-    kind = get_device()
-    return torch.device(kind) if kind == 'cpu' else \
-        torch.device(kind, int(os.environ['LOCAL_RANK']))
-
-
-def shard_blocks(teacher: nn.Module) -> None:
-    """Divide the blocks of a teacher among the processes.
-
-    Torch's ``fully_shard`` leaves the modules in place, so that taps and
-    repeated passes through a block work as before. What is around the blocks
-    stays whole.
-
-    Args:
-        teacher (nn.Module): Its weights are loaded and on the device.
-
-    Raises:
-        ConfigError: If it has no blocks to speak of.
-    """
-    if not isinstance(teacher, FrozenTeacher):
-        raise ConfigError(
-            'strategy.shard_teacher=True: this model has no vision '
-            'transformer as teacher. Set shard_teacher=False.')
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    mesh = init_device_mesh(
-        this_device().type, (torch.distributed.get_world_size(), ))
-    for block in teacher.blocks.modules:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
