@@ -34,7 +34,8 @@ class TrainingError(RuntimeError):
     """
 
 
-def near_matches(word: str, choices: Iterable[str], limit: int = 3) -> str:
+def near_matches(word: str, choices: Iterable[str], limit: int = 3,
+                 likeness: float = 0.6) -> str:
     """A hint that lists the choices nearest to a misspelt word, whatever its
     capitals.
 
@@ -42,6 +43,8 @@ def near_matches(word: str, choices: Iterable[str], limit: int = 3) -> str:
         word (str): What the user wrote.
         choices (Iterable[str]): The valid spellings.
         limit (int): The most choices to list. Defaults to 3.
+        likeness (float): How near they have to be, from 0 to 1. Defaults to
+            0.6.
 
     Returns:
         str: ``" Did you mean 'a', 'b'?"`` with a leading blank, or an empty
@@ -51,7 +54,8 @@ def near_matches(word: str, choices: Iterable[str], limit: int = 3) -> str:
     for choice in choices:
         lower.setdefault(choice.lower(), []).append(choice)
     near = [choice for found in difflib.get_close_matches(
-        str(word).lower(), lower, limit, 0.6) for choice in lower[found]]
+        str(word).lower(), lower, limit, likeness)
+        for choice in lower[found]]
     if not near:
         return ''
     return ' Did you mean ' + ', '.join(repr(n) for n in near[:limit]) + '?'
@@ -130,6 +134,23 @@ def check_keys(key: str, given: Iterable[str], known: Iterable[str],
                 f'{key}.{name}: {f"{owner} has " if owner else ""}no such '
                 f'key.{near_matches(name, known)} Its keys are '
                 f'{", ".join(known)}.')
+
+
+def check_spelling(place: str, name: str, known: Iterable[str],
+                   likeness: float) -> None:
+    """Raise :class:`ConfigError` for a key that is nearly one of those that
+    are read, where nobody knows all of them.
+
+    Args:
+        place (str): Where it stands, as the user writes it.
+        name (str): The key.
+        known (Iterable[str]): Valid ones.
+        likeness (float): How near it has to be, from 0 to 1.
+    """
+    near = difflib.get_close_matches(name, known, 1, likeness)
+    if near and near[0] != name:
+        raise ConfigError(f'{place}: nothing reads {name!r}. Did you mean '
+                          f'{near[0]!r}?')
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ mmengine imports this module by itself when a config names a type such as
 recipe needs no ``custom_imports``.
 """
 import ast
-import difflib
 import functools
 import inspect
 import textwrap
@@ -14,7 +13,8 @@ from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Set, Tuple
 from mmengine import registry as mmengine_registry
 from mmengine.registry import Registry
 
-from mmsinger.errors import ConfigError, check_keys, near_matches, placed
+from mmsinger.errors import (ConfigError, check_keys, check_spelling,
+                             near_matches, placed)
 from mmsinger.schema import check_value, hints_of
 
 
@@ -183,15 +183,12 @@ def check_arguments(place: str, target: Callable, given: Dict[str, Any],
         also (Iterable[str]): Further names that are read by others.
     """
     arguments = arguments_of(target)
-    for name in [] if arguments.closed else set(given) - {
-            *arguments.hints, *also}:  # one that is as good as certain
-        near = difflib.get_close_matches(name, arguments.hints, 1, 0.9)
-        if near:
-            raise ConfigError(f'{place}.{name}: {target.__name__} has no such '
-                              f'key. Did you mean {near[0]!r}?')
     if arguments.closed:
         check_keys(place, given, [*arguments.hints, *also, 'type', '_scope_'],
                    getattr(target, '__name__', str(target)))
+    else:
+        for name in set(given) - set(also):
+            check_spelling(f'{place}.{name}', name, arguments.hints, 0.9)
     check_values(place, target, given)
 
 

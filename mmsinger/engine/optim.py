@@ -1,7 +1,6 @@
 """How parameters get their learning rates: mixed precision on a CPU, and the
 host toolboxes' own ways for the student."""
 import copy
-import difflib
 from contextlib import contextmanager
 from typing import Any, Dict, List, Literal, Optional, Sequence
 
@@ -11,7 +10,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
 from mmsinger.engine.unwrap import unwrap
-from mmsinger.errors import ConfigError
+from mmsinger.errors import ConfigError, check_spelling
 from mmsinger.models.features.anatomy import find_blocks
 from mmsinger.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 
@@ -208,11 +207,8 @@ def check_custom_keys(model: nn.Module, custom_keys: Dict[str, dict]) -> None:
     unused = [key for key in custom_keys
               if key != 'adapters' and not any(key in name for name in names)]
     for key in unused:
-        near = difflib.get_close_matches(key.split('.')[0], parts, 1, 0.75)
-        if near and near[0] != key.split('.')[0]:
-            raise ConfigError(
-                f'optim_wrapper.paramwise_cfg.custom_keys[{key!r}] is in the '
-                f'name of no parameter. Did you mean {near[0]!r}?')
+        check_spelling(f'optim_wrapper.paramwise_cfg.custom_keys[{key!r}]',
+                       key.split('.')[0], parts, 0.75)
     if unused:
         print_log('optim_wrapper.paramwise_cfg.custom_keys: '
                   f'{", ".join(map(repr, unused))} are in the name of no '

@@ -1,7 +1,6 @@
 """Overrides of a config: ``--cfg-options KEY=VALUE`` of every tool."""
 import ast
 import copy
-import difflib
 import inspect
 import os
 from argparse import ArgumentParser, Namespace
@@ -12,7 +11,7 @@ from mmengine.logging import print_log
 from mmengine.runner import FlexibleRunner, Runner
 
 from mmsinger.compat import onedl_config_packages
-from mmsinger.errors import ConfigError, near_matches, places
+from mmsinger.errors import ConfigError, check_spelling, near_matches, places
 
 # Top-level keys that mmengine's runners read; everything else in a config is
 # a variable that such a part was made of when the file was read.
@@ -154,14 +153,9 @@ def _check_spelling(cfg: Config, option: str) -> None:
             f'reads it.{near_matches(top, {*cfg.keys(), *READ}, 1)}')
     for i in range(1, len(inner)):
         parent = _at(cfg.get(top), inner[:i - 1])
-        if isinstance(parent, dict) and inner[i - 1] not in parent:
-            near = difflib.get_close_matches(inner[i - 1], parent, 1, 0.85)
-            if near:
-                path = '.'.join([top, *inner[:i - 1]])
-                raise ConfigError(
-                    f'--cfg-options {option}: the config has no '
-                    f"'{path}.{inner[i - 1]}'. Did you mean "
-                    f"'{path}.{near[0]}'?")
+        if isinstance(parent, dict):
+            check_spelling(f'--cfg-options {option}', inner[i - 1], parent,
+                           0.85)
 
 
 def _copies(cfg: Config, option: str, parts: List[Tuple[str, Any]]

@@ -1,7 +1,6 @@
 """Every ``type`` in a config, and its arguments, looked up before anything is
 built: what nothing would read, and what cannot be meant, ends in an error."""
 import ast
-import difflib
 import functools
 import importlib.util
 import inspect
@@ -22,7 +21,8 @@ from torch.utils.data import DataLoader
 
 from mmsinger.engine.logs import import_datasets
 from mmsinger.engine.options import READ
-from mmsinger.errors import ConfigError, check_choice, check_keys, places
+from mmsinger.errors import (ConfigError, check_keys, check_spelling,
+                             near_matches, places)
 from mmsinger.images import check_scale
 from mmsinger.registry import arguments_of, check_arguments, source_of
 from mmsinger.schema import (Count, DefaultType, Natural, NonNegative,
@@ -94,7 +94,9 @@ SECTIONS = {
         'optim_wrapper.optimizer', 'optim_wrapper.paramwise_cfg.custom_keys',
         *(f'{loader}.dataset' for loader in LOADERS[:3])), dict),
     'param_scheduler': Union[dict, List[dict], None],
-    'log_level': Union[str, int], 'default_scope': Optional[str]}
+    'log_level': Union[Literal[
+        'DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL', 'NOTSET'], int],
+    'default_scope': Optional[str]}
 # Values of other packages' classes, which check little
 VALUES = dict(
     data_root=Optional[str], out_dir=Optional[str],
@@ -110,8 +112,6 @@ VALUES = dict(
          'norm_decay_mult', 'flat_decay_mult', 'dwconv_decay_mult',
          'dcn_offset_lr_mult'), Optional[NonNegative]))
 HOOK_INTERVAL = Union[Count, Literal[-1]]
-LEVELS = ('DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL', 'NOTSET')
-BOOLEANS = ('true', 'false', 'yes', 'no', 'on', 'off')
 
 
 def check_parts(cfg: Config) -> None:
@@ -131,12 +131,9 @@ def check_parts(cfg: Config) -> None:
     for key in cfg:
         # The right one is there too where it is inherited; then the two must
         # be nearer, as a variable's name may be close by chance (`models`)
-        near = key not in READ and (
-            difflib.get_close_matches(key, READ - set(cfg), 1, 0.88)
-            or difflib.get_close_matches(key, READ, 1, 0.92))
-        if near:
-            raise ConfigError(f'{key}: nothing reads it. Did you mean '
-                              f'{near[0]!r}? A variable needs another name.')
+        if key not in READ:
+            check_spelling(key, key, READ - set(cfg), 0.88)
+            check_spelling(key, key, READ, 0.92)
     _check_sections(cfg)
     scope = cfg.get('default_scope') or 'mmengine'
     import_datasets(scope)
@@ -145,19 +142,14 @@ def check_parts(cfg: Config) -> None:
             value = cfg.get(key)
             if value is not None and key != 'optimizer':
                 _check(key, value, _top_slot(key, value))
-        for key, function in (('randomness', Runner.set_randomness),
-                              ('compile', torch.compile)):
+        for key, known in (
+                ('randomness', arguments_of(Runner.set_randomness).hints),
+                ('compile', (*arguments_of(torch.compile).hints, 'target')),
+                ('env_cfg', constants_in(Runner.setup_env)),
+                ('auto_scale_lr', constants_in(Runner.scale_lr))):
             if isinstance(cfg.get(key), Mapping):
-                check_arguments(key, function, cfg[key], also=('target', ))
-        for key, function in (('env_cfg', Runner.setup_env),
-                              ('auto_scale_lr', Runner.scale_lr)):
-            if isinstance(cfg.get(key), Mapping):
-                check_keys(key, cfg[key], constants_in(function))
-        for key in ('randomness', 'auto_scale_lr'):
-            if isinstance(cfg.get(key), Mapping):
+                check_keys(key, cfg[key], known)
                 _check_values(key, cfg[key], None, None)
-        if isinstance(cfg.get('log_level'), str):
-            check_choice('log_level', cfg.log_level, LEVELS)
 
 
 def _check_sections(cfg: Config) -> None:
@@ -259,25 +251,19 @@ def _find(place: str, kind: Any, slot: Slot) -> Optional[Callable]:
             _get(root, kind) for root in _all_roots())), None)
     if found is not None:
         return found
-    scope, _, name = kind.rpartition('.')
+    scope = kind.rpartition('.')[0]
     if scope and importlib.util.find_spec(scope.split('.')[0]) is None:
         raise ConfigError(f'{place}.type={kind!r}: there is no package '
                           f'{scope!r}. Install it, or take another type.')
-    names = {}
-    for registry in (expected, *expected.children.values()):
-        own = registry.scope in ('mmengine', current_scope())
-        for found in registry.module_dict:
-            names.setdefault(found, found if own and not scope
-                             else f'{registry.scope}.{found}')
-    lower = {found.lower(): names[found] for found in reversed(names)}
-    near = difflib.get_close_matches(name.lower(), lower, 3, 0.6)
+    without = () if scope else ('mmengine', current_scope())
+    names = {name if registry.scope in without else f'{registry.scope}.{name}'
+             for registry in (expected, *expected.children.values())
+             for name in registry.module_dict}
     if not (slot.strict or scope in expected.children
-            or difflib.get_close_matches(name.lower(), near, 1, 0.8)):
+            or near_matches(kind, names, likeness=0.8)):
         return None
-    hint = f' Did you mean {", ".join(repr(lower[n]) for n in near)}?' \
-        if near else ''
     raise ConfigError(f'{place}.type={kind!r}: there is no such '
-                      f'{expected.name}.{hint}')
+                      f'{expected.name}.{near_matches(kind, sorted(names))}')
 
 
 def current_scope() -> str:
@@ -312,12 +298,9 @@ def _check_values(place: str, node: Mapping, slot: Optional[Slot],
         elif isinstance(value, float) and math.isnan(value):
             raise ConfigError(f'{place}.{key}={value!r} is not valid: give a '
                               'number.')
-        elif isinstance(value, str) and value.lower() in BOOLEANS and \
-                isinstance(defaults.get(key), bool):
-            check_value(f'{place}.{key}', value, bool)
         elif isinstance(value, str) and \
-                type(defaults.get(key)) in (int, float) and \
-                re.fullmatch(r'[-+.\deE]+|nan', value):
+                type(defaults.get(key)) in (bool, int, float) and re.fullmatch(
+                    r'[-+.\de]+|nan|true|false|yes|no|on|off', value, re.I):
             check_value(f'{place}.{key}', value, type(defaults[key]))
     if place.endswith('data_preprocessor'):
         check_scale(place, node.get('mean'), node.get('std'))
@@ -368,20 +351,18 @@ def _check_words(place: str, given: Iterable[str], known: Iterable[str]
     """As :func:`check_keys`, of keys that stock configs have some unread ones
     among: an error if one is like another, a warning if not."""
     for name in set(given) - set(known):
-        near = difflib.get_close_matches(name, known, 1, 0.75)
-        if near:
-            raise ConfigError(f'{place}.{name}: nothing reads it. Did you '
-                              f'mean {near[0]!r}?')
+        check_spelling(f'{place}.{name}', name, known, 0.75)
         print_log(f'{place}.{name}: neither the optimizer nor its '
                   'constructor reads it.', logger='current', level=30)
 
 
 @functools.lru_cache(maxsize=None)
 def constants_in(target: Any) -> frozenset:
-    """The texts in the source of a function, or of a class and its bases:
+    """The words in the source of a function, or of a class and its bases:
     among them the keys that it reads from a dict."""
     return frozenset(
         node.value for part in (
             target.__mro__[:-1] if inspect.isclass(target) else [target])
         for node in source_of(part)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        and node.value.isidentifier())

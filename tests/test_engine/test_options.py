@@ -120,7 +120,7 @@ def test_variables_that_nothing_would_read(tmp_path, text, place):
 def test_a_misspelt_key_beside_the_inherited_one(tmp_path, key):
     config = tmp_path / 'config.py'
     config.write_text(f'_base_ = [{SEG_CONFIG!r}]\n{key} = dict()\n')
-    with pytest.raises(ConfigError, match=f'{key}: nothing reads it'):
+    with pytest.raises(ConfigError, match=f'{key}: nothing reads {key!r}'):
         check_parts(load_config(str(config)))
 
 
