@@ -1,15 +1,16 @@
 """What a run needs, looked at before it costs time: folders, and
 pretrained weights."""
 import os
+import re
 import tempfile
-from typing import Any, Iterator, List, Tuple
+from typing import Iterator, Optional, Tuple
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 from torch import nn
 
 from mmsinger.checkpoint import load_checkpoint, weights_of
-from mmsinger.errors import ConfigError
+from mmsinger.errors import ConfigError, places
 from mmsinger.registry import arguments_of, find_type
 
 
@@ -44,12 +45,12 @@ def check_data_folders(cfg: Config, loaders: Tuple[str, ...]) -> None:
             continue
         for key, dataset in inner_datasets(loader['dataset'],
                                            f'{name}.dataset'):
-            if _downloads(dataset):
-                continue
-            for path_key, path in _folders(dataset):
-                _check_folder(f'{key}.{path_key}', path)
-                if path_key == 'data_prefix.img_path':
-                    _check_suffix(key, path, dataset)
+            for path_key, path in () if _downloads(dataset) else \
+                    _folders(dataset):
+                _check_folder(
+                    f'{key}.{path_key}', path, dataset.get('img_suffix')
+                    if path_key == 'data_prefix.img_path'
+                    and not dataset.get('ann_file') else None)
 
 
 def _downloads(dataset: dict) -> bool:
@@ -78,37 +79,30 @@ def _folders(dataset: dict) -> Iterator[Tuple[str, str]]:
     if root:
         yield 'data_root', root
     prefix = dataset.get('data_prefix') or {}
-    prefixes = prefix.items() if isinstance(prefix, dict) else [('', prefix)]
-    for name, folder in prefixes:
+    if not isinstance(prefix, dict):
+        prefix = {'': prefix}
+    for name, folder in prefix.items():
         if isinstance(folder, str) and folder:
             key = f'data_prefix.{name}' if name else 'data_prefix'
             yield key, os.path.join(root, folder)
 
 
-def _check_suffix(key: str, path: str, dataset: dict) -> None:
-    """mmengine ends in "need at least one array to concatenate" where no
-    image has the suffix that a dataset lists."""
-    suffix = dataset.get('img_suffix')
-    if not suffix or '://' in path or dataset.get('ann_file'):
-        return
-    if not any(name.endswith(suffix) for _, _, names
-               in os.walk(path, followlinks=True) for name in names):
-        raise ConfigError(
-            f'{key}: no file in {path!r} ends with img_suffix={suffix!r}. '
-            f'Set {key}.img_suffix to what the images end with, or point '
-            'data_root to your data set.')
-
-
-def _check_folder(key: str, path: str) -> None:
+def _check_folder(key: str, path: str, suffix: Optional[str]) -> None:
     if '://' in path:
         return
     if not os.path.isdir(path):
         raise ConfigError(
             f'{key}: no folder {path!r} (working directory {os.getcwd()}). '
             'Point data_root to your data set.')
-    if not any(files for _, _, files in os.walk(path, followlinks=True)):
-        raise ConfigError(f'{key}: the folder {path!r} holds no files. '
-                          'Point data_root to your data set.')
+    # mmengine would end in "need at least one array to concatenate"
+    if not any(name.endswith(suffix or '') for _, _, names
+               in os.walk(path, followlinks=True) for name in names):
+        raise ConfigError(
+            f'{key}: the folder {path!r} holds no files. Point data_root to '
+            'your data set.' if not suffix else
+            f'{key}: no file in {path!r} ends with img_suffix={suffix!r}. '
+            'Set img_suffix to what the images end with, or point data_root '
+            'to your data set.')
 
 
 def check_pretrained(cfg: dict, model: nn.Module) -> None:
@@ -121,14 +115,13 @@ def check_pretrained(cfg: dict, model: nn.Module) -> None:
         model (nn.Module): The model.
     """
     top = 'student' if hasattr(model, 'student') else ''
-    root = cfg.get(top, {}) if top else cfg
-    for path, place, source, prefix in _pretrained(root, ''):
-        module_path = '.'.join(filter(None, (top, place)))
+    for key, place, source, prefix in _pretrained(
+            cfg.get(top, {}) if top else cfg, top):
         try:
-            module = model.get_submodule(module_path)
+            module = model.get_submodule(place)
         except AttributeError:
             continue
-        weights = weights_of(load_checkpoint(source, path), source)
+        weights = weights_of(load_checkpoint(source, f'model.{key}'), source)
         found = [key[len(prefix):] for key in weights
                  if key.startswith(prefix)]
         expected = list(module.state_dict())
@@ -139,8 +132,7 @@ def check_pretrained(cfg: dict, model: nn.Module) -> None:
         fitting = ends & own_ends - {''}
         if len(fitting) * 10 < len(expected):
             raise ConfigError(
-                f'model.{module_path}{"." if module_path else ""}{path}='
-                f'{source!r} fits next to nothing of the '
+                f'model.{key}={source!r} fits next to nothing of the '
                 f'{type(module).__name__}: {len(fitting)} of '
                 f'{len(expected)} tensors.\n  The file has '
                 f'{", ".join(found[:6])}, …\n  The model has '
@@ -149,29 +141,24 @@ def check_pretrained(cfg: dict, model: nn.Module) -> None:
                 'begin with (init_cfg.prefix).')
 
 
-def _pretrained(cfg: Any, place: str
-                ) -> Iterator[Tuple[str, str, str, str]]:
+def _pretrained(cfg: dict, place: str) -> Iterator[Tuple[str, str, str, str]]:
     """Key, module path, file and prefix of each local file."""
-    if not isinstance(cfg, dict):
-        return
-    init = cfg.get('init_cfg')
-    sources: List[Tuple[str, Any, str]] = [
-        ('pretrained', cfg.get('pretrained'), '')]
-    for one in init if isinstance(init, (list, tuple)) else [init]:
-        if isinstance(one, dict) and one.get('type') == 'Pretrained':
-            sources.append(('init_cfg.checkpoint', one.get('checkpoint'),
-                            one.get('prefix') or ''))
-    for key, source, prefix in sources:
+    nodes = {place: cfg, **dict(places(cfg, place))}
+    for key, node in nodes.items():
+        found = re.fullmatch(
+            r'(?:(.+)\.)?(?:pretrained|init_cfg(?:\.\d+)?)', key)
+        owner = nodes[found[1] or ''] if found else {}
         # mmdet's own conversion renames what is in the file
-        if isinstance(source, str) and os.path.isfile(source) and \
-                not cfg.get('convert_weights'):
-            inside = key == 'pretrained' and 'backbone' in cfg
-            yield (key, '.'.join(filter(None, (
-                place, 'backbone' if inside else ''))), source,
-                   prefix and prefix.rstrip('.') + '.')
-    for name in ('backbone', 'neck', 'head', 'decode_head'):
-        yield from _pretrained(
-            cfg.get(name), f'{place}.{name}' if place else name)
+        if not found or owner.get('convert_weights'):
+            continue
+        module, source, prefix = found[1] or '', node, ''
+        if isinstance(node, dict) and node.get('type') == 'Pretrained':
+            key, source = f'{key}.checkpoint', node.get('checkpoint')
+            prefix = (node.get('prefix') or '').rstrip('.')
+        elif 'backbone' in owner:
+            module = f'{module}.backbone' if module else 'backbone'
+        if isinstance(source, str) and os.path.isfile(source):
+            yield key, module, source, prefix and f'{prefix}.'
 
 
 def check_validation(cfg: Config) -> None:
