@@ -179,7 +179,7 @@ def _copies(cfg: Config, option: str, parts: List[Tuple[str, Any]]
     copies += [path for path, node in parts if path.endswith(tuple(tails))
                and path not in copies and old is not None and node == old]
     if not copies and 'model' in cfg:  # else it is a base, which is the part
-        alike = _alike(option.split('.'), value, parts)
+        alike = _alike(option.split('.'), parts)
         fix = f'Set {alike[0]} instead.' if len(alike) == 1 else \
             f'Set those that you mean: {", ".join(alike[:6])}.' if alike \
             else 'Set the part of the config that is to change.'
@@ -215,19 +215,16 @@ def _is_copy(node: Any, value: Any, whole: bool) -> bool:
         isinstance(item, dict) for item in value)
 
 
-def _alike(words: List[str], value: Any, parts: List[Tuple[str, Any]]
-           ) -> List[str]:
-    """Paths that end like an override's, or hold the variable's value."""
-    *owner, leaf = words
-    if not owner:
-        return [path for path, node in parts
-                if type(node) is type(value) and node == value] or \
-            [path for path, _ in parts if path.endswith(f'.{leaf}')]
-    suffix = '.' + '.'.join(owner)
-    return [f'{path}.{leaf}' for path, node in parts
-            if f'.{path}'.endswith(suffix) and isinstance(node, dict)] or \
-        [path for path, _ in parts
-         if path.endswith('.' + '.'.join(words[1:]))]
+def _alike(words: List[str], parts: List[Tuple[str, Any]]) -> List[str]:
+    """Paths that end like an override's."""
+    found: List[str] = []
+    while words and not found:
+        *owner, leaf = words
+        found = [f'{path}.{leaf}' for path, node in parts
+                 if f'.{path}'.endswith('.'.join(['', *owner]))
+                 and isinstance(node, dict) and (owner or leaf in node)]
+        words = words[1:]
+    return found
 
 
 def _whole_lists(cfg: Config, option: str, value: Any) -> Tuple[str, Any]:
