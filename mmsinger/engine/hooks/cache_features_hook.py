@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmsinger.engine.random_states import preserved_random_states
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError
+from mmsinger.images import dataset_batches
 from mmsinger.models.probes.frozen_backbone import FrozenBackbone
 from mmsinger.registry import HOOKS
 from mmsinger.schema import Count
@@ -73,11 +74,23 @@ class CacheFeaturesHook(Hook):
             raise ConfigError(
                 'CacheFeaturesHook: model.train_cfg mixes images at random. '
                 'Take the augments or the hook out.')
-        chunks, samples = [], []
+        chunks, samples, sizes = [], [], set()
+
+        def collate(items: List[dict]) -> Dict[str, Any]:
+            sizes.update(tuple(item['inputs'].shape[1:]) for item in items)
+            if len(sizes) > 1:
+                raise ConfigError(
+                    'CacheFeaturesHook: the images differ in size, '
+                    f'{" and ".join(map(str, sorted(sizes)[:2]))}. Bring '
+                    'them to one size in the pipeline, or take the hook out '
+                    'of custom_hooks.')
+            return loader.collate_fn(items)
+
         with preserved_random_states(seed=0):
             check_not_random(loader.dataset)
-            for start in range(0, len(loader.dataset), self.chunk_size):
-                batch = preprocess(self._batch(loader, start), training)
+            for batch in dataset_batches(
+                    loader.dataset, range(len(loader.dataset)),
+                    self.chunk_size, preprocess, training, collate):
                 chunks.append(backbone(batch['inputs'])[0].float().cpu())
                 samples.extend(batch['data_samples'])
         features = torch.cat(chunks)
@@ -94,19 +107,6 @@ class CacheFeaturesHook(Hook):
         loop.dataloader = DataLoader(
             CachedFeatures(features, samples, copies=not training),
             collate_fn=lambda batch: batch, **order)
-
-    def _batch(self, loader: DataLoader, start: int) -> Dict[str, Any]:
-        stop = min(start + self.chunk_size, len(loader.dataset))
-        items = [loader.dataset[i] for i in range(start, stop)]
-        sizes = {tuple(item['inputs'].shape[1:])
-                 for item in (loader.dataset[0], *items)}
-        if len(sizes) > 1:
-            raise ConfigError(
-                'CacheFeaturesHook: the images differ in size, '
-                f'{" and ".join(map(str, sorted(sizes)[:2]))}. Bring them to '
-                'one size in the pipeline, or take the hook out of '
-                'custom_hooks.')
-        return loader.collate_fn(items)
 
 
 def check_not_random(dataset: Dataset) -> None:
