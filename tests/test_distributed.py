@@ -372,9 +372,10 @@ def test_fsdp_writes_whole_files(outcome):
 @pytest.mark.parametrize('options,message', [
     (['strategy.type=mmsinger.FSDPStrategy'], 'torchrun'),
     (['strategy.type=mmsinger.FSDPStrategy',
-      'strategy.state_dict_cfg=local'], "Use 'full'"),
+      'strategy.state_dict_cfg=local'], "give 'full'"),
     (['strategy.type=mmsinger.FSDPStrategy',
-      'strategy.skip_init_weights=True'], 'skip_init_weights=True builds'),
+      'strategy.skip_init_weights=True'],
+     'skip_init_weights=True is not valid'),
 ])
 def test_fsdp_says_what_it_cannot_do(outcome, options, message):
     result = forked.run('train.py', SEG_CONFIG, '--no-validate',

@@ -1,7 +1,7 @@
 """FSDP for distillers: the student in parts, the teacher whole or in parts."""
 import os
 from functools import partial
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Literal, Optional
 
 import torch
 from mmengine._strategy import FSDPStrategy as MMEngineFSDPStrategy
@@ -42,33 +42,24 @@ class FSDPStrategy(MMEngineFSDPStrategy):
         model_wrapper (dict, optional): Arguments of
             ``MMFullyShardedDataParallel``. Only blocks of the student may be
             units of their own. Defaults to None.
-        state_dict_cfg (str): ``'full'`` alone, its default.
+        state_dict_cfg (str): ``'full'`` alone, its default: the student's
+            file is cut from a whole checkpoint.
         skip_init_weights (bool): False alone, its default: a distiller has
             to load its teacher.
         **kwargs: See mmengine's ``FSDPStrategy``.
 
     Raises:
-        ConfigError: If ``state_dict_cfg`` is not ``'full'``,
-            ``skip_init_weights`` is set, or the teacher cannot be divided.
+        ConfigError: If the teacher cannot be divided, or there are no
+            processes to divide the model among.
     """
 
     def __init__(self,
                  *,
                  shard_teacher: bool = False,
                  model_wrapper: Optional[dict] = None,
-                 state_dict_cfg: str = 'full',
-                 skip_init_weights: bool = False,
+                 state_dict_cfg: Literal['full'] = 'full',
+                 skip_init_weights: Literal[False] = False,
                  **kwargs) -> None:
-        if skip_init_weights:
-            raise ConfigError(
-                'strategy.skip_init_weights=True builds models without '
-                'weights, but a distiller has to load its teacher and start '
-                'adapters and projectors. Leave it out.')
-        if state_dict_cfg != 'full':
-            raise ConfigError(
-                f'strategy.state_dict_cfg={state_dict_cfg!r} is not '
-                "supported: the student's file is cut from a whole "
-                "checkpoint. Use 'full', or leave it out.")
         # What is copied to a CPU it is on already shares freed memory
         offload = dict(rank0_only=True, offload_to_cpu=get_device() != 'cpu')
         super().__init__(
