@@ -32,7 +32,7 @@ def dry_run(cfg: Config) -> str:
         ConfigError: As a run would; without a validation.
     """
     length = dict(cfg.train_cfg)
-    missing = use_random_images(cfg)
+    missing = _use_random_images(cfg)
     cfg.resume = False
     cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     cfg.train_cfg = dict(type='mmengine.IterBasedTrainLoop', max_iters=STEPS)
@@ -63,16 +63,9 @@ def dry_run(cfg: Config) -> str:
                       *_costs(seconds, steps)])
 
 
-def use_random_images(cfg: Config) -> List[str]:
-    """Put :class:`~mmsinger.datasets.random_images.RandomImages` in the place
-    of training data that are not there.
-
-    Args:
-        cfg (Config): Changed in place.
-
-    Returns:
-        list[str]: A line that says so; none if the data are there.
-    """
+def _use_random_images(cfg: Config) -> List[str]:
+    """Put RandomImages in the place of training data that are not there, and
+    return a line that says so."""
     try:
         check_data_folders(cfg, ('train_dataloader', ))
         return []

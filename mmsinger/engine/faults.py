@@ -296,7 +296,8 @@ def _process_fault(error: Exception, runner: Any) -> Optional[str]:
             'gloo|NCCL|Timed out waiting|Connection (closed|reset) by peer',
             str(error)):
         return None
-    seconds = _time_limit(runner)
+    env = (getattr(runner, 'cfg', None) or {}).get('env_cfg') or {}
+    seconds = float((env.get('dist_cfg') or {}).get('timeout') or 1800)
     late = re.search('[Tt]imed? ?out', str(error))
     missing = _absent(min(5., seconds))
     which = 'process ' + ', '.join(map(str, missing)) if missing else \
@@ -322,11 +323,6 @@ def _folder_fault(error: Exception, runner: Any) -> Optional[str]:
         f'{path!r} cannot be written: {error.strerror}. Was the work dir '
         'moved, or its drive taken away? Bring it back, with its checkpoints, '
         'and go on with --resume.')
-
-
-def _time_limit(runner: Any) -> float:
-    env = (getattr(runner, 'cfg', None) or {}).get('env_cfg') or {}
-    return float((env.get('dist_cfg') or {}).get('timeout') or 1800)
 
 
 def _absent(patience: float) -> List[int]:

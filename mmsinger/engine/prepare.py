@@ -13,7 +13,6 @@ from typing import Any, Optional, Sequence
 
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.config.utils import ConfigParsingError
 from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS, init_default_scope
@@ -87,7 +86,7 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
         with onedl_config_packages():
             cfg = Config.fromfile(path)
     except Exception as error:  # it is a program, and may raise anything
-        said = _said(error)
+        said = f'{type(error).__name__}: {error}'
         if 'U+FEFF' in said:
             said += '. Save the file without a byte order mark (plain UTF-8)'
         raise ConfigError(f'config {path!r} cannot be read: {said}'
@@ -102,14 +101,6 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
         stem = os.path.splitext(os.path.basename(path))[0]
         cfg.work_dir = os.path.join('work_dirs', stem)
     return cfg
-
-
-def _said(error: Exception) -> str:
-    if isinstance(error, (ConfigParsingError, FileNotFoundError, KeyError,
-                          SyntaxError, TypeError)):
-        # str() of a KeyError puts its message in quotes
-        return str(error.args[0] if isinstance(error, KeyError) else error)
-    return f'{type(error).__name__}: {error}'
 
 
 def prepare_training(cfg: Config) -> None:
