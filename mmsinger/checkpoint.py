@@ -52,6 +52,19 @@ def load_checkpoint(path: str, key: str = 'checkpoint') -> Dict[str, Any]:
     return checkpoint
 
 
+def check_there(path: str, key: str) -> None:
+    """Raise :class:`ConfigError` unless a path is a file, or an address.
+
+    Args:
+        path (str): Of a checkpoint.
+        key (str): The config key that named it.
+    """
+    if '://' not in path and not os.path.isfile(path):
+        raise ConfigError(
+            f'{key}={path!r}: {no_file(path)} Download the weights, or set '
+            f'{key} to where they are.')
+
+
 @contextlib.contextmanager
 def safe_loading() -> Iterator[None]:
     """Let no file run code: within it, each ``torch.load`` reads tensors and
@@ -175,28 +188,21 @@ def _refused(error: Exception) -> str:
 
 def _fetch(path: str, key: str) -> Union[str, io.BytesIO]:
     """A local path, or the content of a remote file."""
-    from mmengine.fileio import exists, get
+    from mmengine.fileio import get
     if path.startswith(SHIPPED):
         path = os.path.join(os.path.dirname(os.path.abspath(__file__)),
                             'assets', path[len(SHIPPED):])
     if os.path.isfile(path):
         return path
-    if os.path.isdir(path):
-        raise ConfigError(f'{key}={path!r} is a folder. Set {key} to a '
-                          'checkpoint file in it.')
+    check_there(path, key)
     try:
-        if path.startswith(('http://', 'https://')):
-            return _download(path)
-        if exists(path):
-            return io.BytesIO(get(path))
+        return _download(path) if path.startswith('http') else \
+            io.BytesIO(get(path))
     except Exception as error:
         raise ConfigError(
             f'{key}={path!r} cannot be fetched: {_first_line(error)}. '
             f'Download it by other means and set {key} to the local file.'
         ) from error
-    raise ConfigError(
-        f'{key}={path!r}: {no_file(path)} Download the weights, or set {key} '
-        'to where they are.')
 
 
 def _download(address: str) -> str:

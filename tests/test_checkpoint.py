@@ -215,7 +215,7 @@ def test_missing(tmp_path, name, monkeypatch):
 
 
 def test_folder(tmp_path):
-    assert 'is a folder' in message_of(str(tmp_path))
+    assert 'a folder, not a file' in message_of(str(tmp_path))
 
 
 @pytest.mark.parametrize('old', [False, True], ids=['zip', 'old-format'])

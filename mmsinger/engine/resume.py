@@ -17,10 +17,10 @@ from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop
 
-from mmsinger.checkpoint import STUDENT, student_state_dict
+from mmsinger.checkpoint import STUDENT, check_there, student_state_dict
 from mmsinger.engine.options import evaluate
 from mmsinger.engine.unwrap import is_sharded, unwrap
-from mmsinger.errors import ConfigError, no_file, places
+from mmsinger.errors import ConfigError, places
 from mmsinger.models.distillers import BaseDistiller
 
 
@@ -116,12 +116,8 @@ def check_checkpoint_files(cfg: Config) -> None:
     named = [(place, path) for place, path in places(cfg.model, 'model')
              if place.endswith(('.checkpoint', '.pretrained'))]
     for key, path in [('load_from (or --resume)', source), *named]:
-        if not isinstance(path, str) or '://' in path:
-            continue
-        if not os.path.isfile(path):
-            raise ConfigError(
-                f'{key}={path!r}: {no_file(path)} Download the weights, or '
-                f'set {key} to where they are.')
+        if isinstance(path, str):
+            check_there(path, key)
 
 
 # -- what is in it, once it is loaded ---------------------------------------
