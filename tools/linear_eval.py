@@ -17,8 +17,8 @@ from mmengine.hooks import Hook
 from mmsinger.checkpoint import (load_checkpoint, load_strict, safe_loading,
                                  weights_of)
 from mmsinger.command_line import ToolParser
-from mmsinger.engine.prepare import (build_runner, load_config,
-                                     prepare_training, world_size)
+from mmsinger.engine.prepare import (build_runner, launched, load_config,
+                                     prepare_training)
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.files import write_json
@@ -77,7 +77,7 @@ def divide_batch(cfg):
     Raises:
         ConfigError: If they cannot be divided.
     """
-    loader, processes = cfg.get('train_dataloader'), world_size(cfg)
+    loader, processes = cfg.get('train_dataloader'), launched(cfg)[1]
     if not loader or 'batch_size' not in loader:
         return
     if loader.batch_size % processes:

@@ -9,7 +9,7 @@ of your own may too::
 """
 import os
 from datetime import timedelta
-from typing import Any, Optional, Sequence
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -137,7 +137,7 @@ def prepare_training(cfg: Config) -> None:
     checkpoints = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     if '://' not in (checkpoints.get('out_dir') or '://'):
         check_work_dir(checkpoints.out_dir, 'default_hooks.checkpoint.out_dir')
-    if rank(cfg) == 0:
+    if launched(cfg)[0] == 0:
         lock_folder(cfg.work_dir)
     check_data_folders(cfg, ('train_dataloader', 'val_dataloader'))
     resume_from_intact_checkpoint(cfg)
@@ -357,33 +357,26 @@ def compare_batch_size(cfg: Config) -> None:
     if not base or scaling.get('enable') or not optimizer or \
             not loader or 'batch_size' not in loader:
         return
-    processes = world_size(cfg)
+    _, processes = launched(cfg)
     accumulated = optimizer.get('accumulative_counts', 1)
     images = loader.batch_size * processes * accumulated
     if images != base:
         print_log(
             f'A step has {images} images (train_dataloader.batch_size='
             f'{loader.batch_size} x {processes} processes x {accumulated} '
-            f'accumulated), and the learning rate is made for {base:g}. Change '
-            "train_dataloader.batch_size, or use tools/train.py's "
+            f'accumulated), and the learning rate is made for {base:g}. '
+            "Change train_dataloader.batch_size, or use tools/train.py's "
             '--auto-scale-lr.', logger='current', level=30)
 
 
-def world_size(cfg: Config) -> int:
-    """How many processes ``cfg.launcher`` has started."""
-    return _launched(cfg, 1, pytorch='WORLD_SIZE', slurm='SLURM_NTASKS',
-                     mpi='OMPI_COMM_WORLD_SIZE')
-
-
-def rank(cfg: Config) -> int:
-    """Which of the processes that ``cfg.launcher`` has started this is."""
-    return _launched(cfg, 0, pytorch='RANK', slurm='SLURM_PROCID',
-                     mpi='OMPI_COMM_WORLD_RANK')
-
-
-def _launched(cfg: Config, default: int, **variables: str) -> int:
-    variable = variables.get(cfg.get('launcher'), '')
-    return int(os.environ.get(variable, default))
+def launched(cfg: Config) -> Tuple[int, int]:
+    """Which process this is of those that ``cfg.launcher`` has started, and
+    how many these are."""
+    rank, processes = dict(
+        pytorch=('RANK', 'WORLD_SIZE'), slurm=('SLURM_PROCID', 'SLURM_NTASKS'),
+        mpi=('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE')
+    ).get(cfg.get('launcher'), ('', ''))
+    return int(os.environ.get(rank, 0)), int(os.environ.get(processes, 1))
 
 
 def use_strategy(cfg: Config) -> None:
