@@ -412,7 +412,7 @@ def test_tool_on_fitnet_without_validation_data(place):
     ([tiny.SEG_CONFIG, '--cfg-options', 'val_dataloader=None',
       'train_dataloader=None'], 'no val_dataloader and no train_dataloader'),
     ([os.path.join(tiny.ROOT, 'configs', 'demo', 'digits_student.py')],
-     "is no distiller of mmsinger's"),
+     "is no distiller of mmsinger's that compares block outputs"),
 ])
 def test_bad_input(place, args, message):
     result = run(place, *args, check=False)
