@@ -88,6 +88,8 @@ SECTIONS = {
         'optim_wrapper.clip_grad', 'train_cfg', 'val_cfg', 'test_cfg',
         'default_hooks', 'default_hooks.*', 'visualizer', 'log_processor',
         'auto_scale_lr', 'model_wrapper_cfg', 'strategy', *LOADERS[:3],
+        *(f'{place}data_preprocessor'
+          for place in ('', 'model.', 'model.student.')),
         *(f'{loader}.sampler' for loader in LOADERS[:3])), Optional[dict]),
     **dict.fromkeys((
         'env_cfg', 'env_cfg.dist_cfg', 'env_cfg.mp_cfg', 'randomness',
@@ -96,7 +98,7 @@ SECTIONS = {
     'param_scheduler': Union[dict, List[dict], None],
     'log_level': Union[Literal[
         'DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL', 'NOTSET'], int],
-    'default_scope': Optional[str]}
+    'default_scope': Optional[str], 'load_from': Optional[str]}
 # Values of other packages' classes, which check little
 VALUES = dict(
     data_root=Optional[str], out_dir=Optional[str],

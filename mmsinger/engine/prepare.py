@@ -247,10 +247,6 @@ def use_data_preprocessor(cfg: Config) -> None:
             (cfg.model.get('student') or {}).get('data_preprocessor'),
         'model.data_preprocessor': cfg.model.get('data_preprocessor'),
         'data_preprocessor': cfg.get('data_preprocessor')}
-    for place, found in given.items():
-        if not isinstance(found, (dict, type(None))):
-            raise ConfigError(f'{place}={found!r} is not valid: give a dict '
-                              'with a type, mean and std.')
     (used, own), *others = [(place, found) for place, found in given.items()
                             if found] or [('', {})]
     for place, other in others:

@@ -32,18 +32,13 @@ def resume_from_intact_checkpoint(cfg: Config) -> None:
     after the folder was moved or copied, and fails on a file that was cut off.
 
     Raises:
-        ConfigError: If there are checkpoints and none is intact, or
-            ``load_from`` is empty.
+        ConfigError: If there are checkpoints and none is intact.
     """
     if cfg.get('resume') not in (None, True, False):
         raise ConfigError(
             f'resume={cfg.resume!r} is neither True nor False. Give the path '
             'as --resume PATH, or as load_from beside resume=True.')
-    if cfg.get('load_from') == '':
-        raise ConfigError(
-            "load_from='' (or --resume '') names no checkpoint. Give its "
-            'path; --resume alone takes the newest one in the work dir.')
-    if not cfg.get('resume') or cfg.get('load_from'):
+    if not cfg.get('resume') or cfg.get('load_from') is not None:
         return
     found = [path for folder, kind in itertools.product(*_saved_where(cfg))
              for path in glob.glob(os.path.join(glob.escape(folder), kind))
@@ -100,22 +95,13 @@ def check_checkpoint_files(cfg: Config) -> None:
         cfg (Config): Its ``load_from``, and the weights that ``model`` names.
 
     Raises:
-        ConfigError: If a local file is not there, or cannot be meant. What
-            is in it shows when it is loaded.
+        ConfigError: If a local file is not there. What is in it shows when
+            it is loaded.
     """
-    source = cfg.get('load_from')
-    if not isinstance(source, (str, type(None))):
-        raise ConfigError(f'load_from={source!r} is no path. Give the path '
-                          'of a checkpoint, or None.')
-    if cfg.get('resume') and str(source).endswith('_student.pth'):
-        raise ConfigError(
-            f'--resume {source!r} is a student alone: it has no '
-            'optimizer and no adapters to go on with. Resume from '
-            f'{source.replace("_student.pth", ".pth")!r}, or begin '
-            f'anew from these weights with --cfg-options load_from={source}.')
     named = [(place, path) for place, path in places(cfg.model, 'model')
              if place.endswith(('.checkpoint', '.pretrained'))]
-    for key, path in [('load_from (or --resume)', source), *named]:
+    for key, path in [('load_from (or --resume)', cfg.get('load_from')),
+                      *named]:
         if isinstance(path, str):
             check_there(path, key)
 

@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 
 from mmsinger.datasets.random_images import RandomImages
 from mmsinger.engine.checks import check_data_folders, check_pretrained
+from mmsinger.engine.parts import check_parts
 from mmsinger.engine.prepare import (load_config, refuse_separate_wrapper,
                                      scale_learning_rate,
                                      use_data_preprocessor)
@@ -69,7 +70,7 @@ def test_preprocessors_of_a_student_without():
         use_data_preprocessor(cfg)
     cfg.data_preprocessor = 'SegDataPreProcessor'
     with pytest.raises(ConfigError, match='give a dict'):
-        use_data_preprocessor(cfg)
+        check_parts(cfg)
 
 
 def test_preprocessors_that_agree():

@@ -147,7 +147,7 @@ def test_the_best_of_another_folder_stays(place, run):
 
 
 @pytest.mark.parametrize('name, words', [
-    ('iter_6_student.pth', 'is a student alone'),
+    ('iter_6_student.pth', 'it has no message_hub, optimizer'),
     ('best', 'it has no optimizer'),
     ('../teacher.pth', 'no meta, message_hub, optimizer')])
 def test_weights_alone_are_not_resumed(place, run, name, words):
