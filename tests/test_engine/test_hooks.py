@@ -348,8 +348,8 @@ def test_calibration_leaves_random_states_alone(make, caplog):
                   **{'model.target_norm': 'standardise'})
     runner.train()
     assert states[0] == states[1]
-    assert 'Targets calibrated on 256 images' not in caplog.text
-    assert 'Targets calibrated on 8 images' in caplog.text
+    assert 'Calibrating targets on 256 training' not in caplog.text
+    assert 'Calibrating targets on 8 training images' in caplog.text
 
 
 def test_calibration_does_not_change_the_batches(make):

@@ -39,15 +39,15 @@ class CalibrationHook(Hook):
         model = unwrap(runner.model)
         if not getattr(model, 'needs_calibration', False):
             return
+        count = min(self.num_images, len(runner.train_dataloader.dataset))
+        runner.logger.info(f'Calibrating targets on {count} training images')
         with preserved_random_states(seed=0):
             found = model.calibrate(
                 training_batches(runner, self.num_images, self.batch_size))
-        count = min(self.num_images, len(runner.train_dataloader.dataset))
         for part in (model.target_norms, *model.steps):
             for buffer in part.buffers():
                 broadcast(buffer)
-        runner.logger.info(f'Targets calibrated on {count} images; '
-                           + '; '.join(found))
+        runner.logger.info('Targets calibrated: ' + '; '.join(found))
 
 
 def training_batches(runner, num_images: int, batch_size: int
