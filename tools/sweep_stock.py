@@ -448,7 +448,8 @@ def write_page(results, groups, path):
         by_message = defaultdict(list)
         for result in results:
             if result['result'] in kinds:
-                message = ' '.join(result['message'].split())
+                message = re.sub(r'(the student) \w+ (is a method)', r'\1 \2',
+                                 ' '.join(result['message'].split()))
                 by_message[message].append(result['name'])
         lines += [f'- {", ".join(f"`{n}`" for n in names)}: {message}'
                   for message, names in sorted(by_message.items())]

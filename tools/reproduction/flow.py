@@ -127,7 +127,7 @@ def _run(workspace: Workspace, resources: Resources, todo: Sequence[str],
             raise ConfigError(
                 f'{package.replace("_", "-")} is not installed, which runs '
                 "the jobs: pip install 'mmsinger[reproduce]' "
-                '(mmsinger[slurm] for --slurm), with Python 3.11 or newer.')
+                '([slurm] for --slurm), with Python 3.11 or newer.')
     path = os.path.abspath(os.path.join(workspace.root, 'plan.json'))
     contents: Dict[str, str] = {}
     with open(path, 'w') as file:
