@@ -134,7 +134,9 @@ def check_variables(cfg: Config) -> None:
             continue
         parts = dict(places({key: cfg[key] for key in cfg if key in READ}))
         meant = [place for place, node in parts.items()
-                 if name in bases and node == bases[name]] or [
+                 if name in bases and (
+                     node == bases[name]
+                     or _is_copy(node, bases[name], whole=False))] or [
             place for place in parts if place.endswith(f'.{name}')]
         if meant or name in bases:
             raise ConfigError(

@@ -99,6 +99,7 @@ def test_overrides_that_nothing_would_read(option, text):
 @pytest.mark.parametrize('text, place', [
     ("teacher = dict(checkpoint='x.pth')", 'model.teacher instead'),
     ("data_root = '/mine'", 'train_dataloader.dataset.data_root, val_data'),
+    ("distiller = dict(adapter=dict(rank=8))", 'Set model instead'),
     ("test_pipeline: list = []", 'test_pipeline has no effect'),
     ("drop_path_rate = 0.5", 'model.student.backbone.drop_path_rate'),
     ("data_root = '/mine'\n"
