@@ -261,7 +261,7 @@ PHOTOS = Study(
      (Column('explained variance %'), (Task(
          'linear_eval/cls_mean_photos.py', 'explained_variance',
          target='_base_/teachers/dinov2_s14_84px.py'), ))),
-    rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2), steps=2000,
+    rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), steps=2000,
     options=('train_dataloader.batch_size=64',
              'model.teacher.feature_cache=8000', 'train_cfg.max_iters=2000',
              'param_scheduler.0.end=100', 'param_scheduler.1.begin=100',
