@@ -410,7 +410,7 @@ def write_page(results, groups, path):
     lines = [
         '# Coverage', '',
         'Made by `python tools/sweep_stock.py`: stock configs of mmpretrain '
-        'and mmseg become students of a small random teacher by the one line '
+        'and mmseg become students of a small random teacher by the statement '
         'of [configs.md](configs.md). Each takes a step with gradients; the '
         'exported student loads strictly into the plain model and gives equal '
         f'outputs, bit for bit in {sum(r.get("exact", 0) for r in results)}, '

@@ -17,7 +17,6 @@ from mmsinger.errors import ConfigError, check_choice
 from mmsinger.models.distillers import FeatureDistiller
 from mmsinger.models.targets import TeacherOutputs
 
-METRICS = ('nullspace', 'cosine', 'deviation')
 METRICS = ('nullspace', 'cosine', 'gram', 'inflation', 'deviation')
 STREAMS = dict(cosine=CosineStream, gram=GramStream,
                inflation=InflationStream)

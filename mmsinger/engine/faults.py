@@ -106,7 +106,8 @@ def batch_fault(error: Exception, batch: Any, model: nn.Module, key: str
         model (nn.Module): What took it.
         key (str): Whose batch it is, such as ``'train_dataloader'``.
     """
-    if isinstance(batch, dict) and 'inputs' not in batch:
+    if isinstance(batch, dict) and 'inputs' not in batch and \
+            isinstance(error, KeyError) and error.args == ('inputs', ):
         return (f'{key}: at the end of the pipeline samples have '
                 f'{", ".join(batch) or "nothing"}, and no "inputs". End '
                 f'{key}.dataset.pipeline with PackInputs, or with '

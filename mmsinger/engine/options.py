@@ -22,6 +22,8 @@ READ = {
     'activation_checkpointing', 'compile', 'efficient_conv_bn_eval',
     'find_unused_parameters', 'model_wrapper_cfg', 'runner_type', 'sync_bn'
 }
+# Read when a config is opened, and by tools/test.py --tta
+READ_BY_OTHERS = {'custom_imports', 'tta_model', 'tta_pipeline'}
 
 
 class ConfigOptions(DictAction):
@@ -122,23 +124,28 @@ def check_variables(cfg: Config) -> None:
     with open(path, encoding='utf-8') as file:
         names = [node for node in ast.walk(ast.parse(file.read()))
                  if isinstance(node, ast.Name)]
-    unread = {node.id for node in names if isinstance(node.ctx, ast.Store)} \
-        - {node.id for node in names if isinstance(node.ctx, ast.Load)} - READ
+    unread = {node.id for node in names if isinstance(node.ctx, ast.Store)
+              and node.id in cfg} - READ_BY_OTHERS - READ - {
+        node.id for node in names if isinstance(node.ctx, ast.Load)}
+    found = Config._get_base_files(path) if unread else []
+    if not found or any('{{' in base for base in found):
+        return  # it is whole, as a dumped one; or mmengine fills paths in
     bases: Dict[str, Any] = {}
     with onedl_config_packages():
-        for base in Config._get_base_files(path) if unread else ():
+        for base in found:
             base, _ = Config._get_cfg_path(base, path)
             bases.update(Config.fromfile(base, import_custom_modules=False))
+    parts = dict(places({key: cfg[key] for key in cfg if key in READ}))
     for name in sorted(unread):
-        if name in bases and bases[name] == cfg.get(name):
+        old = bases.get(name)
+        if name in bases and old == cfg[name]:
             continue
-        parts = dict(places({key: cfg[key] for key in cfg if key in READ}))
+        ends = [place for place in parts if place.endswith(f'.{name}')]
         meant = [place for place, node in parts.items()
-                 if name in bases and (
-                     node == bases[name]
-                     or _is_copy(node, bases[name], whole=False))] or [
-            place for place in parts if place.endswith(f'.{name}')]
-        if meant or name in bases:
+                 if isinstance(old, str) and node == old
+                 or _is_copy(node, old, whole=False)] or [
+            place for place in ends if parts[place] != cfg[name]]
+        if meant or name in bases and not ends:
             raise ConfigError(
                 f'{path}: {name} has no effect: nothing reads this variable '
                 'once the bases are read. Set '

@@ -261,8 +261,9 @@ def _find(place: str, kind: Any, slot: Slot) -> Optional[Callable]:
     names = {name if registry.scope in without else f'{registry.scope}.{name}'
              for registry in (expected, *expected.children.values())
              for name in registry.module_dict}
+    bare = {name.rpartition('.')[2] for name in names}
     if not (slot.strict or scope in expected.children
-            or near_matches(kind, names, likeness=0.8)):
+            or near_matches(kind.rpartition('.')[2], bare, likeness=0.8)):
         return None
     raise ConfigError(f'{place}.type={kind!r}: there is no such '
                       f'{expected.name}.{near_matches(kind, sorted(names))}')

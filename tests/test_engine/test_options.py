@@ -104,7 +104,10 @@ def test_overrides_that_nothing_would_read(option, text):
     ("drop_path_rate = 0.5", 'model.student.backbone.drop_path_rate'),
     ("data_root = '/mine'\n"
      "train_dataloader = dict(dataset=dict(data_root=data_root))", None),
-    ("mine = 5", None),
+    ("mine = 'CosineAnnealingLR'", None),
+    ("custom_imports = dict(imports=['json'])", None),
+    ("max_iters = 7\ntrain_cfg = dict(max_iters=7)", None),
+    ("def count():\n    layers = 5", None),
 ])
 def test_variables_that_nothing_would_read(tmp_path, text, place):
     config = tmp_path / 'config.py'
@@ -114,6 +117,19 @@ def test_variables_that_nothing_would_read(tmp_path, text, place):
     else:
         with pytest.raises(ConfigError, match=place):
             load_config(str(config))
+
+
+def test_variables_of_a_dumped_config(tmp_path):
+    cfg = load_config(RECIPE)
+    cfg.dump(str(tmp_path / 'dumped.py'))
+    assert load_config(str(tmp_path / 'dumped.py')).model == cfg.model
+
+
+def test_variables_over_a_base_with_a_place_in_its_path(tmp_path):
+    (tmp_path / 'base.py').write_text(f'_base_ = [{RECIPE!r}]\n')
+    config = tmp_path / 'config.py'
+    config.write_text("_base_ = ['{{ fileDirname }}/base.py']\nmine = 5\n")
+    load_config(str(config))
 
 
 @pytest.mark.parametrize('key', ['optim_wraper', 'param_schedulers',

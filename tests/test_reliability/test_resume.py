@@ -146,6 +146,19 @@ def test_the_best_of_another_folder_stays(place, run):
                 if re.fullmatch(r'best_mIoU_iter_\d+\.pth', name)]) == 1
 
 
+def test_the_best_by_another_metric(place, run):
+    """A lower aAcc is not compared with the mIoU that was best so far."""
+    shutil.copytree(run, os.path.join(place, 'metric'))
+    before = {name for name in os.listdir(run) if name.startswith('best')}
+    train(place, 'metric', 'train_cfg.max_iters=9',
+          'default_hooks.checkpoint.save_best=aAcc',
+          'default_hooks.checkpoint.rule=less', args=('--resume', ))
+    after = {name for name in os.listdir(os.path.join(place, 'metric'))
+             if name.startswith('best')}
+    assert before < after
+    assert any(name.startswith('best_aAcc') for name in after)
+
+
 @pytest.mark.parametrize('name, words', [
     ('iter_6_student.pth', 'it has no message_hub, optimizer'),
     ('best', 'it has no optimizer'),

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 from mmengine.dist import (all_reduce, barrier, broadcast_object_list,
@@ -119,6 +119,7 @@ class SafeCheckpointHook(Hook):
             if resumed:  # a better validation than ever writes it again
                 hook.last_ckpt = os.path.join(
                     hook.out_dir, os.path.basename(resumed))
+                _forget_other_metric(hook, runner.message_hub.runtime_info)
                 _own_best(hook)
         if _done_of_epoch(runner):
             # Of SIGTERM within an epoch: not among those that are counted
@@ -363,6 +364,17 @@ class _LateRemoval:
 
     def remove(self, path: str) -> None:
         self._remove_later(path)
+
+
+def _forget_other_metric(hook: CheckpointHook, info: Dict[str, Any]) -> None:
+    """Let no score be compared with one of another metric: mmengine stores
+    the best without its metric's name."""
+    name = os.path.basename(info.get('best_ckpt') or '')
+    if name and hook.save_best not in (None, ['auto']) and not name.startswith(
+            f'best_{hook.save_best[0]}_'.replace('/', '_')):
+        del info['best_ckpt']
+        info.pop('best_score', None)
+        hook.best_ckpt_path = None
 
 
 def _own_best(hook: CheckpointHook) -> None:
