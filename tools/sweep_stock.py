@@ -33,7 +33,6 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import FUNCTIONS, TRANSFORMS, init_default_scope
 from mmengine.runner import Runner
-from torch.utils._pytree import tree_leaves
 
 from mmsinger.checkpoint import (load_checkpoint, load_strict,
                                  student_state_dict)
@@ -325,8 +324,16 @@ def outputs(model, data):
         backbone = find_part(model, 'backbone')
         found = backbone(first, **unmasked(backbone, first))
 
-    return [value.nan_to_num() for value in tree_leaves(found)
-            if isinstance(value, torch.Tensor)]
+    def flat(value):
+        if isinstance(value, torch.Tensor):
+            yield value.nan_to_num()
+        elif isinstance(value, dict):
+            yield from flat(list(value.values()))
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                yield from flat(item)
+
+    return list(flat(found))
 
 
 def sweep_one(name, say):

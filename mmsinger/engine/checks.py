@@ -45,8 +45,9 @@ def check_data_folders(cfg: Config, loaders: Tuple[str, ...]) -> None:
             continue
         for key, dataset in inner_datasets(loader['dataset'],
                                            f'{name}.dataset'):
-            for path_key, path in () if _downloads(dataset) else \
-                    _folders(dataset):
+            if _downloads(dataset):
+                continue
+            for path_key, path in _folders(dataset):
                 _check_folder(
                     f'{key}.{path_key}', path, dataset.get('img_suffix')
                     if path_key == 'data_prefix.img_path'

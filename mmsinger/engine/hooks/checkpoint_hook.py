@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, List, Optional
 
 import torch
 from mmengine.dist import (all_reduce, barrier, broadcast_object_list,
@@ -119,7 +119,7 @@ class SafeCheckpointHook(Hook):
             if resumed:  # a better validation than ever writes it again
                 hook.last_ckpt = os.path.join(
                     hook.out_dir, os.path.basename(resumed))
-                _forget_other_metric(hook, runner.message_hub.runtime_info)
+                _forget_other_metric(runner, hook)
                 _own_best(hook)
         if _done_of_epoch(runner):
             # Of SIGTERM within an epoch: not among those that are counted
@@ -247,13 +247,7 @@ class SafeCheckpointHook(Hook):
             runner.logger.warning(
                 f'{path!r} was cut off or damaged: the next validation writes '
                 'the best checkpoint anew.')
-            del info[key]
-            info.pop(key.replace('best_ckpt', 'best_score'), None)
-            for hook in _savers(runner):
-                if key == 'best_ckpt':
-                    hook.best_ckpt_path = None
-                else:
-                    hook.best_ckpt_path_dict[key[len('best_ckpt_'):]] = None
+            _forget_best(runner, key)
 
     def _validate_late(self, runner) -> None:
         """Validate the resumed weights if the run was due to and did not."""
@@ -366,15 +360,27 @@ class _LateRemoval:
         self._remove_later(path)
 
 
-def _forget_other_metric(hook: CheckpointHook, info: Dict[str, Any]) -> None:
+def _forget_best(runner, key: str = 'best_ckpt') -> None:
+    """Let the next validation write the best checkpoint anew, whatever its
+    score."""
+    info = runner.message_hub.runtime_info
+    del info[key]
+    info.pop(key.replace('best_ckpt', 'best_score'), None)
+    for hook in _savers(runner):
+        if key == 'best_ckpt':
+            hook.best_ckpt_path = None
+        else:
+            hook.best_ckpt_path_dict[key[len('best_ckpt_'):]] = None
+
+
+def _forget_other_metric(runner, hook: CheckpointHook) -> None:
     """Let no score be compared with one of another metric: mmengine stores
     the best without its metric's name."""
-    name = os.path.basename(info.get('best_ckpt') or '')
+    name = os.path.basename(
+        runner.message_hub.runtime_info.get('best_ckpt') or '')
     if name and hook.save_best not in (None, ['auto']) and not name.startswith(
             f'best_{hook.save_best[0]}_'.replace('/', '_')):
-        del info['best_ckpt']
-        info.pop('best_score', None)
-        hook.best_ckpt_path = None
+        _forget_best(runner)
 
 
 def _own_best(hook: CheckpointHook) -> None:
