@@ -9,6 +9,7 @@ or what it returns. One that calls its parts otherwise needs an entry in
 """
 import contextlib
 import copy
+import dataclasses
 import inspect
 import re
 import sys
@@ -69,7 +70,8 @@ def find_part(module: nn.Module, part: str) -> Any:
     return None
 
 
-class Blocks(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Blocks:
     """The transformer blocks of a backbone.
 
     Attributes:
@@ -156,7 +158,8 @@ class Blocks(NamedTuple):
         return Tokens(values, grid, has_cls=self.has_cls)
 
 
-class Maps(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Maps:
     """The feature maps of a backbone: what its stages give, or what it
     returns. Has what :class:`Blocks` has but for the blocks.
 
@@ -252,10 +255,9 @@ def at_same_paths(features: Features, backbone: nn.Module) -> Features:
     Returns:
         Blocks | Maps: With the modules at the old paths.
     """
-    # Not _replace(), which counts fields by len()
-    return type(features)(**{**features._asdict(), 'modules': [
+    return dataclasses.replace(features, modules=[
         backbone if path.startswith('outputs.')
-        else backbone.get_submodule(path) for path in features.paths]})
+        else backbone.get_submodule(path) for path in features.paths])
 
 
 def _check_blocks(backbone: nn.Module, blocks: Blocks) -> None:
