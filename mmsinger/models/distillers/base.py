@@ -250,18 +250,24 @@ class BaseDistiller(BaseModel):
                 'backbone learns from the teacher alone, on the first view '
                 'of each image.')
 
-    def _find_what_learns(self) -> None:
-        """See by one small backward pass which student parameters the
-        distilled features (or logits) reach.
+    def _freeze_unreached(self, module: nn.Module,
+                          run: Callable[[nn.Module], Tensor], others: str
+                          ) -> None:
+        """Freeze the student parameters that get no gradient: without a task
+        loss, those that distillation does not reach (the final norm, the
+        heads, the blocks after the last distilled one). DDP refuses
+        parameters without gradients.
 
-        Without a task loss what they do not reach gets no gradient: the final
-        norm, the heads and the blocks after the last distilled one. DDP
-        refuses parameters without gradients, so they are marked as frozen.
+        Args:
+            module (nn.Module): The student, or its backbone.
+            run (Callable): Given a copy of it, returns a scalar of what is
+                distilled.
+            others (str): What is not reached, for the log.
 
         Raises:
-            ConfigError: If none is reached: nothing would be learnt.
+            ConfigError: If nothing is reached: nothing would be learnt.
         """
-        reached = self._parameters_reached()
+        reached = reached_parameters(module, run)
         parameters = list(self.student.parameters())
         frozen = sum(p.numel() for p in parameters if not p.requires_grad)
         if not reached:
@@ -289,16 +295,8 @@ class BaseDistiller(BaseModel):
             count = sum(p.numel() for p in unreached)
             print_log(
                 f'task_loss_weight=0: {count:,} student parameters '
-                f'{self._not_reached} get no gradient and stay as they are',
+                f'{others} get no gradient and stay as they are',
                 logger='current')
-
-    # Which parameters these are, in words
-    _not_reached = 'that distillation does not reach'
-
-    def _parameters_reached(self) -> set:
-        """Identities of the student parameters that :meth:`distill` depends
-        on, see :func:`reached_parameters`."""
-        raise NotImplementedError
 
     # -- running -----------------------------------------------------------
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError, placed
-from mmsinger.models.distillers.base import (BaseDistiller, reached_parameters,
-                                             refuse_same_names)
+from mmsinger.models.distillers.base import BaseDistiller, refuse_same_names
 from mmsinger.models.distillers.layer_map import LayerMap, map_layers
 from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.models.features.anatomy import (Features, Layer, at_same_paths,
@@ -139,7 +138,9 @@ class FeatureDistiller(BaseDistiller):
         self._ready = False
         # Put here by hooks, for the steps that they measure
         self.records: List[StepRecord] = []
-        self._find_what_learns()
+        last = self.student_features.paths[max(self.student_layers)]
+        self._freeze_unreached(self.student_backbone, self._sum_of_tokens,
+                               f'after {last} (final norm, heads)')
 
     @property
     def refinement(self) -> Optional[Refine]:
@@ -210,21 +211,14 @@ class FeatureDistiller(BaseDistiller):
                 'Set in_channels of the student (or of teacher.backbone) so '
                 'that they agree.')
 
-    @property
-    def _not_reached(self) -> str:
-        last = self.student_features.paths[max(self.student_layers)]
-        return f'after {last} (final norm, heads)'
-
-    def _parameters_reached(self) -> set:
-
-        def run(backbone: nn.Module) -> Tensor:
-            blocks = find_features(backbone, 'student')
-            with BlockTaps(blocks, self.student_layers, stop=True) as taps:
-                taps.run(backbone, example_images(blocks, backbone))
-            return sum(taps.tokens(layer).values.sum()
-                       for layer in set(self.student_layers))
-
-        return reached_parameters(self.student_backbone, run)
+    def _sum_of_tokens(self, backbone: nn.Module) -> Tensor:
+        """A scalar of all that is distilled from a copy of the student's
+        backbone."""
+        blocks = find_features(backbone, 'student')
+        with BlockTaps(blocks, self.student_layers, stop=True) as taps:
+            taps.run(backbone, example_images(blocks, backbone))
+        return sum(taps.tokens(layer).values.sum()
+                   for layer in set(self.student_layers))
 
     # -- running -----------------------------------------------------------
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError
-from mmsinger.models.distillers.base import BaseDistiller, reached_parameters
+from mmsinger.models.distillers.base import BaseDistiller
 from mmsinger.models.features.anatomy import (find_part, fixed_input_size,
                                               image_channels)
 from mmsinger.models.features.tokens import Padding, find_padding
@@ -40,7 +40,6 @@ class LogitKDDistiller(BaseDistiller):
     """
 
     teacher_class = FrozenClassifier
-    _not_reached = 'that the logits do not depend on (auxiliary heads)'
 
     def __init__(self, loss_kd: LogitLossConfig = dict(), **kwargs: Any
                  ) -> None:
@@ -54,16 +53,9 @@ class LogitKDDistiller(BaseDistiller):
                 f'student and teacher do not have the same classes: {ours} '
                 f'and {theirs}. Set num_classes of the two heads to what the '
                 'data set has.')
-        self._find_what_learns()
-
-    def _parameters_reached(self) -> set:
-
-        def run(student: nn.Module) -> Tensor:
-            size = fixed_input_size(student) or (64, 64)
-            return student(
-                torch.randn(1, image_channels(student), *size)).sum()
-
-        return reached_parameters(self.student, run)
+        self._freeze_unreached(
+            self.student, sum_of_logits,
+            'that the logits do not depend on (auxiliary heads)')
 
     def run_teacher(self, inputs: Tensor,
                     data_samples: Optional[list] = None
@@ -94,6 +86,12 @@ class LogitKDDistiller(BaseDistiller):
             weight=padding.shares(student_outputs.shape[2:]).to(
                 student_outputs.device, non_blocking=True))
         return dict(loss_kd=self.loss_kd(student_outputs, logits, **weight))
+
+
+def sum_of_logits(model: nn.Module) -> Tensor:
+    """The sum of a model's logits for a small random image."""
+    size = fixed_input_size(model) or (64, 64)
+    return model(torch.randn(1, image_channels(model), *size)).sum()
 
 
 def find_classes(model: nn.Module, owner: str) -> int:
