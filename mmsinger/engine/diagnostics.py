@@ -127,3 +127,57 @@ def adapter_energies(adapter: SiNGERAdapter, directions: Tensor
         e_safe, e_prob = subspace_energy(rows, directions)
         numbers.update({f'e_safe_{name}': e_safe, f'e_prob_{name}': e_prob})
     return numbers
+
+
+def inlier_variances(record: StepRecord, quantile: float
+                     ) -> Dict[int, Tensor]:
+    """How much refinement shrinks ordinary tokens, see
+    :func:`inlier_variance_ratio`.
+
+    Args:
+        record (StepRecord): Of a step with a refinement.
+        quantile (float): See :func:`inlier_variance_ratio`.
+
+    Returns:
+        dict[int, Tensor]: A scalar for each layer, on its device.
+    """
+    return {
+        layer: inlier_variance_ratio(
+            values['teacher'].patches, values['refined'].patches, quantile,
+            values['refined'].patch_weight)
+        for layer, values in record.layers.items()
+    }
+
+
+@torch.no_grad()
+def inlier_variance_ratio(original: Tensor, refined: Tensor, quantile: float,
+                          weight: Optional[Tensor] = None) -> Tensor:
+    """Variance of refined over original tokens that are no outliers.
+
+    About 1 while refinement leaves them alone; an adapter that collapses
+    shrinks them, and the KD loss then looks best when it is worst.
+
+    Args:
+        original (Tensor): Patch tokens F, shape (B, P, D).
+        refined (Tensor): F_hat, shape (B, P, D).
+        quantile (float): Tokens whose original norm is above their image's
+            quantile are left out.
+        weight (Tensor, optional): Shape (B, P); tokens of weight 0 are left
+            out too. Defaults to None, all count.
+
+    Returns:
+        Tensor: A scalar, on the tokens' device.
+    """
+    norms = token_norms(original)
+    inliers = norms <= outlier_threshold(norms, quantile, weight)
+    if weight is not None:
+        inliers = inliers & (weight > 0)
+    inliers = inliers.unsqueeze(-1)
+    count = inliers.sum()
+
+    def variance(tokens: Tensor) -> Tensor:
+        tokens = tokens.float() * inliers
+        mean = tokens.sum(dim=(0, 1)) / count
+        return ((tokens - mean) * inliers).square().sum() / count
+
+    return variance(refined) / variance(original).clamp(min=1e-12)

@@ -24,11 +24,12 @@ from torch.utils.data import default_collate
 from yapf.yapflib import yapf_api
 
 from mmsinger.checkpoint import load_checkpoint
+from mmsinger.engine.diagnostics import inlier_variances
 from mmsinger.engine.hooks import (CalibrationHook, DiagnosticsHook,
                                    RandomStateHook, RunGuardHook,
                                    SafeCheckpointHook, SiNGERAdapterHook,
-                                   StudentCheckpointHook, calibration_hook,
-                                   knn_bank_hook)
+                                   StudentCheckpointHook, adapter_hook,
+                                   calibration_hook, knn_bank_hook)
 from mmsinger.engine.prepare import (add_required_hooks, fit_workers,
                                      load_config, prepare_training)
 from mmsinger.errors import ConfigError, TrainingError
@@ -276,23 +277,18 @@ def test_a_plain_students_checkpoint_starts_the_adapters(make, tmp_path,
 
 
 @pytest.fixture
-def collapsing(make):
+def collapsing(make, monkeypatch):
 
     def build(ratios, **kwargs):
         """A run whose measured variance ratios are these."""
         values = iter(ratios)
 
-        def install(runner):
-            refinement = runner.model.refinement
-            measured = refinement.inlier_variance
+        def report(record, quantile):
+            assert set(inlier_variances(record, quantile)) == {1, 3}
+            return {1: torch.tensor(next(values))}
 
-            def report(record):
-                assert set(measured(record)) == {1, 3}
-                return {1: torch.tensor(next(values))}
-
-            refinement.inlier_variance = report
-
-        return make(len(ratios), hooks=[Spy(before_train=install)], **kwargs)
+        monkeypatch.setattr(adapter_hook, 'inlier_variances', report)
+        return make(len(ratios), **kwargs)
 
     return build
 

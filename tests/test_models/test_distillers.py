@@ -11,9 +11,9 @@ from mmengine.structures import PixelData
 from mmpretrain.structures import DataSample
 from mmseg.structures import SegDataSample
 
+from mmsinger.engine.diagnostics import inlier_variance_ratio, inlier_variances
 from mmsinger.errors import ConfigError
 from mmsinger.models import FitNetDistiller, SiNGERDistiller
-from mmsinger.models.targets.refine import inlier_variance_ratio
 from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.models.features.taps import BlockTaps
 from mmsinger.registry import MODELS
@@ -690,7 +690,7 @@ def test_inlier_variance_is_measured_on_request():
     def measure():
         model.records = [StepRecord()]
         model.loss(images(), None)
-        return model.refinement.inlier_variance(model.records.pop().layers)
+        return inlier_variances(model.records.pop(), 0.95)
 
     ratios = measure()
     assert sorted(ratios) == [1, 3]

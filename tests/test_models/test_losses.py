@@ -14,10 +14,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmsinger.engine.diagnostics import inlier_variance_ratio
 from mmsinger.errors import ConfigError
 from mmsinger.metrics import cosine_gram, outlier_threshold
 from mmsinger.models.adapters import SiNGERAdapter
-from mmsinger.models.targets.refine import inlier_variance_ratio
 from mmsinger.models.losses import (FeatureCosineLoss, FeatureMSELoss,
                                     FeatureSmoothL1Loss, GramInformationLoss,
                                     OutlierSuppressionLoss, gram_difference,

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+from mmsinger.engine.diagnostics import inlier_variances
 from mmsinger.errors import ConfigError
 from mmsinger.models import FitNetDistiller, SiNGERDistiller
 from mmsinger.models.distillers.step_record import StepRecord
@@ -142,7 +143,7 @@ def test_a_loss_of_ones_own():
     record = StepRecord()
     model.records.append(record)
     assert model.loss(images(), None)['distill.loss_outlier'] > 0
-    assert model.refinement.inlier_variance(record.layers)[3] > 0
+    assert inlier_variances(record, 0.95)[3] > 0
     for other in (mine, dict(of='teacher')):
         with pytest.raises(ConfigError, match='loss_weight alone is read'):
             distiller(loss_outlier=other, gate=dict(mad=8.))
@@ -221,7 +222,7 @@ def test_gated_tokens_train_the_adapters():
     sum(losses.values()).backward()
     for p in model.adapters.parameters():
         assert torch.isfinite(p.grad).all() and p.grad.any()
-    ratios = model.refinement.inlier_variance(record.layers)
+    ratios = inlier_variances(record, 0.95)
     assert len(ratios) == 2
     assert all(torch.isfinite(v) for v in ratios.values())
 

@@ -4,11 +4,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmsinger.engine.diagnostics import inlier_variance_ratio
 from mmsinger.errors import ConfigError
 from mmsinger.metrics import subspace_energy
 from mmsinger.models.adapters import (SiNGERAdapter, left_nullspace,
                                       left_singular_directions)
-from mmsinger.models.targets.refine import inlier_variance_ratio
 from tiny import randn
 
 seeds = st.integers(0, 2**31 - 1)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny import randn, vit
 from torch.autograd import gradcheck
 
+from mmsinger.engine.diagnostics import inlier_variance_ratio, inlier_variances
 from mmsinger.metrics import outlier_threshold, robust_threshold
 from mmsinger.models import (ClipNorms, FeatureCosineLoss, FeatureMSELoss,
                              FeatureSmoothL1Loss, FitNetDistiller,
@@ -26,7 +27,6 @@ from mmsinger.models.features.tokens import (Tokens, align_tokens,
 from mmsinger.models.losses.information_loss import (_GramDifference,
                                                      gram_difference)
 from mmsinger.models.targets import TeacherOutputs
-from mmsinger.models.targets.refine import inlier_variance_ratio
 
 BATCH, COUNT, KEPT, DIM = 3, 20, 12, 6
 WILD = 1e6
@@ -349,10 +349,9 @@ def test_records_keep_weights():
     weight = values['refined'].patch_weight
     assert 0 < weight.sum() < weight.numel()
     assert not values['kd_gradient'].patches[weight == 0].any()
-    ratio = model.refinement.inlier_variance(record.layers)[3]
+    ratio = inlier_variances(record, 0.95)[3]
     values['refined'] = spoilt(values['refined'], weight > 0)
-    assert torch.equal(model.refinement.inlier_variance(record.layers)[3],
-                       ratio)
+    assert torch.equal(inlier_variances(record, 0.95)[3], ratio)
 
 
 @pytest.mark.parametrize('grid', [(4, 4), (2, 3), (6, 5)])

@@ -2,6 +2,7 @@ from typing import Optional
 
 from mmengine.hooks import Hook
 
+from mmsinger.engine.diagnostics import inlier_variances
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.models import FeatureDistiller
 from mmsinger.models.distillers.step_record import StepRecord
@@ -49,8 +50,8 @@ class SiNGERAdapterHook(Hook):
         model = unwrap(runner.model)
         record, self._record = self._record, None
         model.records.remove(record)
-        for layer, ratio in model.refinement.inlier_variance(
-                record.layers).items():
+        quantile = getattr(model.refinement.loss_outlier, 'quantile', 0.95)
+        for layer, ratio in inlier_variances(record, quantile).items():
             value = ratio.item()
             runner.message_hub.update_scalar(
                 f'train/distill.inlier_variance_{layer}', value)

@@ -9,7 +9,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError
-from mmsinger.metrics.norms import outlier_threshold, token_norms
+from mmsinger.metrics.norms import token_norms
 from mmsinger.metrics.subspaces import subspace_energy
 from mmsinger.models.adapters import (Init, Selection, SiNGERAdapter,
                                       left_singular_directions, linearised_ffn)
@@ -318,25 +318,6 @@ class Refine(TargetStep):
                     lambda values: compare(values, theirs), ours, alone))
         return sum(losses) / len(losses)
 
-    def inlier_variance(self, layers: Dict[int, Dict[str, Any]]
-                        ) -> Dict[int, Tensor]:
-        """How much ordinary tokens shrink, see
-        :func:`inlier_variance_ratio`.
-
-        Args:
-            layers (dict): ``StepRecord.layers`` of a step.
-
-        Returns:
-            dict[int, Tensor]: A scalar for each layer, on its device.
-        """
-        return {
-            layer: inlier_variance_ratio(
-                values['teacher'].patches, values['refined'].patches,
-                getattr(self.loss_outlier, 'quantile', 0.95),
-                values['refined'].patch_weight)
-            for layer, values in layers.items()
-        }
-
 
 def choose_images(batch: int, fraction: float) -> List[slice]:
     """Draw a share of a batch: neighbours from a random image on, beyond the
@@ -363,37 +344,3 @@ def take(values: Tensor, images: List[slice]) -> Tensor:
     """The chosen images of a batch (B, …)."""
     parts = [values[part] for part in images]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-@torch.no_grad()
-def inlier_variance_ratio(original: Tensor, refined: Tensor, quantile: float,
-                          weight: Optional[Tensor] = None) -> Tensor:
-    """Variance of refined over original tokens that are no outliers.
-
-    About 1 while refinement leaves them alone; an adapter that collapses
-    shrinks them, and the KD loss then looks best when it is worst.
-
-    Args:
-        original (Tensor): Patch tokens F, shape (B, P, D).
-        refined (Tensor): F_hat, shape (B, P, D).
-        quantile (float): Tokens whose original norm is above their image's
-            quantile are left out.
-        weight (Tensor, optional): Shape (B, P); tokens of weight 0 are left
-            out too. Defaults to None, all count.
-
-    Returns:
-        Tensor: A scalar, on the tokens' device.
-    """
-    norms = token_norms(original)
-    inliers = norms <= outlier_threshold(norms, quantile, weight)
-    if weight is not None:
-        inliers = inliers & (weight > 0)
-    inliers = inliers.unsqueeze(-1)
-    count = inliers.sum()
-
-    def variance(tokens: Tensor) -> Tensor:
-        tokens = tokens.float() * inliers
-        mean = tokens.sum(dim=(0, 1)) / count
-        return ((tokens - mean) * inliers).square().sum() / count
-
-    return variance(refined) / variance(original).clamp(min=1e-12)
