@@ -174,14 +174,15 @@ def test_linearised_ffn_and_initial_basis(reference):
         weight = linearised_ffn(model.teacher.blocks.modules[block])
         assert_close(weight.float(), reference[f'linearised_ffn/{layer:03d}'],
                      1e-5)
-        directions, values = left_singular_directions(weight)
+        singular = left_singular_directions(weight)
+        directions, values = singular
         official = reference[f'singular_values/{layer:03d}']
         assert torch.allclose(values.float(), official, atol=1e-5)
 
         meta = reference.meta
         basis = left_nullspace(
-            None, meta['rank'], 'threshold', meta['null_threshold'],
-            decomposition=(directions, values)).basis.float()
+            singular, meta['rank'], 'threshold',
+            meta['null_threshold']).basis.float()
         # Equal singular values leave the basis free inside their subspace,
         # so the test is that both lie in the span that the rule selects from.
         below = directions[:, values < meta['null_threshold']].float()

@@ -86,7 +86,7 @@ def test_basis_is_orthonormal(dim, terms, seed, data):
     matrix = matrix[:, :kept] @ matrix[:, :kept].T @ matrix if kept else \
         torch.eye(dim, terms * dim, dtype=F64)
     rank = data.draw(st.integers(1, dim))
-    rows = left_nullspace(matrix, rank).basis
+    rows = left_nullspace(left_singular_directions(matrix), rank).basis
     identity = torch.eye(rank, dtype=F64)
     assert (rows @ rows.T - identity).abs().max() < 1e-12
     directions, _ = left_singular_directions(matrix)
@@ -101,7 +101,7 @@ def test_what_gets_through_grows_with_the_rank(dim, seed):
     matrix = randn(dim, dim, seed=seed, dtype=F64)
     before, passed = None, 0.
     for rank in range(1, dim + 1):
-        null = left_nullspace(matrix, rank)
+        null = left_nullspace(left_singular_directions(matrix), rank)
         energy = (null.basis @ matrix).square().sum().item()
         assert energy >= passed
         torch.testing.assert_close(energy, null.singular_values.square(
@@ -116,11 +116,11 @@ def test_what_gets_through_grows_with_the_rank(dim, seed):
 def test_energy_among_the_safe_directions_falls_with_the_rank(dim, seed):
     """E_safe is 1 as long as the rank is below the safe share, then falls;
     E_prob rises."""
-    directions, values = left_singular_directions(
+    singular = left_singular_directions(
         randn(dim, dim, seed=seed, dtype=F64))
-    shares = [subspace_energy(left_nullspace(
-        None, rank, decomposition=(directions, values)).basis, directions)
-        for rank in range(1, dim + 1)]
+    shares = [subspace_energy(left_nullspace(singular, rank).basis,
+                              singular.directions)
+              for rank in range(1, dim + 1)]
     safe, problem = zip(*shares)
     assert all(a >= b - 1e-12 for a, b in zip(safe, safe[1:]))
     assert all(a <= b + 1e-12 for a, b in zip(problem, problem[1:]))
@@ -134,7 +134,8 @@ def test_linear_ffn_is_invariant(narrow, rank, length, seed):
     dim = narrow + rank
     module = block(dim, narrow, seed, act_cfg=dict(
         type='LeakyReLU', negative_slope=1.0))
-    null = left_nullspace(linearised_ffn(module), rank).basis
+    null = left_nullspace(left_singular_directions(
+        linearised_ffn(module)), rank).basis
     tokens = randn(2, 5, dim, seed=seed, dtype=F64)
     step = length * randn(2, 5, rank, seed=seed + 1, dtype=F64) @ null
     nothing = torch.zeros_like(tokens)

@@ -9,6 +9,7 @@ import torch
 
 from mmsinger.converters.layouts import rename
 from mmsinger.engine.prepare import load_config
+from mmsinger.models.adapters import left_nullspace, left_singular_directions
 from mmsinger.registry import MODELS
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
@@ -51,6 +52,10 @@ def workplace(folder):
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def nullspace_of(weight, *args, **kwargs):
+    return left_nullspace(left_singular_directions(weight), *args, **kwargs)
 
 
 def command(tool, *args):

@@ -123,9 +123,10 @@ def nullspace_energies(distiller: FeatureDistiller, seed: int = 0
     """
     energies = {}
     for layer in distiller.layers:
-        block, directions, _ = distiller.refinement.ffn_directions[layer]
+        directions = distiller.refinement.ffn_directions[layer].directions
         adapter = distiller.adapters[str(layer)]
-        energies[str(layer)] = dict(block=block, rank=adapter.rank)
+        energies[str(layer)] = dict(
+            block=distiller.refinement.ffn_block(layer), rank=adapter.rank)
         for name, rows in (
                 ('up', adapter.up), ('down', adapter.down.T),
                 ('random', random_rows(adapter.rank, len(directions), seed))):
@@ -169,8 +170,8 @@ def distilled_null_directions(
     directions = {}
     for layer in intermediate_layers(distiller):
         ffn = left_nullspace(
-            None, distiller.adapters[str(layer)].rank, **options,
-            decomposition=refinement.ffn_directions[layer][1:])
+            refinement.ffn_directions[layer],
+            distiller.adapters[str(layer)].rank, **options)
         directions[layer] = null_directions(
             passes, layer, orthonormal_rows(ffn.basis), products, seed)
     return directions
@@ -265,8 +266,8 @@ def compare_with_jacobian(teacher: FrozenTeacher, inputs: List[Tensor],
 
 def _compare_block(passes: List[BlockTaps], layer: int, rank: int,
                    products: int, seed: int) -> Dict[str, Any]:
-    ffn = left_nullspace(linearised_ffn(
-        passes[0].blocks.modules[layer + 1]), rank).basis
+    ffn = left_nullspace(left_singular_directions(linearised_ffn(
+        passes[0].blocks.modules[layer + 1])), rank).basis
     found = null_directions(passes, layer, ffn, products, seed)
     generator = torch.Generator().manual_seed(seed)
     mean = sum(torch.stack([torch.cat(deviation) for deviation in deviations(

@@ -13,8 +13,8 @@ from torch import nn
 
 from mmsinger.errors import ConfigError
 from mmsinger.metrics import subspace_energy
-from mmsinger.models.adapters import (left_nullspace, left_singular_directions,
-                                      linearised_ffn)
+from mmsinger.models.adapters import left_singular_directions, linearised_ffn
+from tiny import nullspace_of
 
 D, H, HEADS = 12, 24, 2
 F64 = torch.float64
@@ -318,7 +318,7 @@ def test_a_linear_ffn_does_not_see_its_nullspace(num_fcs):
     identity = dict(type='LeakyReLU', negative_slope=1.0)
     block.ffn = randomise(FFN(D, 8, num_fcs, act_cfg=identity))
     W = linearised_ffn(block)
-    null = left_nullspace(W, D - 8)
+    null = nullspace_of(W, D - 8)
     assert null.singular_values.max() < 1e-12
 
     tokens = randn(2, 7, D)
@@ -327,7 +327,7 @@ def test_a_linear_ffn_does_not_see_its_nullspace(num_fcs):
                                ffn_output(block, tokens),
                                rtol=1e-10, atol=1e-10)
     # one direction more than the nullspace has is seen
-    seen = left_nullspace(W, D - 7)
+    seen = nullspace_of(W, D - 7)
     assert seen.singular_values.max() > 1e-3
     moved = tokens + 10 * seen.basis[-1]
     assert (ffn_output(block, moved) - ffn_output(block, tokens)).abs().max() \
@@ -356,10 +356,10 @@ def test_swiglu_does_not_see_a_common_nullspace(name):
     make_blind([value], value_only)
 
     W = linearised_ffn(block)
-    null = left_nullspace(W, 4)
+    null = nullspace_of(W, 4)
     assert null.singular_values.max() < 1e-12
     torch.testing.assert_close(null.basis.T @ null.basis, common.T @ common)
-    assert left_nullspace(W, 5).singular_values.max() > 1e-3
+    assert nullspace_of(W, 5).singular_values.max() > 1e-3
 
     tokens = randn(2, 7, D)
     moved = tokens + 10 * randn(2, 7, 4, seed=1) @ null.basis
@@ -376,7 +376,7 @@ def test_an_mlp_with_activation_does_not_see_what_fc1_does_not_see(name):
     block = randomise(BLOCKS[name][0]())
     blind = orthogonal(D)[:3]
     make_blind(BLOCKS[name][1](block)[0], blind)
-    null = left_nullspace(linearised_ffn(block), 3)
+    null = nullspace_of(linearised_ffn(block), 3)
     tokens = randn(2, 7, D)
     torch.testing.assert_close(
         ffn_output(block, tokens + 10 * null.basis.sum(0)),
@@ -398,7 +398,7 @@ def matrices(draw):
 def test_basis_against_a_reference_decomposition(W, data):
     dim = len(W)
     rank = data.draw(st.integers(1, dim))
-    null = left_nullspace(W, rank)
+    null = nullspace_of(W, rank)
     left, values, _ = torch.linalg.svd(W)
     scale = values[0]
 
@@ -433,7 +433,7 @@ def test_directions_decompose_the_matrix(W):
 @given(seeds)
 def test_no_direction_is_more_invisible_than_the_first(seed):
     W = randn(8, 8, seed=seed)
-    first = left_nullspace(W, 1).basis[0]
+    first = nullspace_of(W, 1).basis[0]
     others = nn.functional.normalize(randn(64, 8, seed=seed + 1), dim=1)
     assert (first @ W).norm() <= (others @ W).norm(dim=1).min() + 1e-12
 
@@ -441,7 +441,7 @@ def test_no_direction_is_more_invisible_than_the_first(seed):
 @pytest.mark.parametrize('columns', [8, 9, 16])
 def test_exact_nullspace_is_found(columns):
     W = matrix_with([3, 0, 2, 0, 1e-3, 5, 0, 1], columns)
-    null = left_nullspace(W, 4)
+    null = nullspace_of(W, 4)
     torch.testing.assert_close(
         null.singular_values, torch.tensor([0, 0, 0, 1e-3], dtype=F64),
         atol=1e-12, rtol=0)
@@ -452,16 +452,10 @@ def test_sign_is_fixed():
     W = randn(8, 8)
     flip = torch.diag(torch.tensor([1., -1] * 4, dtype=F64))
     # another right factor, the same left singular directions
-    torch.testing.assert_close(left_nullspace(W, 5).basis,
-                               left_nullspace(W @ flip, 5).basis)
-    torch.testing.assert_close(left_nullspace(W, 5).basis,
-                               left_nullspace(-W, 5).basis)
-
-
-def test_a_decomposition_can_be_reused():
-    W = randn(6, 9)
-    once = left_nullspace(None, 3, decomposition=left_singular_directions(W))
-    torch.testing.assert_close(once.basis, left_nullspace(W, 3).basis)
+    torch.testing.assert_close(nullspace_of(W, 5).basis,
+                               nullspace_of(W @ flip, 5).basis)
+    torch.testing.assert_close(nullspace_of(W, 5).basis,
+                               nullspace_of(-W, 5).basis)
 
 
 VALUES = [9., 5., 1., 0.2, 0.04, 0.03, 0.02, 0.01]
@@ -471,7 +465,7 @@ def test_threshold_takes_the_nearest_below_it_first():
     W = matrix_with(VALUES)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        null = left_nullspace(W, 2, selection='threshold', threshold=0.05)
+        null = nullspace_of(W, 2, selection='threshold', threshold=0.05)
     assert null.num_random == 0
     torch.testing.assert_close(
         null.singular_values, torch.tensor([0.04, 0.03], dtype=F64))
@@ -485,7 +479,7 @@ def test_threshold_pads_with_random_unit_rows(threshold, found):
     rank = 6
     arguments = dict(rank=rank, selection='threshold', threshold=threshold)
     with pytest.warns(UserWarning) as caught:
-        null = left_nullspace(W, seed=3, **arguments)
+        null = nullspace_of(W, seed=3, **arguments)
     message = str(caught[0].message)
     for part in (f'{found} of {rank}', f'threshold={threshold}',
                  f'{rank - found} random', 'adapter.threshold'):
@@ -498,8 +492,8 @@ def test_threshold_pads_with_random_unit_rows(threshold, found):
     torch.testing.assert_close((null.basis[:found] @ W).norm(dim=1),
                                null.singular_values)
     with pytest.warns(UserWarning):
-        again = left_nullspace(W, seed=3, **arguments)
-        other = left_nullspace(W, seed=4, **arguments)
+        again = nullspace_of(W, seed=3, **arguments)
+        other = nullspace_of(W, seed=4, **arguments)
     assert torch.equal(again.basis, null.basis)
     assert torch.equal(other.basis[:found], null.basis[:found])
     assert not torch.allclose(other.basis[found:], null.basis[found:])
@@ -511,7 +505,7 @@ def test_threshold_rows_are_all_under_it(seed, rank, threshold):
     values = torch.linalg.svdvals(W)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        null = left_nullspace(W, rank, 'threshold', threshold)
+        null = nullspace_of(W, rank, 'threshold', threshold)
     below = values[values < threshold]  # descending
     assert len(null.singular_values) == min(rank, len(below))
     torch.testing.assert_close(null.singular_values, below[:rank])
@@ -525,7 +519,7 @@ def test_threshold_rows_are_all_under_it(seed, rank, threshold):
 ], ids=repr)
 def test_bad_rank(rank):
     with pytest.raises(ConfigError) as caught:
-        left_nullspace(randn(6, 6), rank)
+        nullspace_of(randn(6, 6), rank)
     message = str(caught.value)
     assert f'adapter.rank={rank!r}' in message
     assert 'between 1 and 6' in message
@@ -533,12 +527,12 @@ def test_bad_rank(rank):
 
 @pytest.mark.parametrize('rank', [1, 6])
 def test_extreme_ranks_are_fine(rank):
-    assert left_nullspace(randn(6, 6), rank).basis.shape == (rank, 6)
+    assert nullspace_of(randn(6, 6), rank).basis.shape == (rank, 6)
 
 
 def test_bad_selection():
     with pytest.raises(ConfigError) as caught:
-        left_nullspace(randn(6, 6), 2, selection='smalest')
+        nullspace_of(randn(6, 6), 2, selection='smalest')
     message = str(caught.value)
     assert "adapter.selection='smalest'" in message
     assert "'smallest', 'threshold'" in message
@@ -557,7 +551,7 @@ def test_matrix_that_is_not_finite(value):
     W = randn(6, 6)
     W[2, 3] = value
     with pytest.raises(ConfigError, match='NaN or infinite'):
-        left_nullspace(W, 2)
+        nullspace_of(W, 2)
 
 
 # -- where the energy lies ----------------------------------------------------
@@ -574,7 +568,7 @@ def test_random_rows_score_the_share(share):
 def test_energy_of_the_basis_itself():
     W = randn(16, 16)
     directions, _ = left_singular_directions(W)
-    null = left_nullspace(W, 4).basis
+    null = nullspace_of(W, 4).basis
     assert subspace_energy(null, directions) == pytest.approx((1, 0))
     assert subspace_energy(directions[:, :4].T, directions) == \
         pytest.approx((0, 1))
@@ -582,7 +576,7 @@ def test_energy_of_the_basis_itself():
     assert subspace_energy(directions[:, 4:12].T, directions) == \
         pytest.approx((0, 0))
     # twice as many as count as safe
-    assert subspace_energy(left_nullspace(W, 8).basis, directions)[0] == \
+    assert subspace_energy(nullspace_of(W, 8).basis, directions)[0] == \
         pytest.approx(0.5)
 
 

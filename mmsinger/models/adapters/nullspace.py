@@ -6,7 +6,7 @@ where ``u^T W`` is (near) zero. W is computed and decomposed in float64: its
 small singular values are what matters here.
 """
 import warnings
-from typing import Literal, NamedTuple, Optional, Tuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,17 @@ from mmsinger.models.features.anatomy import (ffn_weights, find_part,
 from mmsinger.schema import check_value
 
 Selection = Literal['smallest', 'threshold']
+
+
+class SingularDirections(NamedTuple):
+    """What a linear map W sees, most to least.
+
+    Attributes:
+        directions (Tensor): Left singular directions as columns, (D, D).
+        values (Tensor): Singular values in descending order, (D, ).
+    """
+    directions: Tensor
+    values: Tensor
 
 
 class Nullspace(NamedTuple):
@@ -86,7 +97,7 @@ def linearised_ffn(block: nn.Module,
     return weight
 
 
-def left_singular_directions(weight: Tensor) -> Tuple[Tensor, Tensor]:
+def left_singular_directions(weight: Tensor) -> SingularDirections:
     """Singular values of W and its left singular directions.
 
     The sign of each direction is fixed (its largest entry is positive), so
@@ -96,8 +107,7 @@ def left_singular_directions(weight: Tensor) -> Tuple[Tensor, Tensor]:
         weight (Tensor): W, shape (D, M) with M >= D.
 
     Returns:
-        tuple[Tensor, Tensor]: Directions as columns (D, D) and singular
-        values (D, ) in descending order, float64 on the CPU.
+        SingularDirections: Float64, on the CPU.
 
     Raises:
         ConfigError: If W is no matrix, M < D, or it is not finite.
@@ -117,21 +127,19 @@ def left_singular_directions(weight: Tensor) -> Tuple[Tensor, Tensor]:
     directions, values, _ = torch.linalg.svd(weight, full_matrices=False)
     largest = directions.abs().argmax(dim=0, keepdim=True)
     signs = directions.gather(0, largest).sign()
-    return directions * signs, values
+    return SingularDirections(directions * signs, values)
 
 
-def left_nullspace(weight: Optional[Tensor],
+def left_nullspace(singular: SingularDirections,
                    rank: int,
                    selection: Selection = 'smallest',
                    threshold: float = 0.05,
-                   seed: int = 0,
-                   decomposition: Optional[Tuple[Tensor, Tensor]] = None
-                   ) -> Nullspace:
+                   seed: int = 0) -> Nullspace:
     """Directions u of unit length with ``u^T W`` near zero (section 3.2).
 
     Args:
-        weight (Tensor | None): W, shape (D, M). May be None if
-            ``decomposition`` is given.
+        singular (SingularDirections): Of W, see
+            :func:`left_singular_directions`.
         rank (int): How many directions, at most D.
         selection (str): ``'smallest'``: the ``rank`` smallest singular
             directions, the smallest first (the paper). ``'threshold'``: among
@@ -141,8 +149,6 @@ def left_nullspace(weight: Optional[Tensor],
         threshold (float): For ``'threshold'``. An absolute singular value.
             Defaults to 0.05.
         seed (int): Of the random padding. Defaults to 0.
-        decomposition (tuple[Tensor, Tensor], optional): What
-            :func:`left_singular_directions` returned, to save a second SVD.
 
     Returns:
         Nullspace: The basis and its singular values.
@@ -151,7 +157,7 @@ def left_nullspace(weight: Optional[Tensor],
         ConfigError: If the rank is not in [1, D] or the selection is unknown.
     """
     check_value('adapter.selection', selection, Selection)
-    directions, values = decomposition or left_singular_directions(weight)
+    directions, values = singular
     check_rank(rank, len(values))
     if selection == 'smallest':
         chosen = torch.arange(len(values) - 1, len(values) - 1 - rank, -1)

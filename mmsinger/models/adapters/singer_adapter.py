@@ -1,13 +1,13 @@
 """The low-rank adapter that refines a teacher's patch tokens."""
 import math
-from typing import Dict, Literal, Tuple
+from typing import Dict, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmsinger.metrics.subspaces import random_rows
-from mmsinger.models.adapters.nullspace import (Selection, check_rank,
-                                                left_nullspace)
+from mmsinger.models.adapters.nullspace import (Selection, SingularDirections,
+                                                check_rank, left_nullspace)
 from mmsinger.schema import check_value
 
 Init = Literal['nullspace', 'random', 'zero']
@@ -62,7 +62,7 @@ class SiNGERAdapter(nn.Module):
 
     @torch.no_grad()
     def initialise(self,
-                   decomposition: Tuple[Tensor, Tensor],
+                   singular: SingularDirections,
                    init: Init = 'nullspace',
                    selection: Selection = 'smallest',
                    threshold: float = 0.05,
@@ -70,8 +70,7 @@ class SiNGERAdapter(nn.Module):
         """Set both matrices (section 3.2; Table 4 compares the first two).
 
         Args:
-            decomposition (tuple[Tensor, Tensor]): Of the linearised FFN, from
-                :func:`left_singular_directions`.
+            singular (SingularDirections): Of the linearised FFN.
             init (str): ``'nullspace'``: ``down = N^T, up = N`` with N the
                 nullspace basis. ``'random'``: the same with random unit rows.
                 ``'zero'``: up zero, down random, LoRA's way; refinement
@@ -90,7 +89,7 @@ class SiNGERAdapter(nn.Module):
             init=init, rank=rank, singular_values=[], num_random=0)
         if init == 'nullspace':
             nullspace = left_nullspace(
-                None, rank, selection, threshold, seed, decomposition)
+                singular, rank, selection, threshold, seed)
             rows = nullspace.basis
             info.update(singular_values=nullspace.singular_values.tolist(),
                         num_random=nullspace.num_random)

@@ -12,6 +12,7 @@ from mmsinger.errors import ConfigError
 from mmsinger.metrics.norms import token_norms
 from mmsinger.metrics.subspaces import subspace_energy
 from mmsinger.models.adapters import (Init, Selection, SiNGERAdapter,
+                                      SingularDirections,
                                       left_singular_directions, linearised_ffn)
 from mmsinger.models.features.tokens import Tokens
 from mmsinger.models.losses import (OutlierSuppressionLoss, loss_behind_block,
@@ -45,19 +46,6 @@ LastLayer = Literal['final', 'listed']
 OutlierConfig = Annotated[
     dict, DefaultType('mmsinger.OutlierSuppressionLoss')]
 InfoConfig = Annotated[dict, DefaultType('mmsinger.GramInformationLoss')]
-
-
-class FFNDirections(NamedTuple):
-    """The linearised FFN that a layer's adapter starts from, decomposed.
-
-    Attributes:
-        block (int): The teacher block that the FFN belongs to.
-        directions (Tensor): Its left singular directions as columns, (D, D).
-        values (Tensor): Its singular values in descending order, (D, ).
-    """
-    block: int
-    directions: Tensor
-    values: Tensor
 
 
 class Refinement(NamedTuple):
@@ -162,7 +150,8 @@ class Refine(TargetStep):
                 'is that of the gated tokens, and loss_weight alone is read. '
                 'Remove the other keys, or the gate.')
         self._last_layer = last_layer
-        self.ffn_directions: Dict[int, FFNDirections] = {}
+        #: By layer, of the linearised FFN that its adapter starts from
+        self.ffn_directions: Dict[int, SingularDirections] = {}
 
     # -- building ----------------------------------------------------------
 
@@ -184,6 +173,10 @@ class Refine(TargetStep):
         return {key: value for key, value in self.adapter_cfg.items()
                 if key in inspect.signature(reader).parameters}
 
+    def ffn_block(self, layer: int) -> int:
+        """The teacher block whose FFN a layer's adapter starts from."""
+        return layer if layer == self.last_layer else layer + 1
+
     def extra_layers(self, layers: Sequence[int]) -> List[int]:
         """The next block of each intermediate layer."""
         return [layer + 1 for layer in layers if layer != self.last_layer]
@@ -196,15 +189,15 @@ class Refine(TargetStep):
         """
         for name, adapter in self.adapters.items():
             layer = int(name)
-            block = layer if layer == self.last_layer else layer + 1
-            found = FFNDirections(block, *left_singular_directions(
-                linearised_ffn(teacher.blocks.modules[block],
-                               **self._settings_of(linearised_ffn))))
+            block = self.ffn_block(layer)
+            singular = left_singular_directions(linearised_ffn(
+                teacher.blocks.modules[block],
+                **self._settings_of(linearised_ffn)))
             # Kept: what a teacher cast to bfloat16 has lost
-            self.ffn_directions[layer] = found
+            self.ffn_directions[layer] = singular
             start = adapter.initialise(
-                found[1:], **self._settings_of(adapter.initialise))
-            e_safe, e_prob = subspace_energy(adapter.up, found.directions)
+                singular, **self._settings_of(adapter.initialise))
+            e_safe, e_prob = subspace_energy(adapter.up, singular.directions)
             values = start['singular_values']
             kept = f'singular values kept {min(values):.3g} to ' \
                 f'{max(values):.3g}, ' if values else ''
