@@ -36,44 +36,54 @@ def guard_loops(runner: Any) -> None:
     """
     for name in ('train', 'val', 'test'):
         loop = getattr(runner, f'_{name}_loop', None)
-        if not isinstance(loop, BaseLoop) or 'run_iter' in vars(loop):
-            continue
-        key = f'{name}_dataloader'
-        guard_samples(loop.dataloader.dataset, f'{key}.dataset')
-        _limit_waiting(loop.dataloader)
-        loop.run = explained(
-            loop.run, TrainingError, lambda error, _, loop=loop, key=key: (
-                _loader_fault(error, loop.dataloader, key)
+        if isinstance(loop, BaseLoop) and 'run_iter' not in vars(loop):
+            _guard_loop(loop, runner, f'{name}_dataloader')
+
+
+def _guard_loop(loop: BaseLoop, runner: Any, key: str) -> None:
+    guard_samples(loop.dataloader.dataset, f'{key}.dataset')
+    _limit_waiting(loop.dataloader)
+
+    def why_run_ended(error: Exception, _: Any) -> Optional[str]:
+        return (_loader_fault(error, loop.dataloader, key)
                 or _gradient_fault(error)
                 or _process_fault(error, runner)
-                or _folder_fault(error, runner)))
-        loop.run_iter = explained(
-            loop.run_iter, DataError, lambda error, batch, key=key:
-                batch_fault(error, batch, unwrap(runner.model), key),
-            None if name == 'train' else lambda batch, key=key: _check_labels(
-                batch, unwrap(runner.model), key))
+                or _folder_fault(error, runner))
+
+    def why_batch_failed(error: Exception, batch: Any) -> Optional[str]:
+        return batch_fault(error, batch, unwrap(runner.model), key)
+
+    run_iter = loop.run_iter
+
+    def checked_iter(index: int, batch: Any) -> None:
+        # Metrics pass over labels that are out of range
+        said = _wrong_labels(batch, unwrap(runner.model), key)
+        if said:
+            raise DataError(said)
+        run_iter(index, batch)
+
+    loop.run = explained(loop.run, TrainingError, why_run_ended)
+    loop.run_iter = explained(
+        run_iter if key == 'train_dataloader' else checked_iter, DataError,
+        why_batch_failed)
 
 
-def explained(call: Callable, kind: Type[TrainingError], explain: Callable,
-              before: Optional[Callable] = None) -> Callable:
+def explained(call: Callable, kind: Type[TrainingError], explain: Callable
+              ) -> Callable:
     """A call whose errors are explained, where they can be.
 
     Args:
         call (Callable): Its last argument, if there is one, is a batch.
         kind (type): Of the error in its place.
         explain (Callable): Gets error and batch, returns what to say or None.
-        before (Callable, optional): Gets the batch first. Defaults to None.
     """
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        batch = args[-1] if args else None
-        if before is not None:
-            before(batch)
         try:
             return call(*args, **kwargs)
         except (ConfigError, TrainingError):
             raise
         except Exception as error:
-            said = explain(error, batch)
+            said = explain(error, args[-1] if args else None)
             if said is None:
                 raise
             raise kind(said) from error
@@ -134,13 +144,6 @@ def batch_fault(error: Exception, batch: Any, model: nn.Module, key: str
             f'width at the end of the pipeline): {", ".join(listed)}. Take '
             'the small ones out, or end the pipeline in one size (Resize, '
             f'RandomCrop, Pad). The model said: {first}')
-
-
-def _check_labels(batch: Any, model: nn.Module, key: str) -> None:
-    """Metrics pass labels over that are out of range."""
-    said = _wrong_labels(batch, model, key)
-    if said:
-        raise DataError(said)
 
 
 def _wrong_maps(batch: Any, key: str) -> Optional[str]:
