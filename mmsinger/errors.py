@@ -154,7 +154,7 @@ def check_spelling(place: str, name: str, known: Iterable[str],
 
 
 @contextlib.contextmanager
-def placed(place: str) -> Iterator[None]:
+def prefixed_errors(place: str) -> Iterator[None]:
     """Put a place in front of the keys that errors name: what is built in
     here does not know where its config stands.
 
@@ -230,7 +230,8 @@ def _as_config_error(error: Exception) -> Optional[ConfigError]:
         if hasattr(type(cfg), 'pretty_text'):  # a slow property
             from mmengine.runner import Runner
             read = inspect.signature(Runner.__init__).parameters
-            for place, kind in places({k: cfg[k] for k in cfg if k in read}):
+            for place, kind in walk_config(
+                    {k: cfg[k] for k in cfg if k in read}):
                 if place.endswith('.type'):
                     name = getattr(kind, '__name__', str(kind)).split('.')[-1]
                     found.setdefault(name, []).append(place[:-len('.type')])
@@ -260,7 +261,7 @@ def _as_config_error(error: Exception) -> Optional[ConfigError]:
     return None
 
 
-def places(node: Any, place: str = '') -> Iterator[Tuple[str, Any]]:
+def walk_config(node: Any, place: str = '') -> Iterator[Tuple[str, Any]]:
     """All that a config holds, with its place as the user writes it:
     ``'custom_hooks.0.type'``."""
     items = node.items() if isinstance(node, dict) else \
@@ -268,4 +269,4 @@ def places(node: Any, place: str = '') -> Iterator[Tuple[str, Any]]:
     for key, item in items:
         below = f'{place}.{key}' if place else str(key)
         yield below, item
-        yield from places(item, below)
+        yield from walk_config(item, below)

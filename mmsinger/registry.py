@@ -14,7 +14,7 @@ from mmengine import registry as mmengine_registry
 from mmengine.registry import Registry
 
 from mmsinger.errors import (ConfigError, check_keys, check_spelling,
-                             near_matches, placed)
+                             near_matches, prefixed_errors)
 from mmsinger.schema import check_value, hints_of
 
 
@@ -241,5 +241,5 @@ def build_part(key: str, cfg: Any, default: str = '', **given: Any) -> Any:
             f'as in {example!r}.')
     cfg['type'] = cls
     check_arguments(key, cls, cfg)
-    with placed(key):
+    with prefixed_errors(key):
         return MODELS.build(dict(cfg, **given))

@@ -13,7 +13,7 @@ from mmsinger.command_line import ToolParser
 from mmsinger.converters import LAYOUTS, convert_checkpoint
 from mmsinger.converters.describe import ACTIVATIONS
 from mmsinger.engine.prepare import load_config
-from mmsinger.errors import ConfigError, places, readable_errors
+from mmsinger.errors import ConfigError, readable_errors, walk_config
 from mmsinger.schema import Count, reader
 
 # Where a config may have its backbone, first come first served
@@ -63,7 +63,7 @@ def read_backbone(path):
     """The backbone in a config file."""
     cfg = load_config(path)
     init_default_scope(cfg.get('default_scope') or 'mmengine')
-    parts = dict(places(cfg._cfg_dict))
+    parts = dict(walk_config(cfg._cfg_dict))
     for place in PLACES:
         if 'type' in (parts.get(place) or ()):
             return parts[place].to_dict()

@@ -10,7 +10,7 @@ from mmengine.registry import DATASETS
 from torch import nn
 
 from mmsinger.checkpoint import load_checkpoint, weights_of
-from mmsinger.errors import ConfigError, places
+from mmsinger.errors import ConfigError, walk_config
 from mmsinger.registry import arguments_of, find_type
 
 
@@ -144,7 +144,7 @@ def check_pretrained(cfg: dict, model: nn.Module) -> None:
 
 def _pretrained(cfg: dict, place: str) -> Iterator[Tuple[str, str, str, str]]:
     """Key, module path, file and prefix of each local file."""
-    nodes = {place: cfg, **dict(places(cfg, place))}
+    nodes = {place: cfg, **dict(walk_config(cfg, place))}
     for key, node in nodes.items():
         found = re.fullmatch(
             r'(?:(.+)\.)?(?:pretrained|init_cfg(?:\.\d+)?)', key)

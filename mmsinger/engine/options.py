@@ -11,7 +11,8 @@ from mmengine.logging import print_log
 from mmengine.runner import FlexibleRunner, Runner
 
 from mmsinger.compat import onedl_config_packages
-from mmsinger.errors import ConfigError, check_spelling, near_matches, places
+from mmsinger.errors import (ConfigError, check_spelling, near_matches,
+                             walk_config)
 
 # Top-level keys that mmengine's runners read; everything else in a config is
 # a variable that such a part was made of when the file was read.
@@ -88,7 +89,7 @@ def apply_options(cfg: Config, options: Dict[str, Any]) -> None:
         ConfigError: If a path is misspelt, or nothing would read what is set
             there.
     """
-    parts = list(places({key: cfg[key] for key in cfg if key in READ}))
+    parts = list(walk_config({key: cfg[key] for key in cfg if key in READ}))
     copied, direct = [], []
     for option, value in options.items():
         _check_spelling(cfg, option)
@@ -135,7 +136,7 @@ def check_variables(cfg: Config) -> None:
         for base in found:
             base, _ = Config._get_cfg_path(base, path)
             bases.update(Config.fromfile(base, import_custom_modules=False))
-    parts = dict(places({key: cfg[key] for key in cfg if key in READ}))
+    parts = dict(walk_config({key: cfg[key] for key in cfg if key in READ}))
     for name in sorted(unread):
         old = bases.get(name)
         if name in bases and old == cfg[name]:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from mmsinger.engine.logs import import_datasets
 from mmsinger.engine.options import READ
 from mmsinger.errors import (ConfigError, check_keys, check_spelling,
-                             near_matches, places)
+                             near_matches, walk_config)
 from mmsinger.images import check_scale
 from mmsinger.registry import arguments_of, check_arguments, source_of
 from mmsinger.schema import (Count, DefaultType, Natural, NonNegative,
@@ -157,7 +157,7 @@ def check_parts(cfg: Config) -> None:
 def _check_sections(cfg: Config) -> None:
     """Raise :class:`ConfigError` for a section that is a number, a text or a
     list where a dict is expected."""
-    for place, value in places({key: cfg[key] for key in cfg}):
+    for place, value in walk_config({key: cfg[key] for key in cfg}):
         hint = SECTIONS.get(re.sub(r'^default_hooks\.[^.]+$',
                                    'default_hooks.*', place))
         if hint is not None and (value is None or isinstance(

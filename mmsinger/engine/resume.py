@@ -20,7 +20,7 @@ from mmengine.runner import EpochBasedTrainLoop
 from mmsinger.checkpoint import STUDENT, check_there, student_state_dict
 from mmsinger.engine.options import evaluate
 from mmsinger.engine.unwrap import is_sharded, unwrap
-from mmsinger.errors import ConfigError, places
+from mmsinger.errors import ConfigError, walk_config
 from mmsinger.models.distillers import BaseDistiller
 
 
@@ -98,7 +98,7 @@ def check_checkpoint_files(cfg: Config) -> None:
         ConfigError: If a local file is not there. What is in it shows when
             it is loaded.
     """
-    named = [(place, path) for place, path in places(cfg.model, 'model')
+    named = [(place, path) for place, path in walk_config(cfg.model, 'model')
              if place.endswith(('.checkpoint', '.pretrained'))]
     for key, path in [('load_from (or --resume)', cfg.get('load_from')),
                       *named]:

@@ -20,7 +20,7 @@ from PIL import Image
 from dataset_check.known import KNOWN, TEST, TRAIN, VAL, Known
 from mmsinger import paths
 from mmsinger.engine.prepare import load_config
-from mmsinger.errors import ConfigError, check_choice, places
+from mmsinger.errors import ConfigError, check_choice, walk_config
 
 SHOWN = 5  # files or values that a message lists
 
@@ -105,7 +105,7 @@ def check_config(cfg: Config, title: str, root: Optional[str] = None,
                           'dataset. Give a config of a whole recipe.')
     for loader, dataset_cfg in copy.deepcopy(loaders).items():
         if root is not None:
-            for _, node in [('', dataset_cfg), *places(dataset_cfg)]:
+            for _, node in [('', dataset_cfg), *walk_config(dataset_cfg)]:
                 if isinstance(node, dict) and 'data_root' in node:
                     node['data_root'] = root
         missing = _missing_files(known, dataset_cfg) if known.source else []
@@ -196,7 +196,7 @@ class _Check:
         if not count:
             return
         self.check_folder_names()
-        for key, number in places(self.cfg.get('model'), 'model'):
+        for key, number in walk_config(self.cfg.get('model'), 'model'):
             if self.classes and number != len(self.classes) and re.search(
                     r'\.(decode_)?head\.num_classes$', key) and \
                     '.teacher.' not in key:

@@ -6,7 +6,7 @@ from typing import (Annotated, Any, Dict, List, Literal, Optional, Sequence,
 import torch
 from torch import Tensor, nn
 
-from mmsinger.errors import ConfigError, placed
+from mmsinger.errors import ConfigError, prefixed_errors
 from mmsinger.models.distillers.base import BaseDistiller, refuse_same_names
 from mmsinger.models.distillers.layer_map import LayerMap, map_layers
 from mmsinger.models.distillers.step_record import StepRecord
@@ -121,7 +121,7 @@ class FeatureDistiller(BaseDistiller):
         self.resample = resample
         self.steps = steps
         for step in steps:
-            with placed(step.place):
+            with prefixed_errors(step.place):
                 step.prepare(self.teacher, self.layers)
         #: Teacher blocks that are read: the distilled ones and what steps
         #: ask for
