@@ -190,7 +190,7 @@ def test_targets_follow_the_order_of_patches(kind, seed, weighted):
 
         def step(tokens):
             found = refine.refine(0, tokens)
-            return found.target, found.excess
+            return found.target, found.loss_outlier
     else:
         make = {'clip': lambda: ClipNorms(quantile=0.8).filter,
                 'clip-mad': lambda: ClipNorms(mad=1.).filter,
@@ -332,7 +332,7 @@ class TestGradients:
                     return patches - patches @ down @ up
             step.adapters['0'] = Given()
             found = step.refine(0, tokens)
-            return found.excess, found.target.values
+            return found.loss_outlier, found.target.values
 
         module = adapter(seed)
         check_gradient(forward, module.down, module.up)
@@ -371,7 +371,7 @@ def test_padding_changes_nothing(name, seed):
         step = refinement(seed, **REFINEMENTS[name])
         found = step.refine(0, as_tokens(patches, keep))
         student = as_tokens(artifacts(seed + 1)).values
-        loss = found.excess + FeatureMSELoss()(
+        loss = found.loss_outlier + FeatureMSELoss()(
             student, found.target.values, found.target.weight) + \
             GramInformationLoss()(found.tokens.patches, student[:, PREFIX:],
                                   weight=keep)

@@ -139,7 +139,7 @@ def test_outlier_loss_of_a_refinement_after_it(tmp_path, images):
         weight * torch.stack(above)).sum()
     torch.testing.assert_close(
         plain.refinement.refine(
-            1, tokens.weighed_by_image(weight)).excess, expected)
+            1, tokens.weighed_by_image(weight)).loss_outlier, expected)
     assert losses_of(model, images)['distill.loss_outlier'] != losses_of(
         plain, images)['distill.loss_outlier']
 

@@ -171,7 +171,7 @@ def test_outliers_that_are_shorter_than_the_median_have_no_loss():
         keep = torch.ones(2, 16, 1)
         keep[0, count:3] = 0.
         model.refinement.adapters['3'].forward = lambda x: x * keep
-        loss[count] = model.refinement.refine(3, tokens).excess
+        loss[count] = model.refinement.refine(3, tokens).loss_outlier
     median = model.gates['3'].median
     excess = (tokens.patches[0, :3].norm(dim=-1) - median).square() / 2
     weight = model.loss_outlier.loss_weight

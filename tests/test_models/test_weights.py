@@ -319,7 +319,7 @@ def test_refinement(kwargs):
             torch.testing.assert_close(cut(ours.patches, keep),
                                        theirs.patches, rtol=1e-5, atol=1e-5)
             assert ours.weight is tokens.weight
-        torch.testing.assert_close(found.excess, excess)
+        torch.testing.assert_close(found.loss_outlier, excess)
 
 
 def test_last_information_loss_of_a_refinement():

@@ -54,11 +54,11 @@ class Refinement(NamedTuple):
     Attributes:
         tokens (Tokens): F_hat, values of shape (B, N, D).
         target (Tokens): What the student learns: F_hat, or capped.
-        excess (Tensor): L_outlier, a scalar.
+        loss_outlier (Tensor): L_outlier, a scalar.
     """
     tokens: Tokens
     target: Tokens
-    excess: Tensor
+    loss_outlier: Tensor
 
 
 @MODELS.register_module()
@@ -229,7 +229,8 @@ class Refine(TargetStep):
             for layer, result in found.items():
                 record.add(layer, refined=result.tokens)
         losses = dict(
-            loss_outlier=sum(r.excess for r in found.values()) / len(found),
+            loss_outlier=sum(result.loss_outlier for result
+                             in found.values()) / len(found),
             loss_info=self._info_loss(outputs, targets, found))
         targets = {layer: result.target for layer, result in found.items()}
         if not self.kd_gradient:
