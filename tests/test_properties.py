@@ -14,8 +14,7 @@ from mmsinger.models import (ClipNorms, FeatureCosineLoss, FeatureMSELoss,
 from mmsinger.models.adapters import (SiNGERAdapter, left_nullspace,
                                       left_singular_directions, linearised_ffn)
 from mmsinger.models.features.tokens import Tokens
-from mmsinger.models.targets.filter import NormThreshold
-from mmsinger.models.targets.refine import Refine
+from mmsinger.models.targets.refine import NormThreshold, Refine
 
 F64 = torch.float64
 DIM, GRID, PREFIX = 8, (3, 4), 2

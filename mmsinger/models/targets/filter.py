@@ -2,7 +2,6 @@
 
 Not from the paper: baselines that any refinement has to beat.
 """
-import math
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -57,7 +56,7 @@ class ClipNorms(FilterStep):
     def __init__(self, quantile: Optional[Quantile] = None,
                  mad: Optional[Positive] = None) -> None:
         super().__init__()
-        check_one('quantile=0.95 or mad=6.0', quantile, mad)
+        check_one('quantile', 'quantile=0.95 or mad=6.0', quantile, mad)
         self.quantile, self.mad = quantile, mad
 
     def filter(self, tokens: Tokens) -> Tokens:
@@ -90,7 +89,7 @@ class MaskTokens(FilterStep):
     def __init__(self, mad: Optional[Positive] = None,
                  oracle: bool = False) -> None:
         super().__init__()
-        check_one('mad=6.0 or oracle=True', mad, oracle or None)
+        check_one('mad', 'mad=6.0 or oracle=True', mad, oracle or None)
         self.mad, self.oracle = mad, oracle
 
     def prepare(self, teacher: nn.Module, layers: List[int]) -> None:
@@ -124,43 +123,6 @@ def _planter(teacher: nn.Module) -> Optional[nn.Module]:
                  if hasattr(module, 'planted_mask')), None)
 
 
-class NormThreshold(nn.Module):
-    """A norm that no ordinary patch token of one layer has, found once on
-    many images: the same in every process and for every batch.
-
-    ``median`` and ``threshold``, buffers, are NaN until :meth:`calibrate`.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer('median', torch.full((), math.nan))
-        self.register_buffer('threshold', torch.full((), math.nan))
-
-    def calibrate(self, norms: Tensor, mad: float) -> None:
-        """Set both, see :func:`robust_threshold`.
-
-        Args:
-            norms (Tensor): Of patch tokens, any shape.
-            mad (float): Distance from the median in robust standard
-                deviations.
-        """
-        median, threshold = robust_threshold(norms, mad)
-        self.median.copy_(median)
-        self.threshold.copy_(threshold)
-
-    def _load_from_state_dict(self, state_dict: Dict[str, Tensor],
-                              prefix: str, *args: Any) -> None:
-        # A checkpoint of 0.1 has neither: they are found anew then
-        if any(key.startswith(prefix) for key in state_dict):
-            super()._load_from_state_dict(state_dict, prefix, *args)
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether :meth:`calibrate` was called, here or in the run that a
-        checkpoint comes from."""
-        return bool(torch.isfinite(self.threshold))
-
-
 def clip_norms(patches: Tensor, norms: Tensor, limit: Tensor) -> Tensor:
     """Shorten tokens to at most a norm; shorter ones stay as they are.
 
@@ -178,10 +140,9 @@ def clip_norms(patches: Tensor, norms: Tensor, limit: Tensor) -> Tensor:
     return patches * scale.unsqueeze(-1).to(patches.dtype)
 
 
-def check_one(form: str, *given: Any) -> None:
-    """Raise :class:`ConfigError` unless one of two settings is given; the
-    form shows both, the first one's name first."""
+def check_one(key: str, form: str, *given: Any) -> None:
+    """Raise :class:`ConfigError` unless one of two settings is given."""
     count = sum(value is not None for value in given)
     if count != 1:
-        raise ConfigError(f'{form.split("=")[0]}: give {form}'
+        raise ConfigError(f'{key}: give {form}'
                           f'{", not both" if count else ""}.')

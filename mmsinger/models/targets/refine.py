@@ -1,5 +1,6 @@
 """SiNGER's refinement of teacher tokens (arXiv 2509.20986)."""
 import inspect
+import math
 from functools import partial
 from typing import (Annotated, Any, Callable, Dict, List, Literal, NamedTuple,
                     Optional, Sequence, Tuple, TypedDict)
@@ -9,7 +10,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmsinger.errors import ConfigError
-from mmsinger.metrics.norms import token_norms
+from mmsinger.metrics.norms import robust_threshold, token_norms
 from mmsinger.metrics.subspaces import subspace_energy
 from mmsinger.models.adapters import (Init, Selection, SiNGERAdapter,
                                       SingularDirections,
@@ -17,7 +18,7 @@ from mmsinger.models.adapters import (Init, Selection, SiNGERAdapter,
 from mmsinger.models.features.tokens import Tokens
 from mmsinger.models.losses import (OutlierSuppressionLoss, loss_behind_block,
                                     weighted_mean)
-from mmsinger.models.targets.filter import NormThreshold, clip_norms
+from mmsinger.models.targets.filter import clip_norms
 from mmsinger.models.targets.step import Targets, TargetStep, TeacherOutputs
 from mmsinger.registry import MODELS, build_part
 from mmsinger.schema import (Count, DefaultType, Natural, NonNegative,
@@ -59,6 +60,43 @@ class Refinement(NamedTuple):
     tokens: Tokens
     target: Tokens
     loss_outlier: Tensor
+
+
+class NormThreshold(nn.Module):
+    """A norm that no ordinary patch token of one layer has, found once on
+    many images: the same in every process and for every batch.
+
+    ``median`` and ``threshold``, buffers, are NaN until :meth:`calibrate`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer('median', torch.full((), math.nan))
+        self.register_buffer('threshold', torch.full((), math.nan))
+
+    def calibrate(self, norms: Tensor, mad: float) -> None:
+        """Set both, see :func:`robust_threshold`.
+
+        Args:
+            norms (Tensor): Of patch tokens, any shape.
+            mad (float): Distance from the median in robust standard
+                deviations.
+        """
+        median, threshold = robust_threshold(norms, mad)
+        self.median.copy_(median)
+        self.threshold.copy_(threshold)
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Tensor],
+                              prefix: str, *args: Any) -> None:
+        # A checkpoint of 0.1 has neither: they are found anew then
+        if any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether :meth:`calibrate` was called, here or in the run that a
+        checkpoint comes from."""
+        return bool(torch.isfinite(self.threshold))
 
 
 @MODELS.register_module()
