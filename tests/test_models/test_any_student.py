@@ -171,7 +171,7 @@ def test_tokens_are_the_maps(name):
             expected = backbone(images)[index]
             assert torch.equal(values.permute(0, 3, 1, 2), expected)
         assert tokens[layer].num_prefix == 0
-        stride = model.student_features.strides[index]
+        stride = model.student_features.maps[index].stride
         assert tokens[layer].grid == (256 // stride[0], 384 // stride[1])
 
 

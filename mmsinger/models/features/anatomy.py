@@ -158,6 +158,23 @@ class Blocks:
         return Tokens(values, grid, has_cls=self.has_cls)
 
 
+class FeatureMap(NamedTuple):
+    """Where a feature map comes from, and how to read it.
+
+    Attributes:
+        path (str): Path of the module that returns it; ``''``, the backbone.
+        pick (int, optional): Which of its outputs it is; None, the only one.
+        layout (str): ``'NCHW'``, ``'NHWC'``, or ``'NLC'``, tokens.
+        channels (int): Its channels.
+        stride (tuple[int, int]): Pixels between neighbouring cells.
+    """
+    path: str
+    pick: Optional[int]
+    layout: str
+    channels: int
+    stride: Grid
+
+
 @dataclasses.dataclass(frozen=True)
 class Maps:
     """The feature maps of a backbone: what its stages give, or what it
@@ -165,27 +182,27 @@ class Maps:
 
     Attributes:
         backbone (nn.Module): The backbone.
-        paths (list[str]): Where each map comes from: ``'layer3'``,
-            ``'outputs.0'``.
-        modules (list[nn.Module]): Which module returns it.
-        picks (list[int | None]): Which of its outputs it is; None, the only
-            one.
-        layouts (list[str]): ``'NCHW'``, ``'NHWC'``, or ``'NLC'``, tokens.
-        channels (list[int]): Channels of each map.
-        strides (list[tuple[int, int]]): Pixels between neighbouring cells.
+        maps (list[FeatureMap]): The maps, first to last.
+        modules (list[nn.Module]): Which module returns each.
         image_size (tuple[int, int]): A size (H, W) that the backbone takes.
     """
     backbone: nn.Module
-    paths: List[str]
+    maps: List[FeatureMap]
     modules: List[nn.Module]
-    picks: List[Optional[int]]
-    layouts: List[str]
-    channels: List[int]
-    strides: List[Grid]
     image_size: Grid
 
     def __len__(self) -> int:
         return len(self.modules)
+
+    @property
+    def paths(self) -> List[str]:
+        """Where each map comes from: ``'layer3'``, ``'outputs.0'``."""
+        return [m.path or f'outputs.{m.pick or 0}' for m in self.maps]
+
+    @property
+    def channels(self) -> List[int]:
+        """Channels of each map."""
+        return [m.channels for m in self.maps]
 
     @property
     def in_channels(self) -> int:
@@ -195,7 +212,7 @@ class Maps:
     @property
     def stride(self) -> Grid:
         """Pixels between neighbouring cells of the deepest map."""
-        return self.strides[-1]
+        return self.maps[-1].stride
 
     def watch_input(self, record: Callable[[Grid], None]) -> Any:
         """Have the size of images recorded in each pass, see
@@ -205,14 +222,13 @@ class Maps:
 
     def read(self, layer: int, output: Any, size: Grid) -> Tokens:
         """Tokens from what a module returned, see :meth:`Blocks.read`."""
-        if self.picks[layer] is not None:
-            output = output[self.picks[layer]]
+        _, pick, layout, _, stride = self.maps[layer]
+        if pick is not None:
+            output = output[pick]
         values, grid = _split(output)
-        layout = self.layouts[layer]
         if layout == 'NLC':
             return Tokens(values, grid or tuple(
-                -(-length // step)
-                for length, step in zip(size, self.strides[layer])))
+                -(-length // step) for length, step in zip(size, stride)))
         if layout == 'NCHW':  # (B, C, h, w) -> (B, h, w, C)
             values = values.permute(0, 2, 3, 1)
         return Tokens(values.flatten(1, 2), tuple(values.shape[1:3]))
@@ -255,9 +271,10 @@ def at_same_paths(features: Features, backbone: nn.Module) -> Features:
     Returns:
         Blocks | Maps: With the modules at the old paths.
     """
+    paths = features.paths if isinstance(features, Blocks) else \
+        [m.path for m in features.maps]
     return dataclasses.replace(features, modules=[
-        backbone if path.startswith('outputs.')
-        else backbone.get_submodule(path) for path in features.paths])
+        backbone.get_submodule(path) for path in paths])
 
 
 def _check_blocks(backbone: nn.Module, blocks: Blocks) -> None:
@@ -313,21 +330,22 @@ def _find_maps(backbone: nn.Module, owner: str, error: ConfigError) -> Maps:
             [(path, None, found.get(path)) for path in paths], size))
             for name, paths in stages.items()}
         in_stages = {k: maps for k, maps in in_stages.items() if len(maps) > 1}
-        named = next((in_stages[name] for name in in_stages
-                      if name.split('.')[-1] in NAMES['stages']), None)
-        if named:
-            return _maps(backbone, named, size)
-        returned = _returned(outputs, size)
-        with contextlib.suppress(ConfigError):
-            if _returned(_run(copied, images, training=True),
-                         size) != returned:
-                returned = []
-        # The coarsest of lists with another name, then the longest
-        others = sorted(in_stages, key=lambda name: (
-            name.count('.'), -max(m.stride[0] for _, _, m in in_stages[name]),
-            -len(in_stages[name])))
-        if returned or others:
-            return _maps(backbone, returned or in_stages[others[0]], size)
+        maps = next((in_stages[name] for name in in_stages
+                     if name.split('.')[-1] in NAMES['stages']), None)
+        if not maps:
+            maps = _returned(outputs, size)
+            with contextlib.suppress(ConfigError):
+                if _returned(_run(copied, images, training=True),
+                             size) != maps:
+                    maps = []
+        if not maps and in_stages:
+            # Of lists with another name the coarsest, then the longest
+            maps = in_stages[min(in_stages, key=lambda name: (
+                name.count('.'), -max(m.stride[0] for m in in_stages[name]),
+                -len(in_stages[name])))]
+        if maps:
+            return Maps(backbone, maps, [
+                backbone.get_submodule(m.path) for m in maps], size)
     raise ConfigError(
         f'{owner}: {type(backbone).__name__} shows no feature map: neither '
         'its stages nor what it returns is spatial. '
@@ -335,18 +353,20 @@ def _find_maps(backbone: nn.Module, owner: str, error: ConfigError) -> Maps:
            if reasons else '') + f'As a vision transformer: {error}')
 
 
-def _returned(outputs: Any, size: Grid) -> list:
+def _returned(outputs: Any, size: Grid) -> List[FeatureMap]:
     """The maps among what a backbone returned."""
     return _maps_among(
         [('', i, one) for i, one in enumerate(outputs)]
         if isinstance(outputs, (tuple, list)) else [('', None, outputs)], size)
 
 
-def _maps_among(outputs: list, size: Grid) -> list:
-    """Where each map comes from, and how to read it."""
-    described = [(path, pick, _describe(output, size))
-                 for path, pick, output in outputs]
-    return [one for one in described if one[2]]
+def _maps_among(outputs: List[Tuple[str, Optional[int], Any]], size: Grid
+                ) -> List[FeatureMap]:
+    """Those outputs, each with its path and pick, that are maps."""
+    found = [(path, pick, _describe(output, size))
+             for path, pick, output in outputs]
+    return [FeatureMap(path, pick, *layout) for path, pick, layout in found
+            if layout]
 
 
 def _sizes(backbone: nn.Module) -> List[Grid]:
@@ -390,12 +410,6 @@ def _stage_paths(backbone: nn.Module) -> Dict[str, List[str]]:
     return {name: groups[name] for name in order if len(groups[name]) > 1}
 
 
-class _Map(NamedTuple):
-    layout: str
-    channels: int
-    stride: Grid
-
-
 def _split(output: Any) -> Tuple[Any, Optional[Grid]]:
     """The tensor in what a module returned, and its grid if it came along, as
     in ``(tokens, (h, w))``; of several tensors in a tuple, the first."""
@@ -407,8 +421,9 @@ def _split(output: Any) -> Tuple[Any, Optional[Grid]]:
     return output[0] if several else output, None
 
 
-def _describe(output: Any, size: Grid) -> Optional[_Map]:
-    """How to read an output for images of a size; None if it is no map."""
+def _describe(output: Any, size: Grid) -> Optional[Tuple[str, int, Grid]]:
+    """Layout, channels and stride of an output for images of a size; None if
+    it is no map."""
     output, grid = _split(output)
     if not isinstance(output, Tensor):
         return None
@@ -421,14 +436,14 @@ def _describe(output: Any, size: Grid) -> Optional[_Map]:
                 and size[0] * size[1] > s * s), None)
         if grid is None or shape[1] < int(grid[0]) * int(grid[1]):
             return None
-        return _Map('NLC', shape[2], _stride(size, grid))
+        return 'NLC', shape[2], _stride(size, grid)
     if len(shape) != 4:
         return None
     for layout, rows in (('NCHW', 2), ('NHWC', 1)):
         grid = shape[rows:rows + 2]
         stride = _stride(size, grid)
         if stride[0] == stride[1] and max(grid) > 1:
-            return _Map(layout, shape[1 if rows == 2 else 3], stride)
+            return layout, shape[1 if rows == 2 else 3], stride
     return None
 
 
@@ -438,22 +453,12 @@ def _stride(size: Grid, grid: Grid) -> Grid:
     return rows, columns
 
 
-def _last_of_each_stride(maps: list) -> list:
+def _last_of_each_stride(maps: List[FeatureMap]) -> List[FeatureMap]:
     """The last stage of each resolution; all if they have the same."""
-    strides = [found.stride for _, _, found in maps]
+    strides = [m.stride for m in maps]
     if len(set(strides)) < 2:
         return maps
-    return [m for i, m in enumerate(maps) if m[2].stride not in
-            strides[i + 1:]]
-
-
-def _maps(backbone: nn.Module, maps: list, size: Grid) -> Maps:
-    paths, picks, found = zip(*maps)
-    return Maps(
-        backbone,
-        [path or f'outputs.{pick or 0}' for path, pick in zip(paths, picks)],
-        [backbone.get_submodule(path) for path in paths], list(picks),
-        *(list(values) for values in zip(*found)), size)
+    return [m for i, m in enumerate(maps) if m.stride not in strides[i + 1:]]
 
 
 def find_blocks(backbone: nn.Module, owner: str) -> Blocks:
