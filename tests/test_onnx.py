@@ -9,8 +9,8 @@ from mmengine.config import Config
 import forked
 import keep_run
 import tiny
+from mmsinger.converters import export_onnx
 from mmsinger.errors import ConfigError
-from mmsinger.export import export_onnx
 from mmsinger.registry import MODELS
 
 onnxruntime = pytest.importorskip('onnxruntime')

@@ -12,10 +12,10 @@ from mmengine.registry import init_default_scope
 
 from mmsinger.checkpoint import load_checkpoint
 from mmsinger.command_line import ToolParser
-from mmsinger.converters import export_timm
+from mmsinger.converters import export_onnx, export_timm
 from mmsinger.engine.prepare import load_config
 from mmsinger.errors import ConfigError, readable_errors
-from mmsinger.export import export_onnx, export_student
+from mmsinger.export import export_student
 
 
 def parse_args():
