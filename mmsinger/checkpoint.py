@@ -332,6 +332,12 @@ def weights_of(checkpoint: Dict[str, Any], path: str) -> Dict[str, Any]:
     return weights
 
 
+def read_weights(path: str, key: str = 'checkpoint') -> Dict[str, Any]:
+    """The state dict in a file, see :func:`load_checkpoint` and
+    :func:`weights_of`."""
+    return weights_of(load_checkpoint(path, key), path)
+
+
 def refuse_broken(weights: Dict[str, torch.Tensor], path: str) -> None:
     """Raise :class:`ConfigError` for weights that are not finite.
 

@@ -13,7 +13,7 @@ import torch
 from mmengine.config import Config
 
 from mmsinger.checkpoint import (STUDENT, load_checkpoint, load_strict,
-                                 student_state_dict, weights_of)
+                                 read_weights, student_state_dict, weights_of)
 from mmsinger.errors import ConfigError, check_output_file
 from mmsinger.files import atomic_save
 from mmsinger.models.distillers import BaseDistiller
@@ -110,7 +110,7 @@ def student_path(checkpoint: str, ending: str = '') -> str:
 def load_student(checkpoint: str) -> Dict[str, torch.Tensor]:
     """The student's weights, in the plain layout, of a training checkpoint or
     a student file."""
-    weights = weights_of(load_checkpoint(checkpoint), checkpoint)
+    weights = read_weights(checkpoint)
     return student_state_dict(weights) or weights
 
 

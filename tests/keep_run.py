@@ -21,7 +21,7 @@ import torch
 from mmengine.registry import init_default_scope
 
 import tiny
-from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
+from mmsinger.checkpoint import load_strict, read_weights
 from mmsinger.engine.prepare import load_config
 from mmsinger.export import student_config
 from mmsinger.registry import MODELS
@@ -58,8 +58,7 @@ def outputs(checkpoint):
     """What a student's file makes of the images: class tokens (2, C)."""
     init_default_scope('mmpretrain')
     model = MODELS.build(student_config(load_config(CONFIG)).model)
-    load_strict(model, weights_of(load_checkpoint(checkpoint), checkpoint),
-                what=checkpoint, fix='')
+    load_strict(model, read_weights(checkpoint), what=checkpoint, fix='')
     model.eval()
     with torch.no_grad():
         return model.backbone(images())[-1].numpy()

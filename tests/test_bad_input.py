@@ -18,7 +18,7 @@ from mmengine.registry import init_default_scope
 
 import forked
 import tiny
-from mmsinger.checkpoint import load_checkpoint, weights_of
+from mmsinger.checkpoint import read_weights
 from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import load_config, prepare_training
 from mmsinger.engine.resume import resume_from_intact_checkpoint
@@ -543,7 +543,7 @@ def test_weights_that_are_not_finite(here):
     torch.save(weights, 'inf.pth')
     with pytest.raises(ConfigError, match='inf.pth has weights that are not '
                                           f'finite, in {key}'):
-        weights_of(load_checkpoint('inf.pth'), 'inf.pth')
+        read_weights('inf.pth')
 
 
 @pytest.mark.parametrize('options', [

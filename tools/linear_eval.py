@@ -14,8 +14,7 @@ import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 
-from mmsinger.checkpoint import (load_checkpoint, load_strict, safe_loading,
-                                 weights_of)
+from mmsinger.checkpoint import load_strict, read_weights, safe_loading
 from mmsinger.command_line import ToolParser
 from mmsinger.engine.prepare import (build_runner, launched, load_config,
                                      prepare_training)
@@ -98,7 +97,7 @@ def load_head(model, path, option, task, fix):
     expected = {key: value.clone()
                 for key, value in model.backbone.state_dict().items()}
     load_strict(
-        model, weights_of(load_checkpoint(path, option), path),
+        model, read_weights(path, option),
         what=f'{option} {path!r} and {task!r}',
         fix='Give a checkpoint that tools/linear_eval.py made with the '
         'same source and the same number of classes.')

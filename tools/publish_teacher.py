@@ -11,8 +11,7 @@ import os
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from mmsinger.checkpoint import (load_checkpoint, load_strict, sha256,
-                                 weights_of)
+from mmsinger.checkpoint import load_strict, read_weights, sha256
 from mmsinger.command_line import ToolParser
 from mmsinger.engine.checks import check_data_folders
 from mmsinger.engine.prepare import load_config
@@ -65,7 +64,7 @@ def main():
             f'{os.path.basename(dumped)}. Train first: python tools/train.py '
             f'{args.config} --work-dir {args.work_dir}')
     cfg = load_config(dumped)
-    weights = weights_of(load_checkpoint(path), path)
+    weights = read_weights(path)
     weights = {k: v.half() if v.is_floating_point() else v
                for k, v in weights.items()}
 

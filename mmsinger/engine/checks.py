@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS
 from torch import nn
 
-from mmsinger.checkpoint import load_checkpoint, weights_of
+from mmsinger.checkpoint import read_weights
 from mmsinger.errors import ConfigError, walk_config
 from mmsinger.registry import arguments_of, find_type
 
@@ -122,7 +122,7 @@ def check_pretrained(cfg: dict, model: nn.Module) -> None:
             module = model.get_submodule(place)
         except AttributeError:
             continue
-        weights = weights_of(load_checkpoint(source, f'model.{key}'), source)
+        weights = read_weights(source, f'model.{key}')
         found = [key[len(prefix):] for key in weights
                  if key.startswith(prefix)]
         expected = list(module.state_dict())

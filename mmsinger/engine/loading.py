@@ -13,7 +13,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
-from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
+from mmsinger.checkpoint import load_strict, read_weights
 from mmsinger.engine.checks import check_data_folders
 from mmsinger.engine.hooks.calibration_hook import NUM_IMAGES
 from mmsinger.engine.prepare import load_config
@@ -83,7 +83,7 @@ def load_distiller(cfg: Config, checkpoint: Optional[str] = None
     if checkpoint is None:
         return distiller
     load_strict(
-        distiller, weights_of(load_checkpoint(checkpoint), checkpoint),
+        distiller, read_weights(checkpoint),
         what=f'{type(distiller).__name__} of {cfg.filename!r} and checkpoint '
         f'{checkpoint!r}',
         fix='Give a training checkpoint (epoch_3.pth, not '
@@ -229,8 +229,7 @@ def load_subject(cfg: Config, checkpoint: Optional[str] = None,
     if source == 'model.backbone':  # whose file may hold more than that
         path = settings.setdefault('checkpoint', cfg.get('load_from'))
         if path is not None and any(
-                key.startswith('backbone.')
-                for key in weights_of(load_checkpoint(path), path)):
+                key.startswith('backbone.') for key in read_weights(path)):
             settings['prefix'] = 'backbone.'
     if mean is not None:
         settings.update(mean=mean, std=std, swap_channels=False)

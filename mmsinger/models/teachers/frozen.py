@@ -7,7 +7,7 @@ from mmengine.logging import print_log
 from mmengine.utils import to_2tuple
 from torch import Tensor, nn
 
-from mmsinger.checkpoint import load_checkpoint, load_strict, weights_of
+from mmsinger.checkpoint import load_strict, read_weights
 from mmsinger.errors import ConfigError
 from mmsinger.images import check_scale
 from mmsinger.models.features.anatomy import (Blocks, Layer, find_blocks,
@@ -190,8 +190,7 @@ class FrozenModule(nn.Module):
         Args:
             key (str): The config key that named the file, for messages.
         """
-        return weights_of(load_checkpoint(self.checkpoint, key),
-                          self.checkpoint)
+        return read_weights(self.checkpoint, key)
 
     def _loading_hint(self, found: dict) -> str:
         own = {k.split('.')[0] for k in self.module.state_dict()}
