@@ -16,16 +16,10 @@ from mmsinger.checkpoint import (STUDENT, load_checkpoint, load_strict,
                                  read_weights, student_state_dict, weights_of)
 from mmsinger.errors import ConfigError, check_output_file
 from mmsinger.files import atomic_save
-from mmsinger.models.distillers import BaseDistiller
-from mmsinger.registry import MODELS, find_type
+from mmsinger.models.distillers import is_distiller
+from mmsinger.registry import MODELS
 
 SUFFIX = '_student'
-
-
-def is_distiller(model_cfg: dict, kind: type = BaseDistiller) -> bool:
-    """Whether a model config is one of mmsinger's distillers, of a kind."""
-    cls = find_type(model_cfg.get('type'))
-    return isinstance(cls, type) and issubclass(cls, kind)
 
 
 def student_config(cfg: Config) -> Config:

@@ -8,7 +8,7 @@ from mmengine.registry import DefaultScope
 from mmsinger.engine.loading import (converts_to_rgb, preprocessor_settings,
                                      teacher_settings)
 from mmsinger.errors import ConfigError
-from mmsinger.export import is_distiller
+from mmsinger.models.distillers import is_distiller
 from mmsinger.models.probes.frozen_backbone import FrozenBackbone
 
 

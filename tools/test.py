@@ -21,7 +21,8 @@ from mmsinger.engine.prepare import fit_workers, load_config
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import (ConfigError, check_output_file,
                              readable_errors)
-from mmsinger.export import is_distiller, load_student, student_config
+from mmsinger.export import load_student, student_config
+from mmsinger.models.distillers import is_distiller
 
 
 def parse_args():

@@ -21,9 +21,8 @@ from mmsinger.engine.random_states import preserved_random_states
 from mmsinger.engine.resume import check_checkpoint_files
 from mmsinger.engine.samples import guard_samples
 from mmsinger.errors import ConfigError
-from mmsinger.export import is_distiller
 from mmsinger.images import Size, dataset_batches, with_channels
-from mmsinger.models.distillers import FeatureDistiller
+from mmsinger.models.distillers import FeatureDistiller, is_distiller
 from mmsinger.models.features.anatomy import image_channels, image_size
 from mmsinger.models.teachers.frozen import (FrozenTeacher, Normalisation,
                                              feature_settings)

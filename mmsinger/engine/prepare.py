@@ -32,9 +32,8 @@ from mmsinger.engine.resume import (check_checkpoint_files,
                                     resume_from_intact_checkpoint)
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError, no_file
-from mmsinger.export import is_distiller
 from mmsinger.files import lock_folder
-from mmsinger.models import FeatureDistiller
+from mmsinger.models.distillers import FeatureDistiller, is_distiller
 from mmsinger.registry import find_type
 
 # Of a model that is no distiller of ours

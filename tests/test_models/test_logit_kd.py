@@ -10,9 +10,10 @@ from mmengine.structures import PixelData
 from mmpretrain.structures import DataSample
 from mmseg.structures import SegDataSample
 
+from mmsinger.checkpoint import student_state_dict
 from mmsinger.errors import ConfigError
-from mmsinger.export import is_distiller, student_state_dict
 from mmsinger.models import FrozenClassifier, LogitKDDistiller, LogitKLLoss
+from mmsinger.models.distillers import is_distiller
 from mmsinger.models.teachers.frozen import Normalisation
 from mmsinger.registry import MODELS
 from tiny import seg_vit, vit

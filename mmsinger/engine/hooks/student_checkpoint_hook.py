@@ -5,12 +5,13 @@ from typing import Optional, Tuple
 from mmengine.dist import is_main_process, master_only
 from mmengine.hooks import Hook
 
+from mmsinger.checkpoint import student_state_dict
 from mmsinger.engine.hooks.checkpoint_hook import SafeCheckpointHook
 from mmsinger.errors import ConfigError
-from mmsinger.export import (SUFFIX, export_student, is_distiller,
-                             save_student, student_config, student_path,
-                             student_state_dict)
+from mmsinger.export import (SUFFIX, export_student, save_student,
+                             student_config, student_path)
 from mmsinger.files import write_text
+from mmsinger.models.distillers import is_distiller
 from mmsinger.registry import HOOKS
 
 

@@ -13,7 +13,8 @@ from mmsinger.images import first_view
 from mmsinger.models.features.anatomy import find_part
 from mmsinger.models.teachers.frozen import (PRECISIONS, FrozenModule,
                                              FrozenTeacher, Normalisation)
-from mmsinger.registry import MODELS, arguments_of, check_arguments
+from mmsinger.registry import (MODELS, arguments_of, check_arguments,
+                               find_type)
 from mmsinger.schema import NonNegative
 
 
@@ -381,6 +382,12 @@ class BaseDistiller(BaseModel):
     def _apply(self, fn, *args, **kwargs):
         self.teacher._apply(fn, *args, **kwargs)
         return super()._apply(fn, *args, **kwargs)
+
+
+def is_distiller(model_cfg: dict, kind: type = BaseDistiller) -> bool:
+    """Whether a model config is one of mmsinger's distillers, of a kind."""
+    cls = find_type(model_cfg.get('type'))
+    return isinstance(cls, type) and issubclass(cls, kind)
 
 
 def refuse_same_names(losses: Dict[str, Tensor], more: Dict[str, Tensor],
