@@ -233,24 +233,6 @@ class BaseDistiller(BaseModel):
             print_log(f'{len(plain)} tensors of a plain checkpoint go to the '
                       'student', logger='current')
 
-    def _check_task_loss(self) -> None:
-        if self.task_loss_weight == 0:
-            return
-        but = f'task_loss_weight={self.task_loss_weight}, but the student ' \
-            f'{type(self.student).__name__}'
-        if find_part(self.student, 'head') is None:
-            raise ConfigError(
-                f'{but} has no head to compute a task loss with. Set '
-                'task_loss_weight=0 (features only), or give it a head.')
-        if any(cls.__name__ == 'BaseSelfSupervisor'  # mmpretrain's
-               for cls in type(self.student).__mro__):
-            raise ConfigError(
-                f'{but} is a method of pre-training, which masks its images '
-                'or compares views of them: what its backbone sees there is '
-                'not what the teacher sees. Set task_loss_weight=0: its '
-                'backbone learns from the teacher alone, on the first view '
-                'of each image.')
-
     def _freeze_unreached(self, module: nn.Module,
                           run: Callable[[nn.Module], Tensor], others: str
                           ) -> None:

@@ -12,7 +12,7 @@ from mmsinger.models.distillers.layer_map import LayerMap, map_layers
 from mmsinger.models.distillers.step_record import StepRecord
 from mmsinger.models.features.anatomy import (Features, Layer, at_same_paths,
                                               example_images, find_features,
-                                              resolve_layer)
+                                              find_part, resolve_layer)
 from mmsinger.models.features.compiled import compile_blocks
 from mmsinger.models.features.taps import BlockTaps
 from mmsinger.models.features.tokens import (Grid, Tokens, align_tokens,
@@ -210,6 +210,24 @@ class FeatureDistiller(BaseDistiller):
                 f'takes images of {ours} channels, the teacher of {theirs}. '
                 'Set in_channels of the student (or of teacher.backbone) so '
                 'that they agree.')
+
+    def _check_task_loss(self) -> None:
+        if self.task_loss_weight == 0:
+            return
+        but = f'task_loss_weight={self.task_loss_weight}, but the student ' \
+            f'{type(self.student).__name__}'
+        if find_part(self.student, 'head') is None:
+            raise ConfigError(
+                f'{but} has no head to compute a task loss with. Set '
+                'task_loss_weight=0 (features only), or give it a head.')
+        if any(cls.__name__ == 'BaseSelfSupervisor'  # mmpretrain's
+               for cls in type(self.student).__mro__):
+            raise ConfigError(
+                f'{but} is a method of pre-training, which masks its images '
+                'or compares views of them: what its backbone sees there is '
+                'not what the teacher sees. Set task_loss_weight=0: its '
+                'backbone learns from the teacher alone, on the first view '
+                'of each image.')
 
     def _sum_of_tokens(self, backbone: nn.Module) -> Tensor:
         """A scalar of all that is distilled from a copy of the student's
