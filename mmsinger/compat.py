@@ -6,6 +6,7 @@ nothing when the stack is complete.
 import contextlib
 import importlib.metadata
 import importlib.util
+import io
 import os
 import re
 import warnings
@@ -17,30 +18,25 @@ import torch
 _TORCHVISION_SCHEMAS: Optional[torch.library.Library] = None
 
 
-def define_missing_torchvision_operators() -> bool:
+def define_missing_torchvision_operators() -> None:
     """Make ``import torchvision`` work beside a CPU-only torch.
 
     The registry's torchvision is compiled against CUDA torch. Next to a CPU
     wheel its compiled part does not load, and its import fails with
     ``operator torchvision::nms does not exist``; mmpretrain and mmseg fail
     with it. Declaring the two operators that the import refers to is enough
-    for transforms, mmpretrain and mmseg; calling them still raises.
-
-    Returns:
-        bool: True if schemas were declared; False if torchvision is not
-        installed, or its operators are there.
+    for transforms, mmpretrain and mmseg; calling them still raises. Nothing
+    is declared if torchvision is not installed, or its operators are there.
     """
     global _TORCHVISION_SCHEMAS
-    if _TORCHVISION_SCHEMAS is not None:
-        return True
-    if torchvision_operators_present() is not False:
-        return False
+    if _TORCHVISION_SCHEMAS is not None or \
+            torchvision_operators_present() is not False:
+        return
     library = torch.library.Library('torchvision', 'DEF')
     boxes = '(Tensor dets, Tensor scores, float iou_threshold) -> Tensor'
     library.define('nms' + boxes)
     library.define('qnms' + boxes)
     _TORCHVISION_SCHEMAS = library
-    return True
 
 
 # Module that warns, how the warning begins: all harmless here, and of no use
@@ -101,6 +97,23 @@ def onedl_config_packages() -> Iterator[None]:
         yield
     finally:
         MODULE2PACKAGE['mmseg'] = original
+
+
+def import_datasets(scope: str) -> None:
+    """Import a toolbox's datasets without what OneDL's print meanwhile.
+
+    Args:
+        scope (str): ``'mmseg'``, ``'mmpretrain'``; others are left alone.
+    """
+    if scope not in ('mmpretrain', 'mmseg'):
+        return
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), \
+            contextlib.suppress(ImportError):  # said where it is used
+        importlib.import_module(f'{scope}.datasets')
+    for line in printed.getvalue().splitlines():
+        if line != 'Could not import OneDL':
+            print(line)
 
 
 def _installed(distribution: str) -> bool:

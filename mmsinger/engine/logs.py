@@ -1,7 +1,4 @@
 """What matters at the start of a run, and not what hides it."""
-import contextlib
-import importlib
-import io
 import logging
 from typing import Dict, List, Tuple
 
@@ -31,23 +28,6 @@ def drop_starts(record: logging.LogRecord) -> bool:
     """A logging filter, for a run that goes on from a checkpoint: how the
     adapters would have started is not how they are."""
     return not str(record.msg).startswith('SiNGER adapter of layer')
-
-
-def import_datasets(scope: str) -> None:
-    """Import a toolbox's datasets without what OneDL's print meanwhile.
-
-    Args:
-        scope (str): ``'mmseg'``, ``'mmpretrain'``; others are left alone.
-    """
-    if scope not in ('mmpretrain', 'mmseg'):
-        return
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), \
-            contextlib.suppress(ImportError):  # said where it is used
-        importlib.import_module(f'{scope}.datasets')
-    for line in printed.getvalue().splitlines():
-        if line != 'Could not import OneDL':
-            print(line)
 
 
 class ParameterGroupsHook(Hook):

@@ -19,7 +19,7 @@ from mmengine.registry import DefaultScope, Registry
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from mmsinger.engine.logs import import_datasets
+from mmsinger.compat import import_datasets
 from mmsinger.engine.options import READ
 from mmsinger.errors import (ConfigError, check_keys, check_spelling,
                              near_matches, walk_config)

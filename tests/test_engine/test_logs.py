@@ -4,8 +4,8 @@ import logging
 import torch
 from torch import nn
 
-from mmsinger.engine.logs import (demote_details, describe_groups,
-                                  import_datasets)
+from mmsinger.compat import import_datasets
+from mmsinger.engine.logs import demote_details, describe_groups
 
 
 def test_parameter_groups_by_rate():
