@@ -5,8 +5,8 @@ from typing import Dict, NamedTuple, Sequence
 from torch import Tensor, nn
 
 from mmsinger.metrics import token_norms
-from mmsinger.models.features.anatomy import Blocks, find_part
-from mmsinger.models.features.taps import first_output
+from mmsinger.models.features.anatomy import (Blocks, find_part,
+                                              first_output)
 
 
 class Inflation(NamedTuple):

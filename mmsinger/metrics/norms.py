@@ -92,34 +92,29 @@ def outlier_threshold(norms: Tensor, quantile: float,
         nan=math.inf, posinf=math.inf)
 
 
-def robust_threshold(norms: Tensor, mad: float, per_image: bool = False,
+def robust_threshold(norms: Tensor, mad: float,
                      weight: Optional[Tensor] = None
                      ) -> Tuple[Tensor, Tensor]:
     """A norm that no ordinary token has: ``median + mad * 1.4826 * MAD``.
 
     MAD is the median absolute deviation from the median, so that up to half
-    of the tokens may be artifacts.
+    of the tokens may be artifacts. Medians are the lower of the two middle
+    values of an even number.
 
     Args:
-        norms (Tensor): Patch norms, shape (B, P).
+        norms (Tensor): Patch norms of a batch, shape (B, P).
         mad (float): Distance from the median in robust standard deviations,
             1.4826 MAD each.
-        per_image (bool): One threshold for each image, by medians between
-            the two middle values of an even number; or one for the batch, by
-            the lower of the two. Defaults to False, the batch.
         weight (Tensor, optional): Shape (B, P); tokens of weight 0 do not
             count, all others alike. Defaults to None, all count.
 
     Returns:
-        tuple[Tensor, Tensor]: The median norm and the threshold, without
-        gradient, float32; scalars of a batch, each (B, 1) of images. Both
-        infinite where no token counts.
+        tuple[Tensor, Tensor]: The median norm and the threshold, scalars
+        without gradient, float32. Both infinite where no token counts.
     """
     norms = norms.detach().float()
 
     def median_of(values: Tensor) -> Tensor:
-        if per_image:
-            return outlier_threshold(values, 0.5, weight)
         if weight is None:
             return values.median()
         # nanmedian() waits for the device in some versions of torch
@@ -149,8 +144,9 @@ def quantile_outliers(norms: Tensor, quantile: float = 0.95) -> Tensor:
 
 def robust_outliers(norms: Tensor, k: float = 5.,
                     weight: Optional[Tensor] = None) -> Tensor:
-    """Which norms exceed ``median + k * 1.4826 * MAD`` of their image, see
-    :func:`robust_threshold`. An image without artifacts has hardly any.
+    """Which norms exceed ``median + k * 1.4826 * MAD`` of their image, with
+    medians between the two middle values of an even number. An image without
+    artifacts has hardly any.
 
     Args:
         norms (Tensor): Shape (B, P).
@@ -162,6 +158,8 @@ def robust_outliers(norms: Tensor, k: float = 5.,
     Returns:
         Tensor: Shape (B, P), bool. Its mean over P is the share.
     """
-    outliers = norms.float() > robust_threshold(
-        norms, k, per_image=True, weight=weight)[1]
+    norms = norms.float()
+    median = outlier_threshold(norms, 0.5, weight)  # (B, 1)
+    deviation = outlier_threshold((norms - median).abs(), 0.5, weight)
+    outliers = norms > median + k * MAD_TO_STD * deviation
     return outliers if weight is None else outliers & (weight != 0)

@@ -14,7 +14,8 @@ from tiny import randn, vit
 from torch.autograd import gradcheck
 
 from mmsinger.engine.diagnostics import inlier_variance_ratio, inlier_variances
-from mmsinger.metrics import outlier_threshold, robust_threshold
+from mmsinger.metrics import (outlier_threshold, robust_outliers,
+                              robust_threshold)
 from mmsinger.models import (ClipNorms, FeatureCosineLoss, FeatureMSELoss,
                              FeatureSmoothL1Loss, FitNetDistiller,
                              GramInformationLoss, MaskTokens,
@@ -207,11 +208,14 @@ def test_thresholds(seed, quantile, mad):
         threshold = outlier_threshold(values, quantile, weight)
         torch.testing.assert_close(
             threshold, outlier_threshold(cut(norms, keep), quantile))
-        for per_image in (False, True):
-            ours = robust_threshold(values, mad, per_image, weight)
-            theirs = robust_threshold(cut(norms, keep), mad, per_image)
-            for a, b in zip(ours, theirs):
-                torch.testing.assert_close(a, b)
+        ours = robust_threshold(values, mad, weight)
+        theirs = robust_threshold(cut(norms, keep), mad)
+        for a, b in zip(ours, theirs):
+            torch.testing.assert_close(a, b)
+        outliers = robust_outliers(values, mad, weight)
+        assert not outliers[~keep].any()
+        assert torch.equal(cut(outliers, keep),
+                           robust_outliers(cut(norms, keep), mad))
 
 
 def test_thresholds_of_images_of_other_sizes():

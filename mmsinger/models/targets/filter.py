@@ -64,7 +64,7 @@ class ClipNorms(FilterStep):
         norms, weight = token_norms(tokens.patches), tokens.patch_weight
         limit = outlier_threshold(norms, self.quantile, weight) \
             if self.mad is None else robust_threshold(
-                norms, self.mad, weight=weight)[1]
+                norms, self.mad, weight)[1]
         return tokens.with_patches(clip_norms(tokens.patches, norms, limit))
 
 
@@ -115,7 +115,7 @@ class MaskTokens(FilterStep):
             return tokens.weighed(~_planter(self._teacher).planted_mask)
         norms = token_norms(tokens.patches)
         return tokens.weighed(norms <= robust_threshold(
-            norms, self.mad, weight=tokens.patch_weight)[1])
+            norms, self.mad, tokens.patch_weight)[1])
 
 
 def _planter(teacher: nn.Module) -> Optional[nn.Module]:
