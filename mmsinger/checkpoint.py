@@ -358,6 +358,26 @@ def refuse_broken(weights: Dict[str, torch.Tensor], path: str) -> None:
                           'its training diverged. Take another.')
 
 
+def refuse_foreign(what: str, found: Iterable[str], expected: Iterable[str],
+                   fitting: int, fix: str) -> None:
+    """Raise :class:`ConfigError` where less than a tenth of a model is in a
+    file: the toolboxes log that, and train from random weights.
+
+    Args:
+        what (str): The beginning of the message.
+        found (Iterable[str]): Keys of the file.
+        expected (Iterable[str]): Keys of the model.
+        fitting (int): How many of these the file has.
+        fix (str): What the user may do about it.
+    """
+    found, expected = list(found), list(expected)
+    if fitting * 10 < len(expected):
+        raise ConfigError(
+            f'{what}: {fitting} of {len(expected)} tensors.\n  The file has '
+            f'{", ".join(found[:6])}, …\n  The model has '
+            f'{", ".join(expected[:6])}, …\n{fix}')
+
+
 def student_state_dict(state_dict: Dict[str, torch.Tensor]
                        ) -> Dict[str, torch.Tensor]:
     """The student's part of a distiller's state dict, in the plain layout.

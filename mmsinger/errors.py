@@ -93,6 +93,11 @@ def check_output_file(path: str) -> None:
         raise ConfigError(f'--out={path!r} is a folder. Name a file, for '
                           f'instance {os.path.join(path, "out")!r} with a '
                           'suffix.')
+    if os.path.exists(path) and re.fullmatch(
+            r'(iter|epoch|best)_(?!.*_student).*\.pth',
+            os.path.basename(path)):
+        raise ConfigError(f"--out={path!r} is a run's checkpoint, which would "
+                          'be gone. Choose another name.')
     if not os.path.isdir(folder):
         raise ConfigError(f'--out={path!r}: no folder {folder!r}. Make it, '
                           'or choose another.')
@@ -217,6 +222,11 @@ def _as_first_raised(error: Exception) -> Exception:
 def _as_config_error(error: Exception) -> Optional[ConfigError]:
     """A mistake in a config that a class of another package found when it
     was built, or first used; None if no class of the config was at work."""
+    if 'epoch_length must be a positive integer' in str(error):
+        return ConfigError(
+            'train_dataloader: an epoch has no batch. With drop_last=True '
+            'there have to be at least batch_size images: lower '
+            'train_dataloader.batch_size, or set drop_last=False.')
     frames = list(traceback.walk_tb(error.__traceback__))
     while error.__context__ is not None:  # some registries raise anew
         error = error.__context__

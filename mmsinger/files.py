@@ -170,9 +170,9 @@ def lock_folder(folder: str) -> None:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW,
                              0o644)
         except OSError as error:
-            if error.errno == errno.ELOOP:
-                raise ConfigError(f'{path!r} is a link, which a lock must not '
-                                  'be. Remove it.') from error
+            if error.errno in (errno.ELOOP, errno.EISDIR):
+                raise ConfigError(f'{path!r} is a link or a folder, which a '
+                                  'lock must not be. Remove it.') from error
             if isinstance(error, PermissionError) and os.path.exists(path):
                 raise ConfigError(
                     f'work_dir={folder!r} is in use by another user\'s run, '

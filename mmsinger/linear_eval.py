@@ -5,8 +5,8 @@ from typing import Any, Dict, Optional, Tuple
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from mmsinger.engine.loading import (converts_to_rgb, preprocessor_settings,
-                                     teacher_settings)
+from mmsinger.engine.loading import preprocessor_settings, teacher_settings
+from mmsinger.engine.prepare import converts_to_rgb
 from mmsinger.errors import ConfigError
 from mmsinger.models.distillers import is_distiller
 from mmsinger.models.probes.frozen_backbone import FrozenBackbone

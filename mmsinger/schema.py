@@ -53,6 +53,7 @@ NonNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1, '(]')]
 Quantile = Annotated[float, Range(0, 1, '()')]
 Fraction = Annotated[float, Range(0, 1, '[)')]
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # as numpy takes it
 Point = Tuple[Fraction, Fraction]  # of an image, down and to the right
 
 

@@ -20,7 +20,7 @@ from mmsinger.engine.loading import open_config
 from mmsinger.errors import readable_errors
 from mmsinger.files import write_json, write_text
 from mmsinger.images import check_patch
-from mmsinger.schema import Count, Natural, Positive, reader
+from mmsinger.schema import Count, Natural, Positive, Seed, reader
 
 
 def parse_args():
@@ -54,7 +54,7 @@ def parse_args():
                         help="the teacher's normalisation, RGB, 0 to 255 "
                         "(default: the config's)")
     parser.add_argument('--std', type=reader(Positive), nargs=3, metavar='X')
-    parser.add_argument('--seed', type=reader(Natural), default=0,
+    parser.add_argument('--seed', type=reader(Seed), default=0,
                         help='of the choice of images and all that is random')
     parser.add_cfg_options('the config')
     return parser.parse_args()

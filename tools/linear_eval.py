@@ -22,7 +22,7 @@ from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.files import write_json
 from mmsinger.linear_eval import evaluation_config
-from mmsinger.schema import Natural, reader
+from mmsinger.schema import Seed, reader
 
 
 def parse_args():
@@ -46,7 +46,7 @@ def parse_args():
     parser.add_argument(
         '--resume', action='store_true',
         help='go on from the latest checkpoint in the work dir')
-    parser.add_argument('--seed', type=reader(Natural),
+    parser.add_argument('--seed', type=reader(Seed),
                         help="(default: the task's)")
     parser.add_cfg_options('the task config')
     parser.add_cfg_options('the source config', '--source-options')

@@ -33,7 +33,7 @@ from mmsinger.command_line import ToolParser
 from mmsinger.errors import ConfigError, readable_errors
 from mmsinger.files import complete_folder, write_text
 from mmsinger.images import write_png
-from mmsinger.schema import (Count, Natural, Positive, Quantile, Range,
+from mmsinger.schema import (Count, Positive, Quantile, Range, Seed,
                              check_value, hints_of, reader)
 
 DIGIT_SCENES_CLASSES = ('background', '0', '1', '2', '3', '4', '5', '6', '7',
@@ -65,7 +65,7 @@ def make_digit_scenes(root: str,
                       digit_size: Tuple[Side, Side] = (13., 18.),
                       max_digits: Annotated[int, Range(1, 4)] = 2,
                       val_fraction: Annotated[float, Range(0.01, 0.99)] = 0.2,
-                      seed: Natural = 0) -> bool:
+                      seed: Seed = 0) -> bool:
     """Compose the scenes and write them to disk.
 
     The digits are split before composing: none is in both splits. Scene i of
@@ -333,7 +333,7 @@ def parse_args():
                         help='most digits in a scene')
     parser.add_argument('--val-fraction', type=reader(Quantile), default=0.2,
                         help='share of the digits kept for validation')
-    parser.add_argument('--seed', type=reader(Natural), default=0,
+    parser.add_argument('--seed', type=reader(Seed), default=0,
                         help='seed of the split and the scenes')
     return parser.parse_args()
 

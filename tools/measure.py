@@ -23,7 +23,7 @@ from mmsinger.engine.loading import (ImageBatches, calibrate_on,
                                      load_distiller, open_config)
 from mmsinger.errors import check_output_file, readable_errors
 from mmsinger.files import write_json
-from mmsinger.schema import Count, Natural, Positive, reader
+from mmsinger.schema import Count, Positive, Seed, reader
 
 # Tables of the paper
 TABLES = dict(nullspace='5a', cosine='3', gram='5b', inflation='7',
@@ -44,7 +44,7 @@ def parse_args():
                         'that the method has)')
     parser.add_argument('--out', default='metrics.json',
                         help='the JSON file to write')
-    parser.add_argument('--seed', type=reader(Natural), default=0,
+    parser.add_argument('--seed', type=reader(Seed), default=0,
                         help='of the choice of images and all that is random')
     parser.add_argument('--strength', type=reader(Positive), default=0.3,
                         help='deviation: steps over the norm of a token')

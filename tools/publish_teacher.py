@@ -64,6 +64,11 @@ def main():
             f'{os.path.basename(dumped)}. Train first: python tools/train.py '
             f'{args.config} --work-dir {args.work_dir}')
     cfg = load_config(dumped)
+    if 'embed_dims' not in str((cfg.model.get('backbone') or {}).get('arch')):
+        raise ConfigError(
+            f'--config={args.config!r}: model.backbone is no ViT whose arch '
+            'is a dict, as in configs/demo/digits_teacher.py. This tool '
+            'makes the file of the demo\'s teacher.')
     weights = read_weights(path)
     weights = {k: v.half() if v.is_floating_point() else v
                for k, v in weights.items()}

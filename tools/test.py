@@ -6,6 +6,7 @@ With a distillation recipe, the plain student is built and evaluated; the
 checkpoint may be a training checkpoint or a student-only file.
 """
 import inspect
+import os
 
 import mmsinger  # noqa: F401  (before torchvision: see mmsinger.compat)
 from mmengine.model import BaseTTAModel
@@ -55,6 +56,9 @@ def keep_predictions(cfg, out):
         ConfigError: If the metric cannot.
     """
     evaluators = cfg.test_evaluator
+    if os.path.isfile(out) and not out.endswith(('.pkl', '.pickle')):
+        raise ConfigError(f'--out={out!r} is a file. Name one that ends with '
+                          '.pkl, or a folder.')
     if out.endswith(('.pkl', '.pickle')):
         check_output_file(out)
         if isinstance(evaluators, dict):

@@ -12,6 +12,7 @@ from mmsinger.command_line import ToolParser
 from mmsinger.engine.dry_run import dry_run
 from mmsinger.engine.prepare import (build_runner, load_config,
                                      prepare_training, scale_learning_rate)
+from mmsinger.engine.resume import refuse_to_overwrite
 from mmsinger.errors import ConfigError, readable_errors
 
 
@@ -75,6 +76,7 @@ def main():
             print(report)
         return
     prepare_training(cfg)
+    refuse_to_overwrite(cfg)
     build_runner(cfg).train()
 
 

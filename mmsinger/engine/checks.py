@@ -3,13 +3,14 @@ pretrained weights."""
 import os
 import re
 import tempfile
-from typing import Iterator, Optional, Tuple
+from typing import Iterator, Mapping, Optional, Tuple
 
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from torch import nn
 
-from mmsinger.checkpoint import read_weights
+from mmsinger.checkpoint import read_weights, refuse_foreign
 from mmsinger.errors import ConfigError, walk_config
 from mmsinger.registry import arguments_of, find_type
 
@@ -131,15 +132,11 @@ def check_pretrained(cfg: dict, model: nn.Module) -> None:
                 for i in range(key.count('.') + 1)}
         own_ends = set(expected) | {key.partition('.')[2] for key in expected}
         fitting = ends & own_ends - {''}
-        if len(fitting) * 10 < len(expected):
-            raise ConfigError(
-                f'model.{key}={source!r} fits next to nothing of the '
-                f'{type(module).__name__}: {len(fitting)} of '
-                f'{len(expected)} tensors.\n  The file has '
-                f'{", ".join(found[:6])}, …\n  The model has '
-                f'{", ".join(expected[:6])}, …\nConvert it with '
-                'tools/convert_checkpoint.py, or set the prefix that its keys '
-                'begin with (init_cfg.prefix).')
+        refuse_foreign(
+            f'model.{key}={source!r} fits next to nothing of the '
+            f'{type(module).__name__}', found, expected, len(fitting),
+            'Convert it with tools/convert_checkpoint.py, or set the prefix '
+            'that its keys begin with (init_cfg.prefix).')
 
 
 def _pretrained(cfg: dict, place: str) -> Iterator[Tuple[str, str, str, str]]:
@@ -160,6 +157,73 @@ def _pretrained(cfg: dict, place: str) -> Iterator[Tuple[str, str, str, str]]:
             module = f'{module}.backbone' if module else 'backbone'
         if isinstance(source, str) and os.path.isfile(source):
             yield key, module, source, prefix and f'{prefix}.'
+
+
+def check_counting(cfg: Config) -> None:
+    """Hold what counts epochs against a training that counts iterations, and
+    samplers against loops that go through the data once; mmengine passes over
+    both without a word.
+
+    Warns of a learning rate whose schedule goes on after the last step.
+
+    Raises:
+        ConfigError: For a schedule that would never step, checkpoints that
+            would not be written before the end, or a loop without an end.
+    """
+    loop = cfg.get('train_cfg') or {}
+    by_epoch = loop.get('by_epoch', 'Epoch' in _name(loop))
+    length = loop.get('max_epochs' if by_epoch else 'max_iters')
+    hooks = cfg.get('default_hooks') or {}
+    schedules = cfg.get('param_scheduler') or []
+    if isinstance(schedules, dict):  # or those of several optimizers
+        schedules = [schedules] if 'type' in schedules else []
+    counts_epochs = 'counts epochs, and train_cfg iterations'
+    for i, schedule in enumerate(schedules):
+        key = f'param_scheduler.{i}'
+        epochs = schedule.get('by_epoch', True)
+        if epochs and not by_epoch and loop and not _name(
+                schedule).startswith('ReduceOnPlateau'):
+            raise ConfigError(
+                f'{key}.by_epoch=True (the default) {counts_epochs}: it would '
+                f'never step. Set {key}.by_epoch=False, with begin and end in '
+                'iterations.')
+        end = schedule.get('end')
+        if length and end and epochs == by_epoch and \
+                schedule.get('begin', 0) < length < end:
+            print_log(
+                f'{key} ends at {end}, the run at {length}: its last learning '
+                f'rate is not reached. Set {key}.end={length}, or scale all '
+                'of param_scheduler.', logger='current', level=30)
+    if schedules and 'param_scheduler' in hooks and \
+            hooks.param_scheduler is None:
+        raise ConfigError(
+            'default_hooks.param_scheduler=None: nothing would step '
+            'param_scheduler. Remove the former, or set the latter to None.')
+    saver = hooks.get('checkpoint', {})
+    if loop and saver is None:
+        print_log('default_hooks.checkpoint=None: this run writes no '
+                  'checkpoint.', logger='current', level=30)
+    elif loop and not by_epoch and saver.get('by_epoch', True) and \
+            saver.get('interval', 1) > 0:
+        raise ConfigError(
+            f'default_hooks.checkpoint.by_epoch=True (the default) '
+            f'{counts_epochs}: no checkpoint would be written before the end. '
+            'Set default_hooks.checkpoint.by_epoch=False, with interval in '
+            'iterations.')
+    for kind in ('train', 'val', 'test'):
+        sampler = (cfg.get(f'{kind}_dataloader') or {}).get('sampler') or {}
+        if _name(sampler) == 'InfiniteSampler' and (
+                kind != 'train' or by_epoch):
+            raise ConfigError(
+                f"{kind}_dataloader.sampler.type='InfiniteSampler' has no "
+                f'end, and {kind}_cfg waits for it. Take DefaultSampler' + (
+                    ', or count iterations (train_cfg.by_epoch=False).'
+                    if kind == 'train' else '.'))
+
+
+def _name(cfg: Mapping) -> str:
+    kind = cfg.get('type')
+    return getattr(kind, '__name__', str(kind)).split('.')[-1]
 
 
 def check_validation(cfg: Config) -> None:

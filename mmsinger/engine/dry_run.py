@@ -8,7 +8,9 @@ from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 from mmengine.utils import to_2tuple
 
-from mmsinger.engine.checks import check_data_folders, inner_datasets
+from mmsinger.engine.checks import (check_counting, check_data_folders,
+                                    inner_datasets)
+from mmsinger.engine.hooks import CalibrationHook
 from mmsinger.engine.logs import parameter_groups
 from mmsinger.engine.prepare import build_runner, prepare_training
 from mmsinger.engine.unwrap import unwrap
@@ -31,6 +33,7 @@ def dry_run(cfg: Config) -> str:
     Raises:
         ConfigError: As a run would; without a validation.
     """
+    check_counting(cfg)
     length = dict(cfg.train_cfg)
     missing = _use_random_images(cfg)
     cfg.resume = False
@@ -44,11 +47,11 @@ def dry_run(cfg: Config) -> str:
         if isinstance(hook, dict):  # EMAHook's may be after these few steps
             hook.update({key: 0 for key in ('begin_iter', 'begin_epoch')
                          if key in hook})
-    hooks = cfg.get('default_hooks') or {}
+    cfg.default_hooks = hooks = ConfigDict(cfg.get('default_hooks') or {})
     hooks.pop('timer', None)  # mmengine's own is there then
-    if hooks.get('checkpoint'):
-        hooks.checkpoint.update(interval=STEPS + 1, save_last=False,
-                                out_dir=None)
+    hooks.checkpoint = dict(
+        hooks.get('checkpoint') or dict(type='CheckpointHook'),
+        interval=STEPS + 1, save_last=False, by_epoch=False, out_dir=None)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         cfg.work_dir = folder
         prepare_training(cfg)
@@ -59,7 +62,10 @@ def dry_run(cfg: Config) -> str:
     steps = length.get('max_iters')
     if steps is None and not missing:
         steps = length['max_epochs'] * len(runner.train_dataloader)
-    return '\n'.join(['', *missing, *_taps(runner), parameter_groups(runner),
+    found = [hook.found for hook in runner.hooks
+             if isinstance(hook, CalibrationHook) and hook.found]
+    return '\n'.join(['', *missing, *_taps(runner), *found,
+                      parameter_groups(runner),
                       *_costs(seconds, steps)])
 
 

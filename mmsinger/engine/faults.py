@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 import time
-from typing import Any, Callable, Iterator, List, Optional, Type
+from typing import Any, Callable, Iterator, List, Optional, Set, Type
 
 import torch
 from mmengine.dist import get_rank, get_world_size
@@ -167,17 +167,34 @@ def _wrong_maps(batch: Any, key: str) -> Optional[str]:
                     f'{shape} at the end of the pipeline, its image '
                     f'{getattr(sample, "img_path", "")!r} '
                     f'{" or ".join(known)}. A map has one channel and the '
-                    'height and width of its image.')
+                    'height and width of its image' + (
+                        ': turn colours into indices of classes.'
+                        if data.shape[-1] in (2, 3, 4) else '.'))
     return None
+
+
+def head_of(model: nn.Module) -> Any:
+    """The head of a model, or of a distiller's student, the last of several;
+    None if it has none."""
+    head = find_part(getattr(model, 'student', model), 'head')
+    return head[-1] if isinstance(head, nn.ModuleList) else head
+
+
+def batch_labels(batch: Any, model: nn.Module) -> Set[int]:
+    """The classes in a batch's label maps that the model's head does not
+    ignore."""
+    ignored = getattr(head_of(model), 'ignore_index', None)
+    maps = [getattr(getattr(sample, 'gt_sem_seg', None), 'data', None)
+            for sample in batch_samples(batch)]
+    return {label for data in maps if torch.is_tensor(data)
+            for label in data.unique().tolist()} - {ignored}
 
 
 def _wrong_labels(batch: Any, model: nn.Module, key: str) -> Optional[str]:
     said = _wrong_maps(batch, key)
     if said:
         return said
-    model = getattr(model, 'student', model)
-    head = find_part(model, 'head')
-    head = head[-1] if isinstance(head, nn.ModuleList) else head
+    head = head_of(model)
     classes = getattr(head, 'num_classes', None)
     ignored = getattr(head, 'ignore_index', None)
     if not isinstance(classes, int):

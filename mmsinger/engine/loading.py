@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmsinger.checkpoint import load_strict, read_weights
 from mmsinger.engine.checks import check_data_folders
 from mmsinger.engine.hooks.calibration_hook import NUM_IMAGES
-from mmsinger.engine.prepare import load_config
+from mmsinger.engine.prepare import converts_to_rgb, load_config
 from mmsinger.engine.random_states import preserved_random_states
 from mmsinger.engine.resume import check_checkpoint_files
 from mmsinger.engine.samples import guard_samples
@@ -314,12 +314,6 @@ def preprocessor_settings(cfg: Config) -> Optional[dict]:
     return next((owner['data_preprocessor'] for owner in (
         model.get('student') or {}, model, cfg)
         if owner.get('data_preprocessor')), None)
-
-
-def converts_to_rgb(preprocessor: dict) -> bool:
-    """Whether a data preprocessor's config turns images, which are read as
-    BGR, into RGB: mmpretrain's key for it, or mmseg's."""
-    return bool(preprocessor.get('to_rgb') or preprocessor.get('bgr_to_rgb'))
 
 
 def natural_size(model: nn.Module) -> Size:

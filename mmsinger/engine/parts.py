@@ -7,7 +7,7 @@ import inspect
 import math
 import re
 from collections.abc import Mapping
-from typing import (Annotated, Any, Callable, Iterable, List, Literal,
+from typing import (Any, Callable, Iterable, List, Literal,
                     NamedTuple, Optional, Union, get_args)
 
 import torch
@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader
 
 from mmsinger.compat import import_datasets
 from mmsinger.engine.options import READ
-from mmsinger.errors import (ConfigError, check_keys, check_spelling,
-                             near_matches, walk_config)
+from mmsinger.errors import (ConfigError, check_choice, check_keys,
+                             check_spelling, near_matches, walk_config)
 from mmsinger.images import check_scale
 from mmsinger.registry import arguments_of, check_arguments, source_of
-from mmsinger.schema import (Count, DefaultType, Natural, NonNegative,
-                             Positive, Range, Share, check_value)
+from mmsinger.schema import (Count, DefaultType, Fraction, Natural,
+                             NonNegative, Positive, Seed, Share, check_value)
 
 
 class Slot(NamedTuple):
@@ -98,7 +98,9 @@ SECTIONS = {
     'param_scheduler': Union[dict, List[dict], None],
     'log_level': Union[Literal[
         'DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL', 'NOTSET'], int],
-    'default_scope': Optional[str], 'load_from': Optional[str]}
+    'default_scope': Optional[str], 'load_from': Optional[str],
+    'env_cfg.mp_cfg.mp_start_method': Optional[Literal[
+        'fork', 'spawn', 'forkserver']]}
 # Values of other packages' classes, which check little
 VALUES = dict(
     data_root=Optional[str], out_dir=Optional[str],
@@ -108,7 +110,9 @@ VALUES = dict(
     accumulative_counts=Count, eta_min=NonNegative, clip_value=Positive,
     max_norm=Union[Positive, Literal[math.inf]], decay_rate=Share,
     layer_decay_rate=Share, base_batch_size=Positive,
-    seed=Optional[Annotated[int, Range(0, 2**32 - 1)]],
+    prefetch_factor=Optional[Count], seed=Optional[Seed],
+    **dict.fromkeys(('drop_rate', 'attn_drop_rate', 'drop_path_rate'),
+                    Fraction),
     **dict.fromkeys(
         ('lr_mult', 'decay_mult', 'bias_lr_mult', 'bias_decay_mult',
          'norm_decay_mult', 'flat_decay_mult', 'dwconv_decay_mult',
@@ -215,6 +219,8 @@ def _check(place: str, node: Any, slot: Optional[Slot]) -> None:
         _check_values(place, node, slot, target)
         if 'paramwise_cfg' in node or 'constructor' in node:
             _check_paramwise(place, node)
+        if isinstance(node.get('clip_grad'), Mapping):
+            _check_clipping(f'{place}.clip_grad', node['clip_grad'])
 
 
 def _slot_of(place: str, key: str, slot: Optional[Slot], target: Any
@@ -347,6 +353,16 @@ def _check_paramwise(place: str, node: Mapping) -> None:
         _check_words(where, value, settings)
         for name in {'lr_mult', 'decay_mult'} & set(value):
             check_value(f'{where}.{name}', value[name], NonNegative)
+
+
+def _check_clipping(place: str, options: Mapping) -> None:
+    """Hold ``clip_grad`` against torch's function that reads it."""
+    kinds = dict(norm=torch.nn.utils.clip_grad_norm_,
+                 value=torch.nn.utils.clip_grad_value_)
+    kind = options.get('type', 'norm')
+    check_choice(f'{place}.type', kind, kinds)
+    check_keys(place, options, ['type', *arguments_of(kinds[kind]).hints],
+               kinds[kind].__name__)
 
 
 def _check_words(place: str, given: Iterable[str], known: Iterable[str]

@@ -20,9 +20,9 @@ from mmengine.runner import Runner
 from mmengine.utils import to_2tuple
 
 from mmsinger.compat import onedl_config_packages
-from mmsinger.engine.checks import (check_data_folders, check_pretrained,
-                                    check_validation, check_work_dir,
-                                    inner_datasets)
+from mmsinger.engine.checks import (check_counting, check_data_folders,
+                                    check_pretrained, check_validation,
+                                    check_work_dir, inner_datasets)
 from mmsinger.engine.logs import (ParameterGroupsHook, demote_details,
                                   drop_starts)
 from mmsinger.engine.optim import check_custom_keys
@@ -84,6 +84,7 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
     try:
         with onedl_config_packages():
             cfg = Config.fromfile(path)
+            cfg.to_dict()  # imports what a lazy config names
     except Exception as error:  # it is a program, and may raise anything
         said = f'{type(error).__name__}: {error}'
         if 'U+FEFF' in said:
@@ -122,6 +123,7 @@ def prepare_training(cfg: Config) -> None:
     init_default_scope(scope)
     check_parts(cfg)
     check_validation(cfg)
+    check_counting(cfg)
     add_required_hooks(cfg)
     fit_workers(cfg)
     compile_blocks_alone(cfg)
@@ -209,6 +211,10 @@ def use_cpu_amp(cfg: Config) -> None:
     wrapper = cfg.get('optim_wrapper')
     if isinstance(wrapper, dict) and get_device() == 'cpu' and \
             str(wrapper.get('type')).split('.')[-1] == 'AmpOptimWrapper':
+        if wrapper.get('dtype') not in (None, 'bfloat16'):
+            raise ConfigError(
+                f'optim_wrapper.dtype={wrapper.dtype!r} needs an accelerator, '
+                "and there is none. Set it to 'bfloat16', or leave it out.")
         print_log('No accelerator: mixed precision in bfloat16 on the CPU',
                   logger='current')
         wrapper.type = 'mmsinger.CPUAmpOptimWrapper'
@@ -266,6 +272,19 @@ def use_data_preprocessor(cfg: Config) -> None:
                 print_log(f'data_preprocessor.size={crop}, as the training '
                           'pipeline crops', logger='current')
                 own.size = other.size = crop
+    teacher = cfg.model.get('teacher') or {}
+    if own.get('mean') and not converts_to_rgb(own) and \
+            teacher.get('mean') and 'swap_channels' not in teacher:
+        print_log(
+            f'{used} leaves images in BGR, and model.teacher.mean suggests a '
+            'teacher of RGB. Say which by model.teacher.swap_channels=True, '
+            'or False if the teacher takes BGR.', logger='current', level=30)
+
+
+def converts_to_rgb(preprocessor: dict) -> bool:
+    """Whether a data preprocessor's config turns images, which are read as
+    BGR, into RGB: mmpretrain's key for it, or mmseg's."""
+    return bool(preprocessor.get('to_rgb') or preprocessor.get('bgr_to_rgb'))
 
 
 def _plain(value: Any) -> Any:

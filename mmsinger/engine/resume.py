@@ -17,7 +17,9 @@ from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop
 
-from mmsinger.checkpoint import STUDENT, check_there, student_state_dict
+from mmsinger.checkpoint import (STUDENT, check_there, load_checkpoint,
+                                 refuse_foreign, student_state_dict,
+                                 weights_of)
 from mmsinger.engine.options import evaluate
 from mmsinger.engine.unwrap import is_sharded, unwrap
 from mmsinger.errors import ConfigError, walk_config
@@ -40,13 +42,11 @@ def resume_from_intact_checkpoint(cfg: Config) -> None:
             'as --resume PATH, or as load_from beside resume=True.')
     if not cfg.get('resume') or cfg.get('load_from') is not None:
         return
-    found = [path for folder, kind in itertools.product(*_saved_where(cfg))
-             for path in glob.glob(os.path.join(glob.escape(folder), kind))
-             if '_student' not in os.path.basename(path)]  # exports
+    found = _saved(cfg)
     pointer = os.path.join(cfg.work_dir, 'last_checkpoint')
     last = ''
     if os.path.isfile(pointer):
-        with open(pointer) as file:
+        with open(pointer, errors='replace') as file:
             last = os.path.basename(file.read().strip())
     found.sort(key=lambda path: (os.path.basename(path) == last,
                                  os.path.getmtime(path)), reverse=True)
@@ -63,9 +63,22 @@ def resume_from_intact_checkpoint(cfg: Config) -> None:
             'Remove them to begin anew.')
 
 
-def _saved_where(cfg: Config) -> Tuple[List[str], List[str]]:
-    """Folders and patterns of a run's checkpoints, as CheckpointHook names
-    them."""
+def refuse_to_overwrite(cfg: Config) -> None:
+    """Raise :class:`ConfigError` where a run that begins anew would write
+    over the checkpoints of an earlier one, which mmengine does without a
+    word."""
+    found = [] if cfg.get('resume') else _saved(cfg)
+    if found:
+        newest = max(found, key=os.path.getmtime)
+        raise ConfigError(
+            f'work_dir={cfg.work_dir!r} holds the checkpoints of an earlier '
+            f'run, which this one would write over ({len(found)}, the newest '
+            f'is {newest!r}). Go on from it with --resume, choose another '
+            'folder with --work-dir, or remove them.')
+
+
+def _saved(cfg: Config) -> List[str]:
+    """A run's checkpoints, where and as CheckpointHook names them."""
     hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     folders, kinds = [cfg.work_dir], ['iter_*.pth', 'epoch_*.pth']
     out_dir = hook.get('out_dir') or '://'
@@ -75,7 +88,9 @@ def _saved_where(cfg: Config) -> Tuple[List[str], List[str]]:
     if hook.get('filename_tmpl'):
         kinds.append('*'.join(map(glob.escape, re.split(
             r'\{[^}]*\}', hook.filename_tmpl))))
-    return folders, kinds
+    return [path for folder, kind in itertools.product(folders, kinds)
+            for path in glob.glob(os.path.join(glob.escape(folder), kind))
+            if '_student' not in os.path.basename(path)]  # exports
 
 
 def is_intact(path: str) -> bool:
@@ -95,15 +110,17 @@ def check_checkpoint_files(cfg: Config) -> None:
         cfg (Config): Its ``load_from``, and the weights that ``model`` names.
 
     Raises:
-        ConfigError: If a local file is not there. What is in it shows when
-            it is loaded.
+        ConfigError: If a local file is not there; if that of ``load_from``
+            cannot be read. Whether it fits shows when it is loaded.
     """
     named = [(place, path) for place, path in walk_config(cfg.model, 'model')
              if place.endswith(('.checkpoint', '.pretrained'))]
-    for key, path in [('load_from (or --resume)', cfg.get('load_from')),
-                      *named]:
+    key = 'load_from (or --resume)' if cfg.get('resume') else 'load_from'
+    for key, path in [(key, cfg.get('load_from')), *named]:
         if isinstance(path, str):
             check_there(path, key)
+            if key == 'load_from' and os.path.isfile(path):
+                load_checkpoint(path, key)
 
 
 # -- what is in it, once it is loaded ---------------------------------------
@@ -164,9 +181,6 @@ def _check_fit(runner: Any, checkpoint: Dict[str, Any], changed: List[str]
                ) -> None:
     resume, source = runner._resume, runner._load_from
     name = f'--resume {source!r}' if resume else f'load_from={source!r}'
-    weights = checkpoint.get('state_dict', checkpoint)
-    found = {re.sub(r'^module\.', '', key): tuple(value.shape)
-             for key, value in weights.items() if torch.is_tensor(value)}
     if resume:
         wanted = ['meta', 'message_hub', 'optimizer']
         if not any(getattr(hook, 'save_optimizer', True)
@@ -188,12 +202,25 @@ def _check_fit(runner: Any, checkpoint: Dict[str, Any], changed: List[str]
                 'averages, its optimizer is that of others. Put the hook back '
                 'into custom_hooks, or begin anew from the averages with '
                 f'--cfg-options load_from={source}.')
-    model = unwrap(runner.model)
-    if is_sharded(runner.model) or not (
-            resume or isinstance(model, BaseDistiller)):
+    if is_sharded(runner.model):
         return
+    weights = weights_of(checkpoint, source)
+    if not isinstance(checkpoint.get('state_dict'), dict):
+        checkpoint['state_dict'] = weights
+    found = {key: tuple(value.shape) for key, value in weights.items()}
+    model = unwrap(runner.model)
     expected = {key: tuple(value.shape)
                 for key, value in model.state_dict().items()}
+    if not (resume or isinstance(model, BaseDistiller)):
+        refuse_foreign(
+            f'{name} fits next to nothing of the model', found, expected,
+            len(found.keys() & expected.keys()),
+            'It is a checkpoint of a distillation: give the student that '
+            'lies beside it (*_student.pth).'
+            if any(key.startswith(STUDENT) for key in found) else
+            'Convert it with tools/convert_checkpoint.py, or name it in '
+            'init_cfg of the part that it belongs to.')
+        return
     strict = resume or any(key.startswith(STUDENT) for key in found)
     if not strict:  # a plain student's, whose head may be left out
         expected = student_state_dict(expected)

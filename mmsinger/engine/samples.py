@@ -159,6 +159,7 @@ def guard_samples(dataset: Dataset, key: str) -> Dataset:
                                                      IterableDataset):
         return dataset
     cls = type(dataset)
+    eight_bits = _loads_eight_bits(dataset)
 
     class Guarded(cls):
 
@@ -168,7 +169,10 @@ def guard_samples(dataset: Dataset, key: str) -> Dataset:
                     stack.enter_context(_random_numbers(index.seed))
                     index = int(index)
                 try:
-                    return cls.__getitem__(self, index)
+                    sample = cls.__getitem__(self, index)
+                    if eight_bits:
+                        _check_bits(sample)
+                    return sample
                 except Exception as error:
                     if isinstance(error, IndexError) and index >= len(self):
                         raise  # how iteration ends
@@ -187,6 +191,32 @@ def guard_samples(dataset: Dataset, key: str) -> Dataset:
     dataset._config_key = key
     dataset.__class__ = functools.update_wrapper(Guarded, cls, updated=())
     return dataset
+
+
+def _loads_eight_bits(dataset: Any) -> bool:
+    """Whether label maps go through mmseg's loader, which keeps the lower
+    eight bits of each value."""
+    while hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset
+    transforms = getattr(getattr(dataset, 'pipeline', None), 'transforms', ())
+    return any(type(step).__name__ == 'LoadAnnotations'
+               and type(step).__module__.startswith('mmseg.')
+               for step in transforms)
+
+
+def _check_bits(sample: Any) -> None:
+    """Raise :class:`DataError` for a label map with values above 255."""
+    samples = sample.get('data_samples') if isinstance(sample, dict) else None
+    path = getattr(samples, 'seg_map_path', None)
+    if not isinstance(path, str) or not os.path.isfile(path):
+        return
+    with Image.open(path) as image:  # no more than its header
+        highest = np.asarray(image).max() if image.mode[0] in 'IF' else 0
+    if highest > 255:
+        raise DataError(
+            f'{path!r} has the label {highest}, and mmseg loads maps of 8 '
+            'bits: values above 255 would become others. Write the classes '
+            'as 0, 1, 2, …, and what is to be ignored as 255.')
 
 
 def _why(dataset: Any, index: int, error: Exception) -> str:

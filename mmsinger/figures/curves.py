@@ -78,7 +78,7 @@ def read_curves(work_dir: str) -> Dict[str, Curve]:
 
 
 def _lines(path: str):
-    with open(path, encoding='utf-8') as file:
+    with open(path, encoding='utf-8', errors='replace') as file:
         for text in file:
             try:
                 line = json.loads(text)

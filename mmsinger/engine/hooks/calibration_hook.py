@@ -34,6 +34,7 @@ class CalibrationHook(Hook):
                  batch_size: Count = 32) -> None:
         self.num_images = num_images
         self.batch_size = batch_size
+        self.found = ''  # in words
 
     def before_train(self, runner) -> None:
         model = unwrap(runner.model)
@@ -47,7 +48,8 @@ class CalibrationHook(Hook):
         for part in (model.target_norms, *model.steps):
             for buffer in part.buffers():
                 broadcast(buffer)
-        runner.logger.info('Targets calibrated: ' + '; '.join(found))
+        self.found = f'Targets calibrated: {"; ".join(found)}'
+        runner.logger.info(self.found)
 
 
 def training_batches(runner, num_images: int, batch_size: int

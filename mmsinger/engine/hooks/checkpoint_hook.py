@@ -24,6 +24,8 @@ from mmsinger.registry import HOOKS
 
 SUPERSEDED = 'superseded_ckpts'
 VALIDATED = 'last_validation'
+STOPS = (signal.SIGTERM, signal.SIGHUP) if hasattr(signal, 'SIGHUP') \
+    else (signal.SIGTERM, )
 SAME_SIGNAL = 10  # seconds; Slurm and torchrun send SIGTERM both
 
 
@@ -40,9 +42,10 @@ class SafeCheckpointHook(Hook):
       rates and schedule that the config has changed are taken from it (see
       :mod:`mmsinger.engine.resume`).
     - A validation that a kill cut off is made up for on resume.
-    - SIGTERM, which Slurm sends before it takes the machine away, leads to a
-      checkpoint after the current iteration, and to exit status 143; to any
-      of several processes, in all of them.
+    - SIGTERM, which Slurm sends before it takes the machine away, and SIGHUP
+      of a terminal that is closed, lead to a checkpoint after the current
+      iteration, and to exit status 143 or 129; to any of several processes,
+      in all of them. After Ctrl-C the log says what is left.
     - A second run in the same work dir is refused.
     - No file that the run loads can run code (see
       :func:`mmsinger.checkpoint.safe_loading`).
@@ -62,6 +65,7 @@ class SafeCheckpointHook(Hook):
         self._exit = contextlib.ExitStack()
         self._training = self._iterating = False
         self._terminated: Optional[float] = None  # when; in this process
+        self._signal = signal.SIGTERM
         self._stopping = False  # in all of them
         # To be removed once the next checkpoint is there, and now
         self._superseded: List[str] = []
@@ -70,7 +74,7 @@ class SafeCheckpointHook(Hook):
     # -- set up and down ---------------------------------------------------
 
     def before_run(self, runner) -> None:
-        self._closing(self._set_up)(runner)
+        self._closing(self._set_up, runner)(runner)
 
     def _set_up(self, runner) -> None:
         self._exit.enter_context(safe_loading())
@@ -88,7 +92,8 @@ class SafeCheckpointHook(Hook):
                             (runner, '_init_model_weights'),
                             (runner, 'load_or_resume')):
             if hasattr(owner, name):  # a FlexibleRunner has not all
-                setattr(owner, name, self._closing(getattr(owner, name)))
+                setattr(owner, name,
+                        self._closing(getattr(owner, name), runner))
         if not isinstance(runner._train_loop, BaseLoop):
             return  # validation or a test alone
         self._training = True
@@ -100,8 +105,10 @@ class SafeCheckpointHook(Hook):
                 self._save, runner, runner.save_checkpoint)
             self._exit.callback(runner.__dict__.pop, 'save_checkpoint', None)
         if threading.current_thread() is threading.main_thread():
-            previous = signal.signal(signal.SIGTERM, self._on_sigterm)
-            self._exit.callback(signal.signal, signal.SIGTERM, previous)
+            for number in STOPS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # by nohup
+                    self._exit.callback(signal.signal, number, signal.signal(
+                        number, self._on_signal))
 
     def before_train(self, runner) -> None:
         own = os.path.realpath(runner.work_dir)
@@ -141,11 +148,15 @@ class SafeCheckpointHook(Hook):
         self._training = self._iterating = False
         self._exit.close()
 
-    def _closing(self, call: Callable) -> Callable:
+    def _closing(self, call: Callable, runner: Any) -> Callable:
         def closing(*args: Any, **kwargs: Any) -> Any:
             try:
                 return call(*args, **kwargs)
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt) and self._iterating:
+                    runner.logger.warning(
+                        f'Interrupted in iteration {runner.iter + 1}. '
+                        f'{_what_is_left(runner)}')
                 self._close()
                 raise
         return closing
@@ -279,17 +290,18 @@ class SafeCheckpointHook(Hook):
         if isinstance(runner._train_loop, BaseLoop):
             take_up(runner, checkpoint)
 
-    # -- SIGTERM -----------------------------------------------------------
+    # -- signals -----------------------------------------------------------
 
-    def _on_sigterm(self, *_) -> None:
+    def _on_signal(self, number: int, _: Any) -> None:
         now = time.monotonic()
+        self._signal = signal.Signals(number)
         if self._iterating and now - (self._terminated or now) < SAME_SIGNAL:
             self._terminated = self._terminated or now
             return
-        print('\nSIGTERM: ended before the first step.'
-              if not self._iterating else '\nSIGTERM, again: ended at once.',
-              file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
+        print(f'\n{self._signal.name}' + (
+            ', again: ended at once.' if self._iterating
+            else ': ended before the first step.'), file=sys.stderr)
+        sys.exit(128 + number)
 
     def _agree(self) -> bool:
         """Whether to stop. All processes get the same answer, at the same
@@ -329,13 +341,10 @@ class SafeCheckpointHook(Hook):
             elif name != hook.filename_tmpl.format(step):
                 hook._save_checkpoint_with_step(runner, step, meta)
             self._remove(runner)
-        saved = runner.message_hub.runtime_info.get('last_ckpt')
-        runner.logger.warning(
-            f'SIGTERM after iteration {done}: ended. '
-            + (f'--resume goes on from {saved}.' if saved else
-               'No checkpoint had been written.'))
+        runner.logger.warning(f'{self._signal.name} after iteration {done}: '
+                              f'ended. {_what_is_left(runner)}')
         barrier()  # torchrun ends the others when the first one ends
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(128 + self._signal)
 
     def _save_within_epoch(self, runner, hook: CheckpointHook, meta: dict
                            ) -> None:
@@ -345,6 +354,12 @@ class SafeCheckpointHook(Hook):
         runner.save_checkpoint(hook.out_dir, name, meta=meta, by_epoch=False)
         if is_main_process():
             write_text(path, os.path.join(runner.work_dir, 'last_checkpoint'))
+
+
+def _what_is_left(runner) -> str:
+    saved = runner.message_hub.runtime_info.get('last_ckpt')
+    return f'--resume goes on from {saved}.' if saved else \
+        'No checkpoint had been written.'
 
 
 class _LateRemoval:

@@ -1,13 +1,16 @@
 import itertools
-from typing import List
+from typing import List, Set
 
 import torch
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
 
-from mmsinger.engine.faults import batch_paths, batch_samples, guard_loops
+from mmsinger.engine.faults import (batch_labels, batch_paths, batch_samples,
+                                    guard_loops, head_of)
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError, TrainingError, check_choice
 from mmsinger.registry import HOOKS
+
+BATCHES = 50  # in which more than one class is expected
 
 
 @HOOKS.register_module()
@@ -19,7 +22,9 @@ class RunGuardHook(Hook):
       of the batch. It comes before CheckpointHook has its turn, so that the
       last checkpoint stays as it was.
     - Weights that are not finite when a checkpoint is due: the same.
-    - ``save_best`` by a metric that a validation does not give: an error.
+    - ``save_best``, or a stop, by a metric that a validation does not give:
+      an error.
+    - No more than one class in the labels of the first batches: a warning.
     - A sample that cannot be read, labels out of range, a data worker or
       another process that died or hangs: one error that names it (see
       :mod:`mmsinger.engine.faults`). In validation and tests too.
@@ -37,7 +42,19 @@ class RunGuardHook(Hook):
                 f'train_dataloader.dataset: the {type(dataset).__name__} '
                 'found no images. Check data_root, data_prefix, ann_file and '
                 'the file suffixes.')
+        if len(runner.train_dataloader) == 0:
+            raise ConfigError(
+                f'train_dataloader: {len(dataset)} images make no batch. '
+                'Lower batch_size, or set drop_last=False.')
+        classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
+        outputs = getattr(head_of(unwrap(runner.model)), 'num_classes', None)
+        if classes and isinstance(outputs, int) and outputs > len(classes):
+            runner.logger.warning(
+                f'The head has num_classes={outputs}, and the training data '
+                f'have {len(classes)} classes: the others are in no label '
+                'and in no score.')
         self._first = runner.iter
+        self._labels: Set[int] = set()
         self._savers = [
             hook for hook in runner.hooks
             if isinstance(hook, CheckpointHook) and not hook.by_epoch]
@@ -58,11 +75,25 @@ class RunGuardHook(Hook):
                 f'The batch held {paths or "files that it does not name"}. '
                 f'{self._advice(runner, data_batch)} '
                 f'{_last_checkpoint(runner)}')
+        self._look_at_labels(runner, data_batch)
         if any(self.every_n_train_iters(runner, hook.interval,
                                         hook.save_begin)
                or (hook.save_last and self.is_last_train_iter(runner))
                for hook in self._savers):
             self.check_weights(runner, runner.iter + 1)
+
+    def _look_at_labels(self, runner, data_batch) -> None:
+        if len(self._labels) > 1:
+            return
+        self._labels |= batch_labels(data_batch, unwrap(runner.model))
+        done = runner.iter + 1 - self._first
+        if len(self._labels) == 1 and (
+                done == BATCHES or done < BATCHES
+                and self.is_last_train_iter(runner)):
+            runner.logger.warning(
+                f'The labels of the first {done} batches are all '
+                f'{min(self._labels)}, or ignored. A map of two classes holds '
+                '0 and 1, not 0 and 255.')
 
     def _advice(self, runner, data_batch) -> str:
         """What may be at fault, for a loss that is not finite."""
@@ -77,9 +108,9 @@ class RunGuardHook(Hook):
         if runner.iter == self._first:
             return ('This is the first step, so that no learning rate is at '
                     'fault: look at the labels, at the weights that the '
-                    'student begins with (load_from, init_cfg, pretrained), '
-                    'and at mean and std of the data preprocessor; with '
-                    'float16, try bfloat16.')
+                    'student begins with (load_from, init_cfg, pretrained) '
+                    'and those of the teacher, and at mean and std of the '
+                    'data preprocessor; with float16, try bfloat16.')
         return ('Lower the learning rate or clip gradients '
                 '(optim_wrapper.clip_grad); with float16, try bfloat16.')
 
@@ -95,6 +126,10 @@ class RunGuardHook(Hook):
                 if name != 'auto' and metrics:
                     check_choice('default_hooks.checkpoint.save_best', name,
                                  metrics)
+        for hook in runner.hooks:
+            if isinstance(hook, EarlyStoppingHook) and metrics:
+                check_choice('custom_hooks (EarlyStoppingHook).monitor',
+                             hook.monitor, metrics)
 
     def check_weights(self, runner, iteration: int) -> None:
         """Raise :class:`TrainingError` unless all weights are finite."""
