@@ -222,7 +222,7 @@ def _as_first_raised(error: Exception) -> Exception:
 def _as_config_error(error: Exception) -> Optional[ConfigError]:
     """A mistake in a config that a class of another package found when it
     was built, or first used; None if no class of the config was at work."""
-    if 'epoch_length must be a positive integer' in str(error):
+    if '`epoch_length` must be a positive' in str(error):
         return ConfigError(
             'train_dataloader: an epoch has no batch. With drop_last=True '
             'there have to be at least batch_size images: lower '

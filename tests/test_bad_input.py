@@ -7,6 +7,8 @@ import hashlib
 import os
 import shutil
 from argparse import ArgumentParser
+from contextlib import nullcontext
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import cv2
@@ -14,15 +16,19 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
 
 import forked
 import tiny
 from mmsinger.checkpoint import read_weights
+from mmsinger.engine import checks, prepare
 from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import load_config, prepare_training
-from mmsinger.engine.resume import resume_from_intact_checkpoint
-from mmsinger.errors import ConfigError, near_matches, readable_errors
+from mmsinger.engine.resume import (check_checkpoint_files,
+                                    refuse_to_overwrite,
+                                    resume_from_intact_checkpoint, take_up)
+from mmsinger.errors import (ConfigError, check_output_file, near_matches,
+                             readable_errors)
 from mmsinger.models.features.anatomy import Blocks
 from mmsinger.models.features.compiled import compile_blocks
 from mmsinger.registry import MODELS
@@ -561,3 +567,153 @@ def test_braces_in_a_value():
         '--cfg-options', 'a=ck_{}.pth', 'b={"c": 1}', 'd=[{"e": 2}]'])
     assert read.cfg_options == dict(a='ck_{}.pth', b=dict(c=1),
                                     d=[dict(e=2)])
+
+
+# -- what would pass without a word -----------------------------------------
+
+
+def prepared(change):
+    cfg = load_config(tiny.SEG_CONFIG)
+    cfg.merge_from_dict(change)
+    cfg.work_dir = 'in_process'
+    prepare_training(cfg)
+
+
+BY_EPOCH = dict(train_cfg=dict(_delete_=True, by_epoch=True, max_epochs=2))
+
+
+@pytest.mark.parametrize('change, text', [
+    (dict(param_scheduler=[dict(type='ConstantLR', factor=1.)]),
+     'param_scheduler.0.by_epoch=True .* would never step'),
+    ({'default_hooks.param_scheduler': None}, 'nothing would step'),
+    ({'default_hooks.checkpoint.by_epoch': True},
+     'no checkpoint would be written before the end'),
+    (dict(default_hooks=dict(_delete_=True)), 'checkpoint.by_epoch=True'),
+    ({'val_dataloader.sampler.type': 'InfiniteSampler'},
+     "val_dataloader.sampler.type='InfiniteSampler' has no end"),
+    ({'train_dataloader.sampler.type': 'InfiniteSampler', **BY_EPOCH},
+     'train_dataloader.*by_epoch=False'),
+    ({'optim_wrapper.clip_grad': dict(max_nrm=1.)}, "mean 'max_norm'"),
+    ({'optim_wrapper.clip_grad': dict(type='nrom', max_norm=1.)},
+     "mean 'norm'"),
+    ({'env_cfg.mp_cfg': dict(mp_start_method='spwan')}, "mean 'spawn'"),
+    ({'train_dataloader.prefetch_factor': 0}, 'prefetch_factor=0'),
+    ({'model.student.backbone.drop_path_rate': 1.5}, 'drop_path_rate=1.5'),
+])
+def test_settings_that_mmengine_passes_over(here, change, text):
+    with pytest.raises(ConfigError, match=text):
+        prepared(change)
+
+
+def test_metrics_step_a_schedule_in_iterations_too(here):
+    prepared(dict(param_scheduler=[dict(type='ReduceOnPlateauLR',
+                                        monitor='mIoU')]))
+
+
+@pytest.mark.parametrize('change, text', [
+    ({'param_scheduler.0.end': 7}, 'ends at 7, the run at 6'),
+    ({'default_hooks.checkpoint': None}, 'writes no checkpoint'),
+    ({'model.student.data_preprocessor.bgr_to_rgb': False,
+      'model.teacher.mean': [1., 2., 3.], 'model.teacher.std': [1., 2., 3.]},
+     'model.teacher.swap_channels=True')])
+def test_warnings_before_a_run(here, monkeypatch, change, text):
+    said = []
+    for module in (checks, prepare):
+        monkeypatch.setattr(module, 'print_log', lambda message, **how:
+                            said.append(message) if 'level' in how else None)
+    prepared(change)
+    assert text in ''.join(said)
+
+
+@pytest.mark.parametrize('content, text', [
+    ([torch.ones(2)], 'holds a list'),
+    (dict(state_dict=None), 'holds no weights'),
+    ({1: torch.ones(2)}, 'holds no weights'),
+    (dict(student=dict(weight=torch.ones(2, 2))), 'holds no weights'),
+    ({'student.weight': torch.ones(2, 2)}, r'_student\.pth'),
+    (dict(a=torch.ones(2)), r'0 of 2 tensors(.|\n)*init_cfg'),
+    (dict(weight=torch.full((2, 2), float('nan'))), 'not finite'),
+    (b'no checkpoint', "load_from='run.pth'"),
+])
+def test_load_from_a_file_that_a_plain_model_cannot_begin_with(
+        tmp_path, monkeypatch, content, text):
+    monkeypatch.chdir(tmp_path)
+    if isinstance(content, bytes):
+        (tmp_path / 'run.pth').write_bytes(content)
+    else:
+        torch.save(content, 'run.pth')
+    runner = SimpleNamespace(_resume=False, _load_from='run.pth', hooks=[],
+                             model=torch.nn.Linear(2, 2), cfg=Config())
+    with pytest.raises(ConfigError, match=text):
+        check_checkpoint_files(Config(dict(load_from='run.pth', model={})))
+        take_up(runner, torch.load('run.pth', weights_only=True))
+
+
+@pytest.mark.parametrize('key', ['state_dict', 'model'])
+def test_load_from_where_the_weights_stand(key):
+    model = torch.nn.Linear(2, 2)
+    checkpoint = {key: model.state_dict()}
+    take_up(SimpleNamespace(_resume=False, _load_from='x', hooks=[],
+                            model=model, cfg=Config()), checkpoint)
+    assert set(checkpoint['state_dict']) == {'weight', 'bias'}
+
+
+def test_a_run_does_not_write_over_another(here):
+    cfg = load_config(tiny.SEG_CONFIG)
+    cfg.work_dir = os.path.join(here, 'earlier')
+    os.makedirs(cfg.work_dir)
+    refuse_to_overwrite(cfg)
+    for name in ('iter_4_student.pth', 'other.pth'):
+        with open(os.path.join(cfg.work_dir, name), 'w'):
+            pass
+    refuse_to_overwrite(cfg)
+    with open(os.path.join(cfg.work_dir, 'iter_4.pth'), 'w'):
+        pass
+    with pytest.raises(ConfigError, match='iter_4.pth.*--resume'):
+        refuse_to_overwrite(cfg)
+    code, output = train(here, work_dir='earlier')
+    assert code == 1 and 'write over' in message_of(output)
+    cfg.resume = True
+    refuse_to_overwrite(cfg)
+
+
+def test_a_pointer_of_odd_bytes(tmp_path):
+    cfg = load_config(tiny.SEG_CONFIG)
+    cfg.work_dir, cfg.resume = str(tmp_path), True
+    torch.save({}, tmp_path / 'iter_4.pth')
+    (tmp_path / 'last_checkpoint').write_bytes(b'\xff\xfe\0x')
+    resume_from_intact_checkpoint(cfg)
+    assert cfg.load_from.endswith('iter_4.pth')
+
+
+@pytest.mark.parametrize('name, taken', [
+    ('iter_4.pth', True), ('best_mIoU_iter_4.pth', True),
+    ('epoch_1.pth', True), ('iter_4_student.pth', False),
+    ('metrics.json', False)])
+def test_out_does_not_replace_a_checkpoint(tmp_path, name, taken):
+    path = str(tmp_path / name)
+    check_output_file(path)
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError) if taken else nullcontext():
+        check_output_file(path)
+
+
+def test_a_lazy_config_with_a_name_that_is_not_there(tmp_path):
+    (tmp_path / 'base.py').write_text('lr = 1.')
+    path = tmp_path / 'lazy.py'
+    path.write_text('from mmengine.config import read_base\n'
+                    'with read_base():\n    from .base import *\n'
+                    'from mmsinger.models import SiNGERDistillr\n'
+                    'model = dict(type=SiNGERDistillr)\n')
+    with pytest.raises(ConfigError, match='cannot be read(.|\n)*Distillr'):
+        load_config(str(path))
+
+
+def test_an_epoch_without_a_batch(capsys):
+    loader = torch.utils.data.DataLoader([1], batch_size=2, drop_last=True)
+    with pytest.raises(SystemExit), readable_errors():
+        PARAM_SCHEDULERS.build(dict(
+            type='LinearLR', start_factor=.1, by_epoch=True, end=1,
+            convert_to_iter_based=True, epoch_length=len(loader),
+            optimizer=torch.optim.SGD([torch.ones(1)], 1.)))
+    assert 'an epoch has no batch' in capsys.readouterr().err

@@ -31,7 +31,7 @@ from mmsinger.engine.parts import check_parts
 from mmsinger.engine.resume import (check_checkpoint_files,
                                     resume_from_intact_checkpoint)
 from mmsinger.engine.unwrap import unwrap
-from mmsinger.errors import ConfigError, no_file
+from mmsinger.errors import ConfigError, no_file, walk_config
 from mmsinger.files import lock_folder
 from mmsinger.models.distillers import FeatureDistiller, is_distiller
 from mmsinger.registry import find_type
@@ -84,7 +84,7 @@ def load_config(path: str, options: Optional[dict] = None) -> Config:
     try:
         with onedl_config_packages():
             cfg = Config.fromfile(path)
-            cfg.to_dict()  # imports what a lazy config names
+            list(walk_config(cfg._cfg_dict))  # imports what a lazy one names
     except Exception as error:  # it is a program, and may raise anything
         said = f'{type(error).__name__}: {error}'
         if 'U+FEFF' in said:

@@ -13,6 +13,7 @@ import sys
 import uuid
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -32,11 +33,13 @@ from mmsinger.engine.hooks import (CalibrationHook, DiagnosticsHook,
                                    calibration_hook, knn_bank_hook)
 from mmsinger.engine.prepare import (add_required_hooks, fit_workers,
                                      load_config, prepare_training)
+from mmsinger.engine.samples import DataError
 from mmsinger.errors import ConfigError, TrainingError
 from mmsinger.export import student_config
 from mmsinger.files import LOCK, unlock_folder
 from mmsinger.models.distillers import SiNGERDistiller
 from mmsinger.registry import MODELS
+import tiny
 from tiny import SEG_CONFIG, workplace
 
 ALL_HOOKS = [f'mmsinger.{hook.__name__}' for hook in (
@@ -478,6 +481,49 @@ def test_the_best_by_a_metric_that_there_is_not(make, tmp_path):
     with pytest.raises(ConfigError, match="save_best='mIou'.*mean 'mIoU'"):
         runner.train()
     assert 'iter_2.pth' in files(tmp_path)
+
+
+def test_a_run_stops_by_a_metric_that_there_is(make):
+    runner = make(3, validate=True, custom_hooks=[
+        dict(type='EarlyStoppingHook', monitor='mIoUU')])
+    with pytest.raises(ConfigError, match="monitor='mIoUU'.*mean 'mIoU'"):
+        runner.train()
+
+
+@pytest.mark.parametrize('high, said', [(0, True), (255, True), (1, False)])
+def test_one_class_in_all_labels(make, tmp_path, caplog, high, said):
+    """As in maps of 0 and 255, of which the latter is ignored."""
+    tiny.write_scenes(str(tmp_path))
+    for name in os.listdir(tmp_path / 'annotations'):
+        path = str(tmp_path / 'annotations' / name)
+        cv2.imwrite(path, (cv2.imread(path, 0) > 0).astype('uint8') * high)
+    make(2, **{'train_dataloader.dataset.data_root': str(tmp_path)}).train()
+    text = 'The labels of the first 2 batches are all 0, or ignored'
+    assert (text in caplog.text) is said
+
+
+def test_label_maps_that_do_not_fit_into_eight_bits(make, tmp_path):
+    """mmseg keeps the lower eight bits: 256 would be 0."""
+    tiny.write_scenes(str(tmp_path))
+    for name in os.listdir(tmp_path / 'annotations'):
+        path = str(tmp_path / 'annotations' / name)
+        cv2.imwrite(path, cv2.imread(path, 0).astype('uint16') * 128)
+    runner = make(2, **{
+        'train_dataloader.dataset.data_root': str(tmp_path)})
+    with pytest.raises(DataError, match='annotations.*has the label 256'):
+        runner.train()
+
+
+def test_a_head_of_more_classes_than_the_data(make, caplog):
+    make(1, **{'model.student.decode_head.num_classes': 5}).train()
+    assert 'num_classes=5, and the training data have 3' in caplog.text
+
+
+def test_fewer_images_than_a_batch(make):
+    runner = make(1, param_scheduler=None, **{
+        'train_dataloader.batch_size': 64, 'train_dataloader.drop_last': True})
+    with pytest.raises(ConfigError, match='8 images make no batch'):
+        runner.train()
 
 
 def test_a_folder_of_checkpoints_apart_is_claimed_too(make, tmp_path):

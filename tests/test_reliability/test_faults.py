@@ -110,11 +110,20 @@ def test_sigterm_within_an_epoch(epochs, at):
                for key, value in second['state_dict'].items())
 
 
+def test_a_terminal_that_is_closed(epochs):
+    folder = os.path.join(epochs, 'closed')
+    result = signalled(epochs, folder, signal.SIGHUP, 2)
+    assert result.returncode == 129, result.stdout[-3000:]
+    assert 'SIGHUP after iteration 2: ended. --resume goes on from ' + \
+        os.path.join(folder, 'iter_2.pth') in result.stdout
+
+
 def test_ctrl_c_is_one_line(epochs):
     result = signalled(epochs, 'interrupted', signal.SIGINT, 3)
     assert result.returncode == 130
     assert 'Traceback' not in result.stdout
     assert result.stdout.endswith('\nInterrupted.\n')
+    assert 'in iteration 3. No checkpoint had been written.' in result.stdout
     assert faults.names(os.path.join(epochs, 'interrupted')) <= {
         'tiny_cls.py', 'tiny_cls_student.py', LOCK}
 
