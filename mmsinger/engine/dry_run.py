@@ -47,11 +47,12 @@ def dry_run(cfg: Config) -> str:
         if isinstance(hook, dict):  # EMAHook's may be after these few steps
             hook.update({key: 0 for key in ('begin_iter', 'begin_epoch')
                          if key in hook})
-    cfg.default_hooks = hooks = ConfigDict(cfg.get('default_hooks') or {})
+    hooks = dict(cfg.get('default_hooks') or {})
     hooks.pop('timer', None)  # mmengine's own is there then
-    hooks.checkpoint = dict(
+    hooks['checkpoint'] = dict(
         hooks.get('checkpoint') or dict(type='CheckpointHook'),
         interval=STEPS + 1, save_last=False, by_epoch=False, out_dir=None)
+    cfg.default_hooks = hooks
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         cfg.work_dir = folder
         prepare_training(cfg)
