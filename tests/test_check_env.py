@@ -189,6 +189,7 @@ def test_torchvision_operators_are_a_note(torchvision, says, fix):
     note, = check(facts)
     assert not note.error
     assert says in note.what and 'nms' in note.what
+    assert 'After `import mmsinger`' in note.what
     assert note.fix[0].startswith(fix)
     assert 'without compiled operators' in versions(facts)['torchvision']
 

@@ -323,9 +323,11 @@ def _torchvision_operators(facts: Facts) -> Iterator[Finding]:
         fix = install(fitting)
     yield Finding(
         f'torchvision {torchvision} beside torch {torch} has no compiled '
-        f'operators: {why}. Transforms, mmpretrain and mmseg work all the '
-        'same: mmsinger declares what their imports look for. Mend it only '
-        "where you use torchvision.ops' operators on boxes (nms, roi_align).",
+        f'operators: {why}. After `import mmsinger`, transforms, mmpretrain '
+        'and mmseg work all the same: it declares what their imports look '
+        'for. Mend it where you import torchvision, timm, mmpretrain or mmseg '
+        "without mmsinger, or use torchvision.ops' operators on boxes (nms, "
+        'roi_align).',
         (fix, ), error=False)
 
 
