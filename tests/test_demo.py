@@ -2,6 +2,8 @@
 import argparse
 import os
 import runpy
+import signal
+import sys
 
 import cv2
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from mmengine.registry import init_default_scope
 
 import tiny
+from mmsinger import paths
 from mmsinger.engine.loading import load_distiller
 from mmsinger.engine.options import ConfigOptions
 from mmsinger.engine.prepare import load_config
@@ -29,6 +32,33 @@ def demo(tmp_path, monkeypatch):
                     np.random.default_rng(i).integers(
                         0, 256, (32, 32, 3)).astype(np.uint8))
     return names
+
+
+# In the place of the first tool: it waits, and has something to do at its end
+TOOL = '''
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+try:
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+finally:
+    time.sleep(0.5)
+    open('ended in order', 'w').close()
+'''
+
+
+def test_a_signal_ends_what_the_demo_runs(demo, tmp_path, monkeypatch):
+    (tmp_path / 'reproduce.py').write_text(TOOL)
+    monkeypatch.setattr(paths, 'tools', lambda: str(tmp_path))
+    monkeypatch.setattr(sys, 'argv', ['demo.py'])
+    numbers = signal.SIGHUP, signal.SIGINT, signal.SIGTERM
+    before = list(map(signal.getsignal, numbers))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            demo['main']()
+    finally:
+        list(map(signal.signal, numbers, before))
+    assert (tmp_path / 'ended in order').exists()
 
 
 def test_each_method_is_there_with_its_own_rates():

@@ -27,6 +27,7 @@ from mmsinger.figures import (Column, draw_columns, extract_features, norm_map,
                               save_figure)
 from mmsinger.schema import Count, reader
 from plot import read_images
+from reproduce import end_in_order
 from reproduction.evidence import DEMO, METHODS, demo
 from reproduction.profiles import PROFILES
 
@@ -46,6 +47,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    end_in_order()
     begin = time.time()
     step(1, 'students of a teacher with artifacts')
     run('reproduce.py', 'demo', '--profile', 'digits', '--root', args.out,
@@ -75,9 +77,18 @@ def step(number, title):
 
 
 def run(tool, *args):
-    """Run a tool in its own process; its output is seen as it comes."""
-    if subprocess.run([sys.executable, os.path.join(paths.tools(), tool),
-                       *args]).returncode:
+    """Run a tool in its own process, which ends with this one; its output is
+    seen as it comes."""
+    process = subprocess.Popen(
+        [sys.executable, os.path.join(paths.tools(), tool), *args],
+        start_new_session=True)  # Ctrl-C reaches it once, from here
+    try:
+        code = process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    if code:
         raise TrainingError(
             f'{tool} failed; the reason is above. The demo goes on from here '
             'when it is started again.')
