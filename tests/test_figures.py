@@ -145,13 +145,17 @@ def test_features_are_those_of_the_methods():
     features = extract_features(model, images)
     assert model.training and model.student.training
     assert not any(tokens.values.requires_grad
-                   for views in features.values() for tokens in views)
+                   for views in features.values() for tokens in views[:3])
     for layer in (1, 3):
-        teacher, target, student = features[layer]
+        teacher, target, student, standardised = features[layer]
+        assert standardised
         assert torch.allclose(
             target.patches, model.adapters[str(layer)](teacher.patches))
         assert torch.equal(target.prefix, teacher.prefix)
         assert student.grid == (4, 4)
+    figure = draw_maps('norm', pictures_of(model, images), features)
+    assert any('target are standardised' in text.replace('\n', ' ')
+               for text in texts(figure))
 
 
 def test_gated_maps_show_the_gate():
@@ -208,6 +212,7 @@ def test_figures_show_the_maps():
     assert first == second  # before and after on one scale
     caption = next(text for text in texts(figure) if 'Two images.' in text)
     assert 'before and after' in caption.replace('\n', ' ')
+    assert 'standardised' not in caption
 
     to_array(figure)
     for axis in figure.axes:  # no title is cut off
@@ -220,10 +225,17 @@ def test_figures_show_the_maps():
     drawn = panels(figure)
     assert np.allclose(drawn[1],
                        similarity_map(features[1].teacher, (3, 0))[0])
+    maps = [axis for axis in figure.axes if axis.images]
+    scales = {axis.images[0].get_clim() for axis in maps
+              if axis.images[0].get_array().ndim == 2}
+    assert len(scales) == 1  # of all blocks
+    assert len(figure.axes) == len(maps) + 1  # one colour bar
     frames = figure.axes[1].patches
     assert [frame.get_xy() for frame in frames] == [(-0.5, 2.5)] * 2
 
-    drawn = panels(draw_maps('pca', pictures, features))
+    figure = draw_maps('pca', pictures, features)
+    drawn = panels(figure)
+    assert len(figure.axes) == len(drawn)  # and no room for colour bars
     basis = principal_components(features[1].teacher)
     assert np.allclose(drawn[2], pca_map(features[1].target, basis)[0])
     pixels = to_array(figure)

@@ -144,9 +144,9 @@ def draw(runs, scenes=range(4)):
     return draw_columns(
         pictures, columns, 'norm',
         'A teacher with planted artifacts on scenes that nothing was trained '
-        f'on. Norms of its patch tokens after block {layer}, as it is and '
-        'under the robust preset; then the three main directions of patch '
-        'tokens, of it and of students, as colours.')
+        f'on. Norms of its standardised patch tokens after block {layer}, as '
+        'it is and under the robust preset; then the three main directions '
+        'of patch tokens, of it and of students, as colours.')
 
 
 if __name__ == '__main__':

@@ -17,10 +17,13 @@ class Features(NamedTuple):
         target (Tokens, optional): What the steps in ``targets`` make of
             them, such as F_hat; None without steps.
         student (Tokens): The student's own tokens, on its own grid.
+        standardised (bool): Whether that space is the standardised one.
+            Defaults to False.
     """
     teacher: Tokens
     target: Optional[Tokens]
     student: Tokens
+    standardised: bool = False
 
 
 @torch.no_grad()
@@ -40,8 +43,9 @@ def extract_features(distiller: FeatureDistiller, inputs: Tensor
     targets: Dict[int, Tokens] = {}
     if distiller.steps:
         targets, _ = distiller.make_targets(outputs)
-    return {layer: Features(outputs.tokens(layer), targets.get(layer),
-                            student[layer])
+    return {layer: Features(
+                outputs.tokens(layer), targets.get(layer), student[layer],
+                distiller.target_norms[str(layer)].mode == 'standardise')
             for layer in distiller.layers}
 
 

@@ -50,14 +50,24 @@ def draw_maps(kind: str, images: np.ndarray, features: Dict[int, Features],
     columns = []
     for layer, views in features.items():
         tokens = {name: view for name, view in views._asdict().items()
-                  if view is not None}
+                  if isinstance(view, Tokens)}
         columns += [
             Column(f'{name}\n{"for " if name == "student" else ""}block '
                    f'{layer}', maps.cpu().numpy(), limits)
             for name, (maps, limits) in maps_of(tokens, point).items()]
+    if kind == 'similarity':  # one scale, so that blocks compare
+        low = min(float(column.maps.min()) for column in columns)
+        columns = [column._replace(limits=(low, 1.)) for column in columns]
+    if any(views.standardised for views in features.values()):
+        caption += STANDARDISED
     return draw_columns(images, columns, label, f'{caption} {note}',
                         point if kind == 'similarity' else None)
 
+
+STANDARDISED = (
+    ' Tokens of teacher and target are standardised (target_norm): '
+    "differences from the layer's median, of which long ones need not be "
+    'artifacts.')
 
 # Maps and the ends of their colour scale, by name
 Scaled = Dict[str, Tuple[Tensor, Optional[Tuple[float, float]]]]
@@ -74,8 +84,7 @@ def _norms(views: Dict[str, Tokens], point: Point) -> Scaled:
 def _similarities(views: Dict[str, Tokens], point: Point) -> Scaled:
     maps = {name: similarity_map(tokens, patch_at(tokens.grid, point))
             for name, tokens in views.items()}
-    low = min(float(values.min()) for values in maps.values())
-    return {name: (values, (low, 1.)) for name, values in maps.items()}
+    return {name: (values, None) for name, values in maps.items()}
 
 
 def _colours(views: Dict[str, Tokens], point: Point) -> Scaled:
@@ -116,9 +125,11 @@ def draw_columns(images: np.ndarray, columns: List[Column], label: str,
         matplotlib.figure.Figure: A row an image.
     """
     rows, width = len(images), len(columns) + 1
-    figure = new_figure((max(4., 1.35 * width), 1.35 * rows + 1.2))
-    cells = figure.add_gridspec(rows + 1, width,
-                                height_ratios=[1.] * rows + [0.08])
+    bars = any(column.limits for column in columns)
+    figure = new_figure((max(4., 1.35 * width),
+                         1.35 * rows + (1.2 if bars else 0.8)))
+    cells = figure.add_gridspec(rows + bars, width,
+                                height_ratios=[1.] * rows + [0.08] * bars)
     axes = np.array([[figure.add_subplot(cells[row, column])
                       for column in range(width)] for row in range(rows)])
     for axis in axes.flat:
@@ -150,6 +161,9 @@ def draw_columns(images: np.ndarray, columns: List[Column], label: str,
             bar.ax.tick_params(labelsize=7)
             ticks = np.linspace(*column.limits, 3)
             bar.set_ticks(ticks, labels=[f'{tick:.2g}' for tick in ticks])
+            for text, side in zip(bar.ax.get_xticklabels(),
+                                  ('left', 'center', 'right')):
+                text.set_horizontalalignment(side)  # apart from the next bar's
         if last:
             start = number + 1
     add_caption(figure, caption.strip())
