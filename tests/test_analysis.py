@@ -218,6 +218,10 @@ def test_a_clean_teacher():
     assert verdict.status == 'clean' and verdict.onset is None
     assert 'There is nothing to suppress' in verdict.headline
     assert not any('Only' in reason for reason in verdict.reasons)
+    few = judge([Evidence(0.0005, 0.05, 2.)] * 6, 64)
+    assert few.status == 'clean'
+    assert '0.05 % of the tokens' in few.reasons[1]
+    assert 'its own measure finds outliers' in few.reasons[2]
 
 
 @pytest.mark.parametrize('sigma', [0.1, 0.3, 0.5])
@@ -351,7 +355,12 @@ def planted(scenes):
 def test_the_clean_teacher_is_called_clean(clean):
     assert clean.verdict.status == 'clean'
     assert 'nothing to suppress' in clean.verdict.headline
-    assert 'try SiNGER all the same' in render(clean)
+    page = html.unescape(render(clean))
+    assert 'try SiNGER all the same' in clean.verdict.introduction
+    assert clean.verdict.introduction in page
+    assert 'depends on their number alone' in page
+    share = clean.collection.layers[0].mean('quantile_share')
+    assert share == pytest.approx(0.0625, abs=1e-3)
 
 
 def test_the_planted_block_is_named(planted):
@@ -701,6 +710,7 @@ def test_the_tool_skips_what_it_cannot_use(tmp_path):
                         '--images', folder, '--out', 'out', '--num', 6,
                         cwd=tmp_path)
     assert '2 cannot be read' in result.stdout
+    assert 'try SiNGER all the same' in result.stdout
     assert '1 smaller than a patch of 4 x 4 px' in result.stdout
     with open(tmp_path / 'out' / 'report.json') as file:
         meta = json.load(file)['meta']

@@ -84,7 +84,7 @@ def main():
         print(f'- {reason}')
     if folder.skipped():
         print(f'- Skipped images: {folder.skipped()}.')
-    print(f'\nA config to begin with:\n\n{analysis.snippet}\n'
+    print(f'\n{analysis.verdict.introduction}\n\n{analysis.snippet}\n'
           f'{paths[0]}\n{paths[1]}')
 
 

@@ -63,6 +63,14 @@ class Verdict(NamedTuple):
     headline: str
     reasons: List[str]
 
+    @property
+    def introduction(self) -> str:
+        """What the suggested config is for; said before it."""
+        if self.status == 'artifacts':
+            return 'A SiNGER config to begin with:'
+        return ("If you want to try SiNGER all the same, these are the paper's"
+                ' settings for a teacher of this depth:')
+
 
 class Suggestion(NamedTuple):
     """Settings of a ``SiNGERDistiller`` to begin with.
@@ -197,8 +205,9 @@ def _clean_reasons(evidence: Sequence[Evidence]) -> List[str]:
          else 'No token is') + ' far above the rest of its image, and '
         'nowhere is there a separate group of long ones.',
         'Plain feature distillation (FitNet) is enough, and suppressing '
-        f'norms that carry content may hurt. {PRESET} is FitNet here, as '
-        'long as no token is far above the rest.']
+        f'norms that carry content may hurt. {PRESET} is FitNet, too, '
+        'unless its own measure finds outliers; the training log says what '
+        'it found.']
 
 
 def suggest(verdict: Verdict, evidence: Sequence[Evidence], dim: int
