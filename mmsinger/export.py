@@ -61,8 +61,6 @@ def student_config(cfg: Config) -> Config:
     for key in ('teacher', 'student', 'distiller'):
         plain.pop(key, None)
     plain.load_from, plain.resume = None, False  # they are the distiller's
-    if plain.get('work_dir'):
-        plain.work_dir = f'{plain.work_dir.rstrip(os.sep)}{SUFFIX}'
     imports = plain.get('custom_imports')
     if imports and "'mmsinger." not in str(plain.to_dict()):  # data of ours
         names = imports.get('imports', [])

@@ -93,6 +93,9 @@ def test_files_of_a_run(long_run):
     names = set(os.listdir(folder))
     assert {'iter_24.pth', 'iter_24_student.pth', 'iter_20_student.pth',
             'tiny_seg.py', 'tiny_seg_student.py', 'last_checkpoint'} <= names
+    # Its own runs do not write over these
+    assert load_config(os.path.join(
+        folder, 'tiny_seg_student.py')).work_dir == 'long_student'
     best = [n for n in names if n.startswith('best_mIoU_iter_')]
     assert len(best) == 2
     assert {n.replace('_student', '') for n in best} == \
@@ -306,9 +309,9 @@ def test_cpu_amp_computes_in_bfloat16():
     (['train_dataloader.batch_size=16'], None),
     (['train_dataloader.batch_size=8', 'optim_wrapper.accumulative_counts=2'],
      None)])
-def test_a_step_of_another_size_is_noticed(place, options, images):
+def test_a_step_of_another_size_is_noticed(place, tmp_path, options, images):
     result = forked.run(
-        'train.py', tiny.SEG_CONFIG, '--work-dir', 'size', '--no-validate',
+        'train.py', tiny.SEG_CONFIG, '--work-dir', tmp_path, '--no-validate',
         '--cfg-options', 'default_hooks.checkpoint.save_best=None',
         'train_cfg.max_iters=1', *options, cwd=place)
     if images is None:

@@ -177,7 +177,9 @@ def found_records(workspace):
 def end_in_order():
     """Let signals end what is running too."""
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+        if (number, signal.getsignal(number)) != (
+                signal.SIGHUP, signal.SIG_IGN):  # by nohup
+            signal.signal(number, signal.default_int_handler)
 
 
 def main():

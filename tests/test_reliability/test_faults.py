@@ -59,6 +59,7 @@ OPTIONS = ['--cfg-options', 'train_dataloader.batch_size=2',
 SIGNAL = '''
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # of a shell's job: off
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # by nohup: off
 import mmsinger
 from mmengine.optim import OptimWrapper
 update, count = OptimWrapper.update_params, 0

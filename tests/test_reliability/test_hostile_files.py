@@ -177,7 +177,8 @@ def test_no_run_runs_it(place, server, args):
         with open(path, 'rb') as source, open(copy, 'wb') as target:
             target.write(source.read())
     result = forked.run(
-        'train.py', tiny.SEG_CONFIG, '--work-dir', 'evil',
+        'train.py', tiny.SEG_CONFIG, '--work-dir',
+        'evil' if '--resume' in args else 'anew',
         *[arg.format(address=address) for arg in args], cwd=place,
         check=False, TORCH_HOME=str(place))
     assert not os.path.exists(canary), result.stdout

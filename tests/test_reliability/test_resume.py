@@ -216,7 +216,7 @@ def test_a_plain_student_may_start_a_distiller(place, run):
     result = train(place, 'started', 'load_from=run/iter_6_student.pth',
                    'train_cfg.max_iters=1', args=['--no-validate'])
     assert 'tensors of a plain checkpoint go to the student' in result.stdout
-    result = train(place, 'started', 'load_from=run/iter_6_student.pth',
+    result = train(place, 'again', 'load_from=run/iter_6_student.pth',
                    'model.student.decode_head.num_classes=4', check=False)
     assert 'decode_head.conv_seg.weight: (3, 16, 1, 1) in the file, ' \
         '(4, 16, 1, 1) in the model' in message_of(result)

@@ -56,7 +56,11 @@ class StudentCheckpointHook(Hook):
         name = os.path.basename(runner.cfg.filename or 'config.py')
         stem = os.path.splitext(name)[0]
         path = os.path.join(runner.work_dir, f'{stem}{SUFFIX}.py')
-        write_text(student_config(runner.cfg).pretty_text, path)
+        plain = student_config(runner.cfg)
+        # Its own runs do not write over these checkpoints
+        folder = runner.cfg.get('work_dir') or runner.work_dir
+        plain.work_dir = f'{folder.rstrip(os.sep)}{SUFFIX}'
+        write_text(plain.pretty_text, path)
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         if is_main_process():
