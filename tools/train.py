@@ -12,7 +12,8 @@ from mmsinger.command_line import ToolParser
 from mmsinger.engine.dry_run import dry_run
 from mmsinger.engine.prepare import (build_runner, load_config,
                                      prepare_training, scale_learning_rate)
-from mmsinger.engine.resume import refuse_to_overwrite
+from mmsinger.engine.resume import (check_checkpoint_files,
+                                    refuse_to_overwrite)
 from mmsinger.errors import ConfigError, readable_errors
 
 
@@ -66,6 +67,7 @@ def main():
         scale_learning_rate(cfg)
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    start = cfg.get('load_from')
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
@@ -76,6 +78,9 @@ def main():
             print(report)
         return
     prepare_training(cfg)
+    if args.resume == 'auto' and cfg.load_from is None and start is not None:
+        cfg.resume, cfg.load_from = False, start  # there was nothing yet
+        check_checkpoint_files(cfg)
     refuse_to_overwrite(cfg)
     build_runner(cfg).train()
 

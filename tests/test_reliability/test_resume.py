@@ -222,6 +222,19 @@ def test_a_plain_student_may_start_a_distiller(place, run):
         '(4, 16, 1, 1) in the model' in message_of(result)
 
 
+def test_load_from_holds_until_there_is_something_to_resume(place, run):
+    for step, source in ((1, 'run/iter_6.pth'), (2, 'late/iter_1.pth')):
+        result = train(place, 'late', 'load_from=run/iter_6.pth',
+                       f'train_cfg.max_iters={step}',
+                       'default_hooks.checkpoint.interval=1',
+                       args=['--no-validate', '--resume'])
+        assert f'oad checkpoint from {source}' in result.stdout or \
+            f'resumed from {source}' in result.stdout, result.stdout
+    result = train(place, 'later', 'load_from=nowhere.pth',
+                   args=['--resume'], check=False)
+    assert "load_from='nowhere.pth'" in message_of(result)
+
+
 # -- what may differ ----------------------------------------------------------
 
 
