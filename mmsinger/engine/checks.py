@@ -14,6 +14,8 @@ from mmsinger.checkpoint import read_weights, refuse_foreign
 from mmsinger.errors import ConfigError, walk_config
 from mmsinger.registry import arguments_of, find_type
 
+COUNTS_EPOCHS = 'counts epochs, and train_cfg iterations'
+
 
 def check_work_dir(work_dir: str, key: str) -> None:
     """Raise :class:`ConfigError` unless files can be written there.
@@ -171,45 +173,8 @@ def check_counting(cfg: Config) -> None:
             would not be written before the end, or a loop without an end.
     """
     loop = cfg.get('train_cfg') or {}
-    by_epoch = loop.get('by_epoch', 'Epoch' in _name(loop))
-    length = loop.get('max_epochs' if by_epoch else 'max_iters')
-    hooks = cfg.get('default_hooks') or {}
-    schedules = cfg.get('param_scheduler') or []
-    if isinstance(schedules, dict):  # or those of several optimizers
-        schedules = [schedules] if 'type' in schedules else []
-    counts_epochs = 'counts epochs, and train_cfg iterations'
-    for i, schedule in enumerate(schedules):
-        key = f'param_scheduler.{i}'
-        epochs = schedule.get('by_epoch', True)
-        if epochs and not by_epoch and loop and not _name(
-                schedule).startswith('ReduceOnPlateau'):
-            raise ConfigError(
-                f'{key}.by_epoch=True (the default) {counts_epochs}: it would '
-                f'never step. Set {key}.by_epoch=False, with begin and end in '
-                'iterations.')
-        end = schedule.get('end')
-        if length and end and epochs == by_epoch and \
-                schedule.get('begin', 0) < length < end:
-            print_log(
-                f'{key} ends at {end}, the run at {length}: its last learning '
-                f'rate is not reached. Set {key}.end={length}, or scale all '
-                'of param_scheduler.', logger='current', level=30)
-    if schedules and 'param_scheduler' in hooks and \
-            hooks.param_scheduler is None:
-        raise ConfigError(
-            'default_hooks.param_scheduler=None: nothing would step '
-            'param_scheduler. Remove the former, or set the latter to None.')
-    saver = hooks.get('checkpoint', {})
-    if loop and saver is None:
-        print_log('default_hooks.checkpoint=None: this run writes no '
-                  'checkpoint.', logger='current', level=30)
-    elif loop and not by_epoch and saver.get('by_epoch', True) and \
-            saver.get('interval', 1) > 0:
-        raise ConfigError(
-            f'default_hooks.checkpoint.by_epoch=True (the default) '
-            f'{counts_epochs}: no checkpoint would be written before the end. '
-            'Set default_hooks.checkpoint.by_epoch=False, with interval in '
-            'iterations.')
+    by_epoch = loop.get('by_epoch', dict(
+        EpochBasedTrainLoop=True, IterBasedTrainLoop=False).get(_name(loop)))
     for kind in ('train', 'val', 'test'):
         sampler = (cfg.get(f'{kind}_dataloader') or {}).get('sampler') or {}
         if _name(sampler) == 'InfiniteSampler' and (
@@ -219,6 +184,48 @@ def check_counting(cfg: Config) -> None:
                 f'end, and {kind}_cfg waits for it. Take DefaultSampler' + (
                     ', or count iterations (train_cfg.by_epoch=False).'
                     if kind == 'train' else '.'))
+    if by_epoch is None:
+        return  # no training, or a loop of its own kind
+    hooks = cfg.get('default_hooks') or {}
+    _check_schedules(cfg, hooks, by_epoch)
+    saver = hooks.get('checkpoint', {})
+    if saver is None:
+        print_log('default_hooks.checkpoint=None: this run writes no '
+                  'checkpoint.', logger='current', level=30)
+    elif not by_epoch and saver.get('by_epoch', True) and \
+            saver.get('interval', 1) > 0:
+        raise ConfigError(
+            f'default_hooks.checkpoint.by_epoch=True (the default) '
+            f'{COUNTS_EPOCHS}: no checkpoint would be written before the end. '
+            'Set default_hooks.checkpoint.by_epoch=False, with interval in '
+            'iterations.')
+
+
+def _check_schedules(cfg: Config, hooks: Mapping, by_epoch: bool) -> None:
+    schedules = cfg.get('param_scheduler') or []
+    if isinstance(schedules, dict):  # or those of several optimizers
+        schedules = [schedules] if 'type' in schedules else []
+    if schedules and hooks.get('param_scheduler', '') is None:
+        raise ConfigError(
+            'default_hooks.param_scheduler=None: nothing would step '
+            'param_scheduler. Remove the former, or set the latter to None.')
+    length = cfg.train_cfg.get('max_epochs' if by_epoch else 'max_iters')
+    for i, schedule in enumerate(schedules):
+        key = f'param_scheduler.{i}'
+        epochs = schedule.get('by_epoch', True)
+        if epochs and not by_epoch and not _name(
+                schedule).startswith('ReduceOnPlateau'):
+            raise ConfigError(
+                f'{key}.by_epoch=True (the default) {COUNTS_EPOCHS}: it would '
+                f'never step. Set {key}.by_epoch=False, with begin and end in '
+                'iterations.')
+        begin, end = schedule.get('begin', 0), schedule.get('end')
+        if epochs == by_epoch and all(isinstance(number, int) for number in (
+                begin, length, end)) and begin < length < end:
+            print_log(
+                f'{key} ends at {end}, the run at {length}: its last learning '
+                f'rate is not reached. Set {key}.end={length}, or scale all '
+                'of param_scheduler.', logger='current', level=30)
 
 
 def _name(cfg: Mapping) -> str:

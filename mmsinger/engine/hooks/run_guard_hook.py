@@ -83,13 +83,12 @@ class RunGuardHook(Hook):
             self.check_weights(runner, runner.iter + 1)
 
     def _look_at_labels(self, runner, data_batch) -> None:
-        if len(self._labels) > 1:
+        done = runner.iter + 1 - self._first
+        if len(self._labels) > 1 or done > BATCHES:
             return
         self._labels |= batch_labels(data_batch, unwrap(runner.model))
-        done = runner.iter + 1 - self._first
         if len(self._labels) == 1 and (
-                done == BATCHES or done < BATCHES
-                and self.is_last_train_iter(runner)):
+                done == BATCHES or self.is_last_train_iter(runner)):
             runner.logger.warning(
                 f'The labels of the first {done} batches are all '
                 f'{min(self._labels)}, or ignored. A map of two classes holds '

@@ -545,7 +545,7 @@ def build_steps(cfgs: StepConfigs, target_norm: Optional[str]
         if getattr(step, 'gate', None) is not None and not all(
                 before.keeps_values for before in steps[:-1]):
             raise ConfigError(
-                f'{place}.gate: its threshold is of the tokens of the teacher, '
-                'and a step that stands before it changes them. Put the gated '
-                'Refine first.')
+                f'{place}.gate: its threshold is of the tokens of the '
+                'teacher, and a step that stands before it changes them. Put '
+                'the gated Refine first.')
     return steps
