@@ -67,7 +67,8 @@ def main():
         scale_learning_rate(cfg)
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
-    start = cfg.get('load_from')
+    # A dumped config of a run that was resumed has both
+    start = None if cfg.get('resume') else cfg.get('load_from')
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume

@@ -205,7 +205,9 @@ def _check_schedules(cfg: Config, hooks: Mapping, by_epoch: bool) -> None:
     schedules = cfg.get('param_scheduler') or []
     if isinstance(schedules, dict):  # or those of several optimizers
         schedules = [schedules] if 'type' in schedules else []
-    if schedules and hooks.get('param_scheduler', '') is None:
+    if schedules and hooks.get('param_scheduler', '') is None and not any(
+            'Scheduler' in _name(hook)
+            for hook in cfg.get('custom_hooks') or ()):
         raise ConfigError(
             'default_hooks.param_scheduler=None: nothing would step '
             'param_scheduler. Remove the former, or set the latter to None.')
@@ -213,7 +215,8 @@ def _check_schedules(cfg: Config, hooks: Mapping, by_epoch: bool) -> None:
     for i, schedule in enumerate(schedules):
         key = f'param_scheduler.{i}'
         epochs = schedule.get('by_epoch', True)
-        if epochs and not by_epoch and not _name(
+        if epochs and not by_epoch and not schedule.get(
+                'convert_to_iter_based') and not _name(
                 schedule).startswith('ReduceOnPlateau'):
             raise ConfigError(
                 f'{key}.by_epoch=True (the default) {COUNTS_EPOCHS}: it would '

@@ -55,12 +55,12 @@ def _guard_loop(loop: BaseLoop, runner: Any, key: str) -> None:
 
     run_iter = loop.run_iter
 
-    def checked_iter(index: int, batch: Any) -> None:
+    def checked_iter(*args: Any) -> Any:
         # Metrics pass over labels that are out of range
-        said = _wrong_labels(batch, unwrap(runner.model), key)
+        said = _wrong_labels(args[-1], unwrap(runner.model), key)
         if said:
             raise DataError(said)
-        run_iter(index, batch)
+        return run_iter(*args)
 
     loop.run = explained(loop.run, TrainingError, why_run_ended)
     loop.run_iter = explained(

@@ -211,7 +211,7 @@ def use_cpu_amp(cfg: Config) -> None:
     wrapper = cfg.get('optim_wrapper')
     if isinstance(wrapper, dict) and get_device() == 'cpu' and \
             str(wrapper.get('type')).split('.')[-1] == 'AmpOptimWrapper':
-        if wrapper.get('dtype') not in (None, 'bfloat16'):
+        if wrapper.get('dtype') not in (None, 'bfloat16', torch.bfloat16):
             raise ConfigError(
                 f'optim_wrapper.dtype={wrapper.dtype!r} needs an accelerator, '
                 "and there is none. Set it to 'bfloat16', or leave it out.")
@@ -219,6 +219,7 @@ def use_cpu_amp(cfg: Config) -> None:
                   logger='current')
         wrapper.type = 'mmsinger.CPUAmpOptimWrapper'
         wrapper.pop('loss_scale', None)
+        wrapper.pop('dtype', None)
 
 
 def use_student_constructor(cfg: Config) -> None:

@@ -210,8 +210,9 @@ def _check_bits(sample: Any) -> None:
     path = getattr(samples, 'seg_map_path', None)
     if not isinstance(path, str) or not os.path.isfile(path):
         return
-    with Image.open(path) as image:  # no more than its header
-        highest = np.asarray(image).max() if image.mode[0] in 'IF' else 0
+    with Image.open(path) as image:  # no more than its header of 8 bits
+        values = np.asarray(image) if image.mode[0] in 'IF' else np.zeros(1)
+    highest = values[values != 65535].max(initial=0)  # that becomes 255
     if highest > 255:
         raise DataError(
             f'{path!r} has the label {highest}, and mmseg loads maps of 8 '

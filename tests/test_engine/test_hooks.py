@@ -521,6 +521,7 @@ def test_a_head_of_more_classes_than_the_data(make, caplog):
 
 def test_fewer_images_than_a_batch(make):
     runner = make(1, param_scheduler=None, **{
+        'train_dataloader.sampler.type': 'DefaultSampler',
         'train_dataloader.batch_size': 64, 'train_dataloader.drop_last': True})
     with pytest.raises(ConfigError, match='8 images make no batch'):
         runner.train()

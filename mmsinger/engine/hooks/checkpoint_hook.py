@@ -66,6 +66,7 @@ class SafeCheckpointHook(Hook):
         self._training = self._iterating = False
         self._terminated: Optional[float] = None  # when; in this process
         self._signal = signal.SIGTERM
+        self._process = os.getpid()
         self._stopping = False  # in all of them
         # To be removed once the next checkpoint is there, and now
         self._superseded: List[str] = []
@@ -293,6 +294,8 @@ class SafeCheckpointHook(Hook):
     # -- signals -----------------------------------------------------------
 
     def _on_signal(self, number: int, _: Any) -> None:
+        if os.getpid() != self._process:
+            return  # a data worker's, which ends with its training
         now = time.monotonic()
         self._signal = signal.Signals(number)
         if self._iterating and now - (self._terminated or now) < SAME_SIGNAL:
@@ -358,7 +361,8 @@ class SafeCheckpointHook(Hook):
 
 def _what_is_left(runner) -> str:
     saved = runner.message_hub.runtime_info.get('last_ckpt')
-    return f'--resume goes on from {saved}.' if saved else \
+    return f'--resume goes on from {saved}.' \
+        if saved and os.path.exists(saved) else \
         'No checkpoint had been written.'
 
 

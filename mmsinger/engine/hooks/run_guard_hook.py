@@ -2,10 +2,12 @@ import itertools
 from typing import List, Set
 
 import torch
+from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
 
 from mmsinger.engine.faults import (batch_labels, batch_paths, batch_samples,
                                     guard_loops, head_of)
+from mmsinger.engine.samples import sampler_of
 from mmsinger.engine.unwrap import unwrap
 from mmsinger.errors import ConfigError, TrainingError, check_choice
 from mmsinger.registry import HOOKS
@@ -42,7 +44,8 @@ class RunGuardHook(Hook):
                 f'train_dataloader.dataset: the {type(dataset).__name__} '
                 'found no images. Check data_root, data_prefix, ann_file and '
                 'the file suffixes.')
-        if len(runner.train_dataloader) == 0:
+        if len(runner.train_dataloader) == 0 and not isinstance(
+                sampler_of(runner.train_dataloader), InfiniteSampler):
             raise ConfigError(
                 f'train_dataloader: {len(dataset)} images make no batch. '
                 'Lower batch_size, or set drop_last=False.')
