@@ -243,8 +243,8 @@ def _as_config_error(error: Exception) -> Optional[ConfigError]:
             for place, kind in walk_config(
                     {k: cfg[k] for k in cfg if k in read}):
                 if place.endswith('.type'):
-                    name = getattr(kind, '__name__', str(kind)).split('.')[-1]
-                    found.setdefault(name, []).append(place[:-len('.type')])
+                    found.setdefault(type_name(kind), []).append(
+                        place[:-len('.type')])
             for name, place in UNTYPED.items():
                 found.setdefault(name, [place])
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
@@ -269,6 +269,12 @@ def _as_config_error(error: Exception) -> Optional[ConfigError]:
                     f'{last.f_code.co_filename}:{line}; set {TRACEBACK}=1 for '
                     'the traceback)')
     return None
+
+
+def type_name(kind: Any) -> str:
+    """The name of a ``type`` in a config, a class or a text, without its
+    scope."""
+    return getattr(kind, '__name__', str(kind)).split('.')[-1]
 
 
 def walk_config(node: Any, place: str = '') -> Iterator[Tuple[str, Any]]:

@@ -11,7 +11,7 @@ from mmengine.registry import DATASETS
 from torch import nn
 
 from mmsinger.checkpoint import read_weights, refuse_foreign
-from mmsinger.errors import ConfigError, walk_config
+from mmsinger.errors import ConfigError, type_name, walk_config
 from mmsinger.registry import arguments_of, find_type
 
 COUNTS_EPOCHS = 'counts epochs, and train_cfg iterations'
@@ -174,10 +174,11 @@ def check_counting(cfg: Config) -> None:
     """
     loop = cfg.get('train_cfg') or {}
     by_epoch = loop.get('by_epoch', dict(
-        EpochBasedTrainLoop=True, IterBasedTrainLoop=False).get(_name(loop)))
+        EpochBasedTrainLoop=True, IterBasedTrainLoop=False).get(
+            type_name(loop.get('type'))))
     for kind in ('train', 'val', 'test'):
         sampler = (cfg.get(f'{kind}_dataloader') or {}).get('sampler') or {}
-        if _name(sampler) == 'InfiniteSampler' and (
+        if type_name(sampler.get('type')) == 'InfiniteSampler' and (
                 kind != 'train' or by_epoch):
             raise ConfigError(
                 f"{kind}_dataloader.sampler.type='InfiniteSampler' has no "
@@ -206,7 +207,7 @@ def _check_schedules(cfg: Config, hooks: Mapping, by_epoch: bool) -> None:
     if isinstance(schedules, dict):  # or those of several optimizers
         schedules = [schedules] if 'type' in schedules else []
     if schedules and hooks.get('param_scheduler', '') is None and not any(
-            'Scheduler' in _name(hook)
+            'Scheduler' in type_name(hook.get('type'))
             for hook in cfg.get('custom_hooks') or ()):
         raise ConfigError(
             'default_hooks.param_scheduler=None: nothing would step '
@@ -216,8 +217,8 @@ def _check_schedules(cfg: Config, hooks: Mapping, by_epoch: bool) -> None:
         key = f'param_scheduler.{i}'
         epochs = schedule.get('by_epoch', True)
         if epochs and not by_epoch and not schedule.get(
-                'convert_to_iter_based') and not _name(
-                schedule).startswith('ReduceOnPlateau'):
+                'convert_to_iter_based') and not type_name(
+                schedule.get('type')).startswith('ReduceOnPlateau'):
             raise ConfigError(
                 f'{key}.by_epoch=True (the default) {COUNTS_EPOCHS}: it would '
                 f'never step. Set {key}.by_epoch=False, with begin and end in '
@@ -229,11 +230,6 @@ def _check_schedules(cfg: Config, hooks: Mapping, by_epoch: bool) -> None:
                 f'{key} ends at {end}, the run at {length}: its last learning '
                 f'rate is not reached. Set {key}.end={length}, or scale all '
                 'of param_scheduler.', logger='current', level=30)
-
-
-def _name(cfg: Mapping) -> str:
-    kind = cfg.get('type')
-    return getattr(kind, '__name__', str(kind)).split('.')[-1]
 
 
 def check_validation(cfg: Config) -> None:

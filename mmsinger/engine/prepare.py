@@ -31,7 +31,7 @@ from mmsinger.engine.parts import check_parts
 from mmsinger.engine.resume import (check_checkpoint_files,
                                     resume_from_intact_checkpoint)
 from mmsinger.engine.unwrap import unwrap
-from mmsinger.errors import ConfigError, no_file, walk_config
+from mmsinger.errors import ConfigError, no_file, type_name, walk_config
 from mmsinger.files import lock_folder
 from mmsinger.models.distillers import FeatureDistiller, is_distiller
 from mmsinger.registry import find_type
@@ -185,8 +185,7 @@ def add_required_hooks(cfg: Config) -> None:
         raise ConfigError(
             f'custom_hooks={hooks!r} must be a list of dict(type=…), on the '
             "command line custom_hooks=\"[dict(type='EMAHook')]\".")
-    present = {getattr(hook['type'], '__name__', str(hook['type'])
-                       ).split('.')[-1] for hook in hooks}
+    present = {type_name(hook['type']) for hook in hooks}
     added = [name for name in getattr(
         find_type(cfg.model.get('type')), 'required_hooks', PLAIN_HOOKS)
         if name not in present]
@@ -210,7 +209,7 @@ def use_cpu_amp(cfg: Config) -> None:
     our own where there is none."""
     wrapper = cfg.get('optim_wrapper')
     if isinstance(wrapper, dict) and get_device() == 'cpu' and \
-            str(wrapper.get('type')).split('.')[-1] == 'AmpOptimWrapper':
+            type_name(wrapper.get('type')) == 'AmpOptimWrapper':
         if wrapper.get('dtype') not in (None, 'bfloat16', torch.bfloat16):
             raise ConfigError(
                 f'optim_wrapper.dtype={wrapper.dtype!r} needs an accelerator, '
